@@ -1,0 +1,57 @@
+//! What two sides agree on before anything moves: a protocol version and a set of features.
+
+use serde::{Deserialize, Serialize};
+
+use crate::wire::{VERSION_NEWEST, VERSION_OLDEST};
+
+/// Optional abilities, one bit each. Unknown bits are ignored, so that a newer peer may offer more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Features(u64);
+
+impl Features {
+    /// Nothing optional.
+    pub const NONE: Self = Self(0);
+    /// Pages may travel as lz4 blocks.
+    pub const LZ4: Self = Self(1 << 0);
+    /// All that this crate can do.
+    pub const OURS: Self = Self(Self::LZ4.0);
+
+    /// What both can do.
+    #[must_use]
+    pub const fn both(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Whether all of `other` is in this set.
+    #[must_use]
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// The newest version that both a peer (speaking `oldest` to `newest`) and this crate speak.
+#[must_use]
+pub fn common_version(oldest: u16, newest: u16) -> Option<u16> {
+    let candidate = newest.min(VERSION_NEWEST);
+    (candidate >= oldest && candidate >= VERSION_OLDEST).then_some(candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_common_version_wins() {
+        assert_eq!(common_version(1, 1), Some(1));
+        assert_eq!(common_version(1, 900), Some(VERSION_NEWEST));
+        assert_eq!(common_version(2, 3), None);
+        assert_eq!(common_version(0, 0), None);
+        assert_eq!(common_version(3, 1), None, "a range that is upside down has no version");
+    }
+
+    #[test]
+    fn unknown_features_are_dropped() {
+        assert_eq!(Features(u64::MAX).both(Features::OURS), Features::OURS);
+        assert!(!Features::NONE.contains(Features::LZ4));
+    }
+}

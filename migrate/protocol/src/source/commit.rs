@@ -1,0 +1,225 @@
+//! The commit: the one point of no return. Before the record is durable the guest is the source's, afterwards
+//! only the target's `Running` or `Discarded` decides, however long that takes.
+
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "what a phase has no use for is dropped or refused in one place; the table test has every pair"
+)]
+
+use std::time::Duration;
+
+use crate::digest::MemoryDigest;
+use crate::ident::Epoch;
+use crate::message::{AtEpoch, Message, Running};
+use crate::record::Standing;
+use crate::time::Timestamp;
+
+use super::negotiate::hello;
+use super::stop::Standstill;
+use super::undo::{give_back, undo};
+use super::{Action, Context, Event, Failure, Outcome, Phase, Progress, Summary};
+
+/// How long an answer to `Commit` may take before the connection counts as lost.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Waits between attempts to reach the target again grow to this.
+const RETRY_DELAY_MAX: Duration = Duration::from_secs(1);
+
+const RETRY_DELAY_FIRST: Duration = Duration::from_millis(50);
+
+/// The commit record is being written.
+#[derive(Debug)]
+pub(super) struct Recording {
+    standstill: Standstill,
+    digest: MemoryDigest,
+}
+
+/// The record is durable; the target has been told, or is about to be.
+#[derive(Debug)]
+pub(super) struct Committed {
+    standstill: Standstill,
+    digest: MemoryDigest,
+    epoch: Epoch,
+    connection: Connection,
+    /// Whether the caller has been told that it is in doubt.
+    doubted: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Connection {
+    Up { answer_by: Timestamp },
+    Down { delay: Duration },
+}
+
+/// The target runs it; the last record is being written.
+#[derive(Debug)]
+pub(super) struct Releasing {
+    summary: Box<Summary>,
+}
+
+/// The target never ran it; the record of the new epoch is being written.
+#[derive(Debug)]
+pub(super) struct Reclaiming {
+    epoch: Epoch,
+}
+
+pub(super) fn begin(standstill: Standstill, digest: MemoryDigest, context: &mut Context) -> Phase {
+    context.standing = context.standing.commit().expect("only an owner reaches the commit");
+    let epoch = context.config.epoch.next();
+    let target = context.config.target.clone();
+    context.act(Action::WriteRecord(context.record(epoch, Standing::Committed { target })));
+    Phase::Recording(Recording { standstill, digest })
+}
+
+impl Recording {
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        match event {
+            Event::RecordWritten { .. } => {
+                self.standstill.downtime.record = self.standstill.lap(now);
+                context.standing = context.standing.recorded().expect("a commit was being recorded");
+                let epoch = context.config.epoch.next();
+                context.send(Message::Commit(AtEpoch { epoch }));
+                let connection = Connection::Up { answer_by: now + ANSWER_TIMEOUT };
+                let Self { standstill, digest } = self;
+                Phase::Committed(Committed { standstill, digest, epoch, connection, doubted: false })
+            }
+            Event::RecordFailed(reason) => {
+                context.standing = context.standing.failed().expect("a commit was being recorded");
+                undo(Failure::Local(format!("the commit could not be recorded: {reason}")), context)
+            }
+            // The record is on its way to the disk and can't be called back, so these are dealt with once it
+            // is there: a lost connection by reconnecting, a cancellation by going on.
+            Event::Cancel
+            | Event::Connected
+            | Event::Disconnected(_)
+            | Event::Message(_)
+            | Event::StreamsOpened
+            | Event::StreamFailed(_)
+            | Event::DirtyLogStarted
+            | Event::DirtyLogRead { .. }
+            | Event::RoundSent(_)
+            | Event::Paused
+            | Event::StateSaved { .. }
+            | Event::VmFailed(_)
+            | Event::VmResumed
+            | Event::Timeout => Phase::Recording(self),
+        }
+    }
+}
+
+impl Committed {
+    pub(super) const fn deadline(&self) -> Option<Timestamp> {
+        match self.connection {
+            Connection::Up { answer_by } => Some(answer_by),
+            Connection::Down { .. } => None,
+        }
+    }
+
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        match event {
+            Event::Message(Message::Running(running)) => self.running(now, &running, context),
+            Event::Message(Message::Discarded(AtEpoch { epoch })) => self.discarded(epoch, context),
+            Event::Connected => {
+                context.send(hello(context, true));
+                context.send(Message::Commit(AtEpoch { epoch: self.epoch }));
+                self.connection = Connection::Up { answer_by: now + ANSWER_TIMEOUT };
+                Phase::Committed(self)
+            }
+            Event::Disconnected(reason) => self.reconnect(reason, context),
+            Event::Timeout => self.reconnect("the target does not answer".to_owned(), context),
+            Event::Message(Message::Abort(abort)) => self.reconnect(abort.sentence, context),
+            // Nothing else can change who owns the guest; a cancellation comes too late.
+            Event::Message(_)
+            | Event::StreamsOpened
+            | Event::StreamFailed(_)
+            | Event::DirtyLogStarted
+            | Event::DirtyLogRead { .. }
+            | Event::RoundSent(_)
+            | Event::Paused
+            | Event::StateSaved { .. }
+            | Event::RecordWritten { .. }
+            | Event::RecordFailed(_)
+            | Event::VmFailed(_)
+            | Event::VmResumed
+            | Event::Cancel => Phase::Committed(self),
+        }
+    }
+
+    fn reconnect(mut self, reason: String, context: &mut Context) -> Phase {
+        let delay = match self.connection {
+            Connection::Up { .. } => RETRY_DELAY_FIRST,
+            Connection::Down { delay } => (delay * 2).min(RETRY_DELAY_MAX),
+        };
+        if !std::mem::replace(&mut self.doubted, true) {
+            context.report(Progress::InDoubt { reason });
+        }
+        context.act(Action::Connect { delay });
+        self.connection = Connection::Down { delay };
+        Phase::Committed(self)
+    }
+
+    fn running(mut self, now: Timestamp, running: &Running, context: &mut Context) -> Phase {
+        // An answer for another epoch is a peer's error and changes nothing.
+        let Ok(standing) = context.standing.running(running.epoch) else {
+            return Phase::Committed(self);
+        };
+        context.standing = standing;
+        let downtime = &mut self.standstill.downtime;
+        downtime.within_target_record = Duration::from_micros(running.record_us);
+        downtime.within_run = Duration::from_micros(running.run_us);
+        self.standstill.downtime.commit = self.standstill.lap(now);
+        context.report(Progress::Handed);
+        let target = context.config.target.clone();
+        context.act(Action::WriteRecord(context.record(self.epoch, Standing::Released { target })));
+        let summary = Box::new(Summary {
+            epoch: self.epoch,
+            host: context.host.clone(),
+            rounds: std::mem::take(&mut context.rounds),
+            downtime: self.standstill.downtime,
+            forecast: self.standstill.forecast,
+            total: now.since(context.started),
+            digest: self.digest,
+        });
+        Phase::Releasing(Releasing { summary })
+    }
+
+    fn discarded(self, epoch: Epoch, context: &mut Context) -> Phase {
+        let Ok(standing) = context.standing.discarded(epoch) else {
+            return Phase::Committed(self);
+        };
+        context.standing = standing;
+        let epoch = epoch.next();
+        context.act(Action::WriteRecord(context.record(epoch, Standing::Running)));
+        Phase::Reclaiming(Reclaiming { epoch })
+    }
+}
+
+impl Releasing {
+    pub(super) fn on(self, event: Event, context: &mut Context) -> Phase {
+        match event {
+            // A `Released` record that can't be written changes nothing: the guest runs at the target, and
+            // `Committed` on disk only means that the target has to be asked once more after a restart.
+            Event::RecordWritten { .. } | Event::RecordFailed(_) => {
+                context.send(Message::Released(AtEpoch { epoch: self.summary.epoch }));
+                context.act(Action::CloseStreams);
+                context.act(Action::ReleaseVm);
+                context.act(Action::Finish(Outcome::Moved(self.summary)));
+                Phase::Finished
+            }
+            _ => Phase::Releasing(self),
+        }
+    }
+}
+
+impl Reclaiming {
+    pub(super) fn on(self, event: Event, context: &mut Context) -> Phase {
+        match event {
+            // Owning it again is already certain: the target's `Discarded` is durable over there.
+            Event::RecordWritten { .. } | Event::RecordFailed(_) => {
+                let text = "the target discarded the guest instead of running it".to_owned();
+                give_back(Failure::Link(text), self.epoch, context)
+            }
+            _ => Phase::Reclaiming(self),
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Pre-copy: rounds of reading the dirty log and sending what it names, until stopping the guest fits the
+//! downtime budget.
+//!
+//! ```text
+//!  Starting --DirtyLogStarted--> Reading --DirtyLogRead--> decide --> Sending --RoundSent, FenceReached--.
+//!                                   ^                        |                                          |
+//!                                   |                        '--> Stopping (stop.rs)                    |
+//!                                   '------------------- Resting (short rounds) <----------------------'
+//! ```
+
+use std::time::Duration;
+
+use crate::bitmap::PageBitmap;
+use crate::message::{FenceReached, Message};
+use crate::policy::{Decision, Estimate, Forecast, decide};
+use crate::time::Timestamp;
+
+use super::negotiate::stay_or_undo;
+use super::undo::undo;
+use super::{Action, Context, Event, Failure, OnTimeout, Phase, Progress, RoundReport, RoundSent};
+use super::{interruption, stop};
+
+/// The shortest time between two rounds: when the budget can't be met although little is dirty, more rounds
+/// a second would only burn CPU.
+const ROUND_INTERVAL_MIN: Duration = Duration::from_millis(10);
+
+#[derive(Debug)]
+pub(super) struct PreCopy {
+    step: Step,
+    /// When the last dirty log was read: pages dirtied since make the dirty rate.
+    log_read_at: Timestamp,
+    /// The smallest downtime that was forecast, for the error message.
+    best_forecast: Option<Duration>,
+    ping_sent_at: Option<Timestamp>,
+}
+
+#[derive(Debug)]
+enum Step {
+    Starting,
+    /// The log is being read; `last` is the round that has just arrived.
+    Reading {
+        last: Option<Arrived>,
+    },
+    Sending {
+        started: Timestamp,
+        dirty_pages: u64,
+        fence: u32,
+        sent: Option<RoundSent>,
+        fence_reached: bool,
+    },
+    Resting {
+        until: Timestamp,
+        last: Arrived,
+    },
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Arrived {
+    dirty_pages: u64,
+    sent: RoundSent,
+    took: Duration,
+}
+
+pub(super) fn begin(context: &mut Context, now: Timestamp) -> Phase {
+    context.act(Action::StartDirtyLog);
+    Phase::PreCopy(PreCopy {
+        step: Step::Starting,
+        log_read_at: now,
+        best_forecast: None,
+        ping_sent_at: None,
+    })
+}
+
+impl PreCopy {
+    /// When this phase wants to be woken.
+    pub(super) fn wake(&self, context: &Context) -> Timestamp {
+        match self.step {
+            Step::Resting { until, .. } => until.min(context.deadline()),
+            Step::Starting | Step::Reading { .. } | Step::Sending { .. } => context.deadline(),
+        }
+    }
+
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        if let Some(failure) = interruption(&event) {
+            return undo(failure, context);
+        }
+        if now >= context.deadline() && context.config.on_timeout == OnTimeout::Cancel {
+            return undo(self.not_converged(context), context);
+        }
+        match (std::mem::replace(&mut self.step, Step::Starting), event) {
+            (Step::Starting, Event::DirtyLogStarted) => {
+                context.act(Action::ReadDirtyLog);
+                self.step = Step::Reading { last: None };
+                Phase::PreCopy(self)
+            }
+            (Step::Reading { last: None }, Event::DirtyLogRead { .. }) => {
+                // Whatever the log says, the target has nothing yet.
+                self.log_read_at = now;
+                let pages = PageBitmap::full(context.layout.page_count());
+                self.send_round(pages, now, context)
+            }
+            (Step::Reading { last: Some(last) }, Event::DirtyLogRead { pages, took }) => {
+                context.costs.dirty_log = Estimate::new(took, took / 2);
+                self.after_round(last, pages, now, context)
+            }
+            (Step::Resting { last, .. }, Event::Timeout) => {
+                context.act(Action::ReadDirtyLog);
+                self.step = Step::Reading { last: Some(last) };
+                Phase::PreCopy(self)
+            }
+            (
+                Step::Sending { started, dirty_pages, fence, sent: None, fence_reached },
+                Event::RoundSent(sent),
+            ) => {
+                self.step = Step::Sending { started, dirty_pages, fence, sent: Some(sent), fence_reached };
+                self.round_complete(now, context)
+            }
+            (
+                Step::Sending { started, dirty_pages, fence, sent, fence_reached: false },
+                Event::Message(Message::FenceReached(FenceReached { fence: reached })),
+            ) if reached == fence => {
+                self.step = Step::Sending { started, dirty_pages, fence, sent, fence_reached: true };
+                self.round_complete(now, context)
+            }
+            (step, Event::Message(Message::Pong(_))) => {
+                self.step = step;
+                if let Some(sent_at) = self.ping_sent_at.take() {
+                    let round_trip = now.since(sent_at);
+                    context.costs.round_trip = Estimate::new(round_trip, round_trip / 2);
+                }
+                Phase::PreCopy(self)
+            }
+            (step, other) => {
+                self.step = step;
+                stay_or_undo(&other, "pre-copy", Phase::PreCopy(self), context)
+            }
+        }
+    }
+
+    fn send_round(mut self, pages: PageBitmap, now: Timestamp, context: &mut Context) -> Phase {
+        let fence = context.next_fence();
+        let dirty_pages = pages.count();
+        context.report(Progress::RoundStarted { round: fence, pages: dirty_pages });
+        context.send(Message::Ping(u64::from(fence)));
+        self.ping_sent_at = Some(now);
+        context.act(Action::SendPages { pages, fence, paused: false });
+        self.step = Step::Sending { started: now, dirty_pages, fence, sent: None, fence_reached: false };
+        Phase::PreCopy(self)
+    }
+
+    /// Once a round is written and has arrived, the next log is read, at once or after a rest.
+    fn round_complete(mut self, now: Timestamp, context: &mut Context) -> Phase {
+        let Step::Sending { started, dirty_pages, sent: Some(sent), fence_reached: true, .. } = self.step
+        else {
+            return Phase::PreCopy(self);
+        };
+        let took = now.since(started);
+        context.link.add_round(sent.raw_pages + sent.packed_pages, sent.wire_bytes, took);
+        let last = Arrived { dirty_pages, sent, took };
+        let until = started + ROUND_INTERVAL_MIN;
+        self.step = if until > now && context.fence > 1 {
+            Step::Resting { until, last }
+        } else {
+            context.act(Action::ReadDirtyLog);
+            Step::Reading { last: Some(last) }
+        };
+        Phase::PreCopy(self)
+    }
+
+    fn after_round(
+        mut self,
+        last: Arrived,
+        pages: PageBitmap,
+        now: Timestamp,
+        context: &mut Context,
+    ) -> Phase {
+        let pages_left = pages.count();
+        let forecast = Forecast::new(pages_left, &context.link, &context.costs);
+        let elapsed = now.since(self.log_read_at).as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
+        let dirtied_per_s = if elapsed > 0.0 { Some(pages_left as f64 / elapsed) } else { None };
+        self.log_read_at = now;
+        let report = RoundReport {
+            round: context.fence,
+            dirty_pages: last.dirty_pages,
+            sent: last.sent,
+            took: last.took,
+            dirtied_per_s,
+            forecast: Some(forecast),
+        };
+        context.rounds.push(report);
+        context.report(Progress::RoundDone(report));
+        let best = self.best_forecast.unwrap_or(Duration::MAX).min(forecast.total().upper());
+        self.best_forecast = Some(best);
+        // With `OnTimeout::Cancel` the deadline has been dealt with before.
+        let forced = now >= context.deadline();
+        match decide(&forecast, context.config.downtime_budget) {
+            Decision::Round if !forced => self.send_round(pages, now, context),
+            Decision::Round | Decision::Stop => stop::begin(pages, forecast, forced, now, context),
+        }
+    }
+
+    fn not_converged(&self, context: &Context) -> Failure {
+        let after = format!(
+            "after {} s and {} rounds stopping the guest still did not fit the downtime budget of {} ms",
+            context.config.timeout.as_secs_f64(),
+            context.rounds.len(),
+            context.config.downtime_budget.as_millis(),
+        );
+        let dirtied = context.rounds.last().and_then(|round| round.dirtied_per_s).unwrap_or_default();
+        let hint = match self.best_forecast {
+            Some(best) => format!(
+                "the guest dirties {:.0} MiB/s, the link takes {:.0} MiB/s, the best forecast was {} ms; \
+                 allow that downtime, a faster link, more time, or --on-timeout stop",
+                dirtied / 256.0,
+                context.link.bytes_per_s() / 1_048_576.0,
+                best.as_millis() + 1,
+            ),
+            None => "the first round was not done; allow more time or a faster link".to_owned(),
+        };
+        Failure::Timeout(format!("{after}: {hint}"))
+    }
+}

@@ -1,0 +1,221 @@
+//! Stop-and-copy: the guest stands still from here to the commit, and every step is timed.
+//!
+//! ```text
+//!  Pausing --Paused--> ReadingLog --DirtyLogRead--> Copying --RoundSent and StateSaved--> Preparing
+//! ```
+//!
+//! Saving the state runs beside sending the last pages. A failure still ends with the guest running here.
+
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "what a phase has no use for is dropped or refused in one place; the table test has every pair"
+)]
+
+use std::time::Duration;
+
+use crate::bitmap::PageBitmap;
+use crate::message::{AtEpoch, Message, Prepare, Prepared, State};
+use crate::policy::Forecast;
+use crate::time::Timestamp;
+
+use super::negotiate::stay_or_undo;
+use super::undo::undo;
+use super::{Action, Context, Downtime, Event, Failure, Phase, Progress, RoundReport, RoundSent};
+use super::{STANDSTILL_FORCED_MAX, commit, interruption, standstill_max};
+
+/// What is known of the standstill so far.
+#[derive(Debug)]
+pub(super) struct Standstill {
+    pub(super) began: Timestamp,
+    /// When the part that is under way began.
+    pub(super) part_began: Timestamp,
+    pub(super) deadline: Timestamp,
+    pub(super) downtime: Downtime,
+    pub(super) forecast: Forecast,
+}
+
+impl Standstill {
+    /// Ends the part under way and gives its length.
+    pub(super) fn lap(&mut self, now: Timestamp) -> Duration {
+        let took = now.since(self.part_began);
+        self.part_began = now;
+        took
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Stopping {
+    standstill: Standstill,
+    step: Step,
+}
+
+#[derive(Debug)]
+enum Step {
+    Pausing { carried: PageBitmap },
+    ReadingLog { carried: PageBitmap },
+    Copying(Copying),
+}
+
+#[derive(Debug)]
+struct Copying {
+    started: Timestamp,
+    dirty_pages: u64,
+    sent: Option<RoundSent>,
+    state_sent: bool,
+}
+
+pub(super) fn begin(
+    carried: PageBitmap,
+    forecast: Forecast,
+    forced: bool,
+    now: Timestamp,
+    context: &mut Context,
+) -> Phase {
+    let allowed = if forced { STANDSTILL_FORCED_MAX } else { standstill_max(context.config.downtime_budget) };
+    context.report(Progress::Stopping { pages: carried.count(), forecast, forced });
+    context.act(Action::PauseVm);
+    let standstill = Standstill {
+        began: now,
+        part_began: now,
+        deadline: now + allowed,
+        downtime: Downtime::default(),
+        forecast,
+    };
+    Phase::Stopping(Stopping { standstill, step: Step::Pausing { carried } })
+}
+
+impl Stopping {
+    pub(super) const fn deadline(&self) -> Timestamp {
+        self.standstill.deadline
+    }
+
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        if let Some(failure) = interruption(&event) {
+            return undo(failure, context);
+        }
+        match (self.step, event) {
+            (Step::Pausing { carried }, Event::Paused) => {
+                self.standstill.downtime.pause = self.standstill.lap(now);
+                context.report(Progress::Paused);
+                context.send(Message::Stopping(AtEpoch { epoch: context.config.epoch }));
+                context.act(Action::ReadDirtyLog);
+                self.step = Step::ReadingLog { carried };
+                Phase::Stopping(self)
+            }
+            (Step::ReadingLog { mut carried }, Event::DirtyLogRead { pages, .. }) => {
+                self.standstill.downtime.dirty_log = self.standstill.lap(now);
+                carried.union(&pages);
+                let dirty_pages = carried.count();
+                let fence = context.next_fence();
+                context.act(Action::SendPages { pages: carried, fence, paused: true });
+                context.act(Action::SaveState);
+                self.step =
+                    Step::Copying(Copying { started: now, dirty_pages, sent: None, state_sent: false });
+                Phase::Stopping(self)
+            }
+            (Step::Copying(copying), Event::RoundSent(sent)) if copying.sent.is_none() => {
+                self.step = Step::Copying(Copying { sent: Some(sent), ..copying });
+                self.copy_complete(now, context)
+            }
+            (Step::Copying(copying), Event::StateSaved { state, network, runs, took })
+                if !copying.state_sent =>
+            {
+                self.standstill.downtime.within_save = took;
+                self.step = Step::Copying(Copying { state_sent: true, ..copying });
+                context.send(Message::State(State { state, network, runs }));
+                self.copy_complete(now, context)
+            }
+            (_, Event::Timeout) => undo(too_long(now.since(self.standstill.began)), context),
+            (step, other) => {
+                self.step = step;
+                // Answers to what pre-copy asked may still be under way.
+                if matches!(other, Event::Message(Message::Pong(_) | Message::FenceReached(_))) {
+                    return Phase::Stopping(self);
+                }
+                stay_or_undo(&other, "stop-and-copy", Phase::Stopping(self), context)
+            }
+        }
+    }
+
+    fn copy_complete(mut self, now: Timestamp, context: &mut Context) -> Phase {
+        let Step::Copying(Copying { started, dirty_pages, sent: Some(sent), state_sent: true }) = self.step
+        else {
+            return Phase::Stopping(self);
+        };
+        self.standstill.downtime.copy = self.standstill.lap(now);
+        let report = RoundReport {
+            round: context.fence,
+            dirty_pages,
+            sent,
+            took: now.since(started),
+            dirtied_per_s: None,
+            forecast: None,
+        };
+        context.rounds.push(report);
+        context.report(Progress::RoundDone(report));
+        context.send(Message::Prepare(Prepare {
+            epoch: context.config.epoch.next(),
+            fence: context.fence,
+            digest: sent.digest,
+        }));
+        Phase::Preparing(Preparing { standstill: self.standstill, sent })
+    }
+}
+
+/// `Prepare` is sent.
+#[derive(Debug)]
+pub(super) struct Preparing {
+    standstill: Standstill,
+    sent: RoundSent,
+}
+
+impl Preparing {
+    pub(super) const fn deadline(&self) -> Timestamp {
+        self.standstill.deadline
+    }
+
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        if let Some(failure) = interruption(&event) {
+            return undo(failure, context);
+        }
+        match event {
+            Event::Message(Message::Prepared(prepared)) => {
+                self.standstill.downtime.prepare = self.standstill.lap(now);
+                self.standstill.downtime.within_restore = Duration::from_micros(prepared.restore_us);
+                if let Err(failure) = self.check(&prepared, context) {
+                    return undo(failure, context);
+                }
+                commit::begin(self.standstill, self.sent.digest, context)
+            }
+            // The last fence is answered by `Prepared`; an earlier one may still be under way.
+            Event::Message(Message::FenceReached(_) | Message::Pong(_)) => Phase::Preparing(self),
+            Event::Timeout => undo(too_long(now.since(self.standstill.began)), context),
+            other => stay_or_undo(&other, "preparing", Phase::Preparing(self), context),
+        }
+    }
+
+    fn check(&self, prepared: &Prepared, context: &Context) -> Result<(), Failure> {
+        let epoch = context.config.epoch.next();
+        if prepared.epoch != epoch {
+            let text = format!("it prepared epoch {} where epoch {epoch} was asked for", prepared.epoch);
+            return Err(Failure::Protocol(text));
+        }
+        if prepared.digest != self.sent.digest {
+            let text = format!(
+                "the target's memory differs from the guest's (digest {} there, {} here); \
+                 please report this with both sides' logs",
+                prepared.digest, self.sent.digest
+            );
+            return Err(Failure::Protocol(text));
+        }
+        Ok(())
+    }
+}
+
+fn too_long(standstill: Duration) -> Failure {
+    let text = format!(
+        "the guest stood still for {} ms without being handed over, far beyond its budget, so it goes on here",
+        standstill.as_millis()
+    );
+    Failure::Timeout(text)
+}

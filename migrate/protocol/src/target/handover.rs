@@ -1,0 +1,225 @@
+//! From `Prepared` to `Running`, or to `Discarded`.
+
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "what a phase has no use for is dropped or refused in one place; the table test has every pair"
+)]
+
+use std::time::Duration;
+
+use crate::digest::MemoryDigest;
+use crate::message::{AbortCode, AtEpoch, Message, NetworkIdentity, Running as RunningMessage};
+use crate::record::Standing;
+use crate::time::Timestamp;
+
+use super::receive::micros;
+use super::{Action, Context, Event, Guest, Outcome, PREPARED_WAIT_MAX, Phase, Progress};
+
+/// Everything is here; the source decides.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) guest: Guest,
+    network: NetworkIdentity,
+    runs: bool,
+    digest: MemoryDigest,
+    /// Set while the connection is lost.
+    pub(super) discard_at: Option<Timestamp>,
+}
+
+pub(super) fn prepared(guest: Guest, network: NetworkIdentity, runs: bool, digest: MemoryDigest) -> Phase {
+    Phase::Prepared(Prepared { guest, network, runs, digest, discard_at: None })
+}
+
+impl Prepared {
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        match event {
+            Event::Message(Message::Commit(AtEpoch { epoch })) => {
+                // A commit for another epoch is a peer's error and changes nothing.
+                let Ok(standing) = self.guest.standing.commit(epoch) else {
+                    return Phase::Prepared(self);
+                };
+                self.guest.standing = standing;
+                context.act(Action::WriteRecord(self.guest.record(Standing::Running)));
+                let Self { guest, network, runs, digest, .. } = self;
+                Phase::Recording(Recording { guest, network, runs, digest })
+            }
+            // The source has not committed, or it would not give up: this word alone allows discarding at once.
+            Event::Message(Message::Abort(abort)) => discard(self.guest, None, &abort.sentence, context),
+            Event::Message(Message::Ping(token)) => {
+                context.send(Message::Pong(token));
+                Phase::Prepared(self)
+            }
+            // It may have committed. Waiting a while costs nothing; discarding afterwards is safe, because a
+            // source that did commit is answered `Discarded` and takes the guest back.
+            Event::Disconnected(_) | Event::StreamFailed { .. } => {
+                if self.discard_at.is_none() {
+                    context.act(Action::Report(Progress::InDoubt));
+                    self.discard_at = Some(now + PREPARED_WAIT_MAX);
+                }
+                Phase::Prepared(self)
+            }
+            Event::Reconnected => {
+                self.discard_at = None;
+                Phase::Prepared(self)
+            }
+            Event::Timeout => {
+                let text = "the source did not come back after the guest was prepared";
+                discard(self.guest, None, text, context)
+            }
+            Event::Cancel => {
+                let text = "the target was told to give up";
+                discard(self.guest, Some(AbortCode::Cancelled), text, context)
+            }
+            _ => Phase::Prepared(self),
+        }
+    }
+}
+
+/// `Commit` came; the record that the guest runs here is being written.
+#[derive(Debug)]
+pub(super) struct Recording {
+    pub(super) guest: Guest,
+    network: NetworkIdentity,
+    runs: bool,
+    digest: MemoryDigest,
+}
+
+impl Recording {
+    pub(super) fn on(mut self, event: Event, context: &mut Context) -> Phase {
+        match event {
+            Event::RecordWritten { took } => {
+                self.guest.standing = self.guest.standing.recorded().expect("it was being recorded");
+                context.act(Action::RunVm { runs: self.runs });
+                let Self { guest, network, digest, .. } = self;
+                Phase::Starting(Starting { guest, network, digest, record: took })
+            }
+            Event::RecordFailed(reason) => {
+                self.guest.standing = self.guest.standing.failed().expect("it was being recorded");
+                let text = format!("the target could not record that it runs the guest: {reason}");
+                discard(self.guest, None, &text, context)
+            }
+            // Until the disk has answered nothing else can be decided. A repeated `Commit` is answered by
+            // `Running`, a lost connection by the source's return.
+            _ => Phase::Recording(self),
+        }
+    }
+}
+
+/// The record is durable; the guest is being started.
+#[derive(Debug)]
+pub(super) struct Starting {
+    pub(super) guest: Guest,
+    network: NetworkIdentity,
+    digest: MemoryDigest,
+    record: Duration,
+}
+
+impl Starting {
+    pub(super) fn on(self, event: Event, context: &mut Context) -> Phase {
+        match event {
+            Event::VmRunning { took } => {
+                let said = RunningMessage {
+                    epoch: self.guest.standing.epoch(),
+                    record_us: micros(self.record),
+                    run_us: micros(took),
+                };
+                context.send(Message::Running(said.clone()));
+                context.act(Action::Announce(self.network));
+                let Self { guest, digest, .. } = self;
+                Phase::Running(Running { guest, digest, said })
+            }
+            // The guest is this host's by both records, so it can't go back. Its machine is kept, stopped, for
+            // the operator, and the source is told the truth: the guest is here.
+            Event::RunFailed(_) => {
+                let said = RunningMessage {
+                    epoch: self.guest.standing.epoch(),
+                    record_us: micros(self.record),
+                    run_us: 0,
+                };
+                context.send(Message::Running(said.clone()));
+                let Self { guest, digest, .. } = self;
+                Phase::Running(Running { guest, digest, said })
+            }
+            _ => Phase::Starting(self),
+        }
+    }
+}
+
+/// The guest runs here; the source may not know it yet.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub(super) guest: Guest,
+    digest: MemoryDigest,
+    said: RunningMessage,
+}
+
+impl Running {
+    pub(super) fn on(self, event: Event, context: &mut Context) -> Phase {
+        match event {
+            Event::Message(Message::Commit(AtEpoch { epoch })) if epoch == self.said.epoch => {
+                context.send(Message::Running(self.said.clone()));
+                Phase::Running(self)
+            }
+            Event::Message(Message::Released(AtEpoch { epoch })) if epoch == self.said.epoch => {
+                let Guest { vm, name, standing, .. } = self.guest;
+                let outcome = Outcome::Running { vm, name, epoch: standing.epoch(), digest: self.digest };
+                context.act(Action::Finish(outcome));
+                Phase::Finished
+            }
+            _ => Phase::Running(self),
+        }
+    }
+}
+
+/// The record that this epoch never runs here is being written.
+#[derive(Debug)]
+pub(super) struct Discarding {
+    guest: Guest,
+    reason: String,
+}
+
+/// Gives up a migration that has been recorded here, telling the source `code` if it is to be told.
+pub(super) fn discard(
+    mut guest: Guest,
+    code: Option<AbortCode>,
+    reason: &str,
+    context: &mut Context,
+) -> Phase {
+    guest.standing = guest.standing.discard().expect("only what was not recorded as running is discarded");
+    if let Some(code) = code {
+        context.abort(code, reason);
+    }
+    context.act(Action::DiscardMachine);
+    context.act(Action::WriteRecord(guest.record(Standing::Discarded)));
+    Phase::Discarding(Discarding { guest, reason: reason.to_owned() })
+}
+
+/// Gives up a migration of which nothing has been recorded.
+pub(super) fn refuse(code: Option<AbortCode>, reason: &str, context: &mut Context) -> Phase {
+    if let Some(code) = code {
+        context.abort(code, reason);
+    }
+    context.act(Action::Finish(Outcome::Discarded { reason: reason.to_owned() }));
+    Phase::Finished
+}
+
+impl Discarding {
+    pub(super) fn on(self, event: Event, context: &mut Context) -> Phase {
+        match event {
+            Event::RecordWritten { .. } => {
+                let epoch = self.guest.standing.epoch();
+                context.send(Message::Discarded(AtEpoch { epoch }));
+                context.act(Action::Finish(Outcome::Discarded { reason: self.reason }));
+                Phase::Finished
+            }
+            // Without a durable record `Discarded` must not be said; the old record says `Receiving`, which
+            // never runs either, but a source that committed stays in doubt until this host can write again.
+            Event::RecordFailed(failure) => {
+                let reason = format!("{}; and recording that failed: {failure}", self.reason);
+                context.act(Action::Finish(Outcome::Discarded { reason }));
+                Phase::Finished
+            }
+            _ => Phase::Discarding(self),
+        }
+    }
+}

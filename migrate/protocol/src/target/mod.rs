@@ -1,0 +1,343 @@
+//! The target's side of a migration, one file a phase:
+//!
+//! ```text
+//!  receive.rs   Greeting -> Building -> Receiving (pages, fences, state, Prepare)
+//!  handover.rs  Prepared -> Recording -> Starting -> Running
+//!               Discarding
+//! ```
+//!
+//! The contract: **the guest runs here only after `Commit` for the prepared epoch and a durable record**, and
+//! a target that has not begun to record that can discard at any time. Pages never pass through here; the
+//! engine reports fences, with the digest of what each stream has written.
+
+mod handover;
+mod receive;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::digest::MemoryDigest;
+use crate::handover::TargetStanding;
+use crate::ident::{Epoch, MigrationId, StreamIndex, VmId, VmName};
+use crate::layout::MemoryLayout;
+use crate::message::{Abort, AbortCode, Hello, Message, NetworkIdentity};
+use crate::record::{Record, Standing};
+use crate::time::Timestamp;
+
+/// What the host brings along.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// This host's name, for the source's people.
+    pub host: String,
+    /// The source's address, for the record.
+    pub source: String,
+    /// The name that the VM must have, if the operator said one.
+    pub name: Option<VmName>,
+    /// The newest epoch of which this host has a record for the VM that `Hello` named, if any.
+    pub epoch_known: Option<Epoch>,
+}
+
+/// How long the source may stay silent before it has described its machine.
+pub const GREETING_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long a prepared target waits for the source to come back before it discards.
+pub const PREPARED_WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A message arrived.
+    Message(Message),
+    /// The control connection is lost.
+    Disconnected(String),
+    /// The source has connected again and named this migration.
+    Reconnected,
+    /// The empty machine stands and waits for pages on its streams.
+    MachineBuilt,
+    /// It can't be built.
+    BuildFailed {
+        /// [`AbortCode::NoMemory`] or [`AbortCode::CannotBuild`].
+        code: AbortCode,
+        /// Why, in a sentence.
+        sentence: String,
+    },
+    /// A stream has written everything before the fence into guest memory.
+    FenceReached {
+        /// Which stream.
+        stream: StreamIndex,
+        /// Which fence.
+        fence: u32,
+        /// The digest of all pages that this stream has written, each as last written.
+        digest: MemoryDigest,
+    },
+    /// A stream broke or sent what it must not.
+    StreamFailed {
+        /// Whether the peer broke the protocol, or only the connection.
+        code: AbortCode,
+        /// Why, in a sentence.
+        sentence: String,
+    },
+    /// The state is restored.
+    StateRestored {
+        /// How long that took.
+        took: Duration,
+    },
+    /// It can't be restored.
+    RestoreFailed(String),
+    /// The record is durable.
+    RecordWritten {
+        /// How long that took.
+        took: Duration,
+    },
+    /// It could not be written.
+    RecordFailed(String),
+    /// The guest runs.
+    VmRunning {
+        /// How long starting it took.
+        took: Duration,
+    },
+    /// The guest could not be started.
+    RunFailed(String),
+    /// The operator wants the target to give up.
+    Cancel,
+    /// [`Target::poll_timeout`]'s time has come.
+    Timeout,
+}
+
+/// What is to be done. Actions on the VM and the record are to be carried out in the order given.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Send a message; if there is no connection, drop it.
+    Send(Message),
+    /// Write the record durably.
+    WriteRecord(Record),
+    /// Build an empty machine and get ready to take its streams.
+    BuildMachine {
+        /// The machine in the machine monitor's own format.
+        description: Vec<u8>,
+        /// Its memory.
+        layout: MemoryLayout,
+        /// How many streams to expect.
+        streams: u16,
+    },
+    /// The guest has stopped at the source: what has queued in the tap so far is stale.
+    DropStaleFrames,
+    /// Restore vCPUs and devices.
+    RestoreState(Vec<u8>),
+    /// Start the guest, or only own it if it was paused by the operator.
+    RunVm {
+        /// Whether its vCPUs start.
+        runs: bool,
+    },
+    /// Tell the network where the guest is now, at once and on a schedule.
+    Announce(NetworkIdentity),
+    /// Close the streams and let go of machine and memory.
+    DiscardMachine,
+    /// Tell the caller.
+    Report(Progress),
+    /// It is over.
+    Finish(Outcome),
+}
+
+/// What the caller may want to show.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Progress {
+    /// A source has introduced itself.
+    Greeted {
+        /// The VM.
+        vm: VmId,
+        /// Its name.
+        name: VmName,
+    },
+    /// Pages are arriving.
+    Receiving,
+    /// Everything is here; the source decides.
+    Prepared,
+    /// The connection is lost while prepared: the source may or may not have committed.
+    InDoubt,
+}
+
+/// How it ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest runs here.
+    Running {
+        /// The VM.
+        vm: VmId,
+        /// Its name.
+        name: VmName,
+        /// The epoch in which it runs.
+        epoch: Epoch,
+        /// The digest on which both sides agreed.
+        digest: MemoryDigest,
+    },
+    /// It does not, and this host is as empty as before.
+    Discarded {
+        /// Why, in a sentence.
+        reason: String,
+    },
+}
+
+#[derive(Debug)]
+struct Context {
+    config: Config,
+    actions: VecDeque<Action>,
+}
+
+/// Who is coming, known once `Hello` was accepted.
+#[derive(Debug, Clone)]
+struct Guest {
+    vm: VmId,
+    name: VmName,
+    migration: MigrationId,
+    standing: TargetStanding,
+}
+
+impl Guest {
+    fn record(&self, standing: Standing) -> Record {
+        Record { vm: self.vm, name: self.name.clone(), epoch: self.standing.epoch(), standing }
+    }
+}
+
+impl Context {
+    fn act(&mut self, action: Action) {
+        self.actions.push_back(action);
+    }
+
+    fn send(&mut self, message: Message) {
+        self.act(Action::Send(message));
+    }
+
+    fn abort(&mut self, code: AbortCode, sentence: &str) {
+        self.send(Message::Abort(Abort::new(code, sentence)));
+    }
+}
+
+#[derive(Debug)]
+enum Phase {
+    Greeting(receive::Greeting),
+    Building(receive::Building),
+    Receiving(Box<receive::Receiving>),
+    Prepared(handover::Prepared),
+    Recording(handover::Recording),
+    Starting(handover::Starting),
+    Running(handover::Running),
+    Discarding(handover::Discarding),
+    Finished,
+}
+
+/// The target's state machine for one migration.
+#[derive(Debug)]
+pub struct Target {
+    context: Context,
+    phase: Phase,
+}
+
+impl Target {
+    /// Begins at `now`, when a control connection stands.
+    #[must_use]
+    pub fn new(config: Config, now: Timestamp) -> Self {
+        let phase = Phase::Greeting(receive::Greeting { deadline: now + GREETING_TIMEOUT });
+        Self { context: Context { config, actions: VecDeque::new() }, phase }
+    }
+
+    /// Takes in what happened at `now`.
+    pub fn handle(&mut self, now: Timestamp, event: Event) {
+        let context = &mut self.context;
+        self.phase = match std::mem::replace(&mut self.phase, Phase::Finished) {
+            Phase::Greeting(phase) => phase.on(now, event, context),
+            Phase::Building(phase) => phase.on(event, context),
+            Phase::Receiving(phase) => phase.on(now, event, context),
+            Phase::Prepared(phase) => phase.on(now, event, context),
+            Phase::Recording(phase) => phase.on(event, context),
+            Phase::Starting(phase) => phase.on(event, context),
+            Phase::Running(phase) => phase.on(event, context),
+            Phase::Discarding(phase) => phase.on(event, context),
+            Phase::Finished => Phase::Finished,
+        };
+    }
+
+    /// The next thing to do, if any.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.context.actions.pop_front()
+    }
+
+    /// When [`Event::Timeout`] is to be handed in, if nothing else happens before.
+    #[must_use]
+    pub const fn poll_timeout(&self) -> Option<Timestamp> {
+        match &self.phase {
+            Phase::Greeting(phase) => Some(phase.deadline),
+            Phase::Prepared(phase) => phase.discard_at,
+            Phase::Building(phase) => phase.wake(),
+            Phase::Receiving(_)
+            | Phase::Recording(_)
+            | Phase::Starting(_)
+            | Phase::Running(_)
+            | Phase::Discarding(_)
+            | Phase::Finished => None,
+        }
+    }
+
+    /// Whether the target may run the guest, by the rules of the handover.
+    #[must_use]
+    pub const fn may_run(&self) -> bool {
+        match &self.phase {
+            Phase::Starting(phase) => phase.guest.standing.may_run(),
+            Phase::Running(phase) => phase.guest.standing.may_run(),
+            Phase::Greeting(_)
+            | Phase::Building(_)
+            | Phase::Receiving(_)
+            | Phase::Prepared(_)
+            | Phase::Recording(_)
+            | Phase::Discarding(_)
+            | Phase::Finished => false,
+        }
+    }
+
+    /// Whether `hello` comes from the source that this target is already talking to and takes up the same
+    /// migration.
+    #[must_use]
+    pub fn resumed_by(&self, hello: &Hello) -> bool {
+        hello.resumes && self.guest().is_some_and(|guest| guest.migration == hello.migration)
+    }
+
+    /// Whether `hello` proves that the source of this migration has given it up: the same VM comes again in
+    /// the epoch before the one that is prepared here, so its source can't have committed.
+    #[must_use]
+    pub fn superseded_by(&self, hello: &Hello) -> bool {
+        let fresh = |guest: &Guest| {
+            guest.vm == hello.vm
+                && guest.migration != hello.migration
+                && guest.standing.epoch() == hello.epoch.next()
+        };
+        !hello.resumes && !self.may_run() && self.guest().is_some_and(fresh)
+    }
+
+    fn guest(&self) -> Option<&Guest> {
+        match &self.phase {
+            Phase::Building(phase) => Some(&phase.guest),
+            Phase::Receiving(phase) => Some(&phase.guest),
+            Phase::Prepared(phase) => Some(&phase.guest),
+            Phase::Recording(phase) => Some(&phase.guest),
+            Phase::Starting(phase) => Some(&phase.guest),
+            Phase::Running(phase) => Some(&phase.guest),
+            Phase::Greeting(_) | Phase::Discarding(_) | Phase::Finished => None,
+        }
+    }
+
+    /// The phase in a word.
+    #[must_use]
+    pub const fn phase(&self) -> &'static str {
+        match self.phase {
+            Phase::Greeting(_) => "greeting",
+            Phase::Building(_) => "building",
+            Phase::Receiving(_) => "receiving",
+            Phase::Prepared(_) => "prepared",
+            Phase::Recording(_) => "recording that it runs",
+            Phase::Starting(_) => "starting",
+            Phase::Running(_) => "running",
+            Phase::Discarding(_) => "discarding",
+            Phase::Finished => "finished",
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! Greeting, building the empty machine, and receiving until everything is here and the same.
+
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "what a phase has no use for is dropped or refused in one place; the table test has every pair"
+)]
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::digest::MemoryDigest;
+use crate::handover::TargetStanding;
+use crate::ident::StreamIndex;
+use crate::layout::MemoryLayout;
+use crate::message::{
+    AbortCode, Describe, FenceReached, Hello, Message, NetworkIdentity, Prepare, Prepared, Ready, State,
+    Welcome,
+};
+use crate::negotiation::{Features, common_version};
+use crate::record::Standing;
+use crate::time::Timestamp;
+
+use super::handover::{self, discard, refuse};
+use super::{Action, Context, Event, Guest, Phase, Progress};
+
+/// Nobody has introduced themselves yet, or has but not said what to build.
+#[derive(Debug)]
+pub(super) struct Greeting {
+    pub(super) deadline: Timestamp,
+}
+
+impl Greeting {
+    pub(super) fn on(self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        match event {
+            Event::Message(Message::Hello(hello)) => greet(&hello, now, context),
+            Event::Message(Message::Ping(token)) => {
+                context.send(Message::Pong(token));
+                Phase::Greeting(self)
+            }
+            Event::Message(Message::Abort(abort)) => refuse(None, &abort.sentence, context),
+            Event::Message(other) => {
+                let text = format!("a {:?} message came before any Hello", other.message_type());
+                refuse(Some(AbortCode::Protocol), &text, context)
+            }
+            Event::Disconnected(reason) => refuse(None, &reason, context),
+            Event::Cancel => refuse(Some(AbortCode::Cancelled), "the target was told to give up", context),
+            Event::Timeout => refuse(Some(AbortCode::Timeout), "no Hello came in time", context),
+            _ => Phase::Greeting(self),
+        }
+    }
+}
+
+fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
+    let Some(version) = common_version(hello.version_oldest, hello.version_newest) else {
+        let text = format!(
+            "the source speaks versions {} to {} of the protocol, this target {} to {}",
+            hello.version_oldest,
+            hello.version_newest,
+            crate::wire::VERSION_OLDEST,
+            crate::wire::VERSION_NEWEST
+        );
+        return refuse(Some(AbortCode::Version), &text, context);
+    };
+    if hello.resumes {
+        let text = format!("this target has nothing of migration {} any more", hello.migration);
+        return refuse(Some(AbortCode::Epoch), &text, context);
+    }
+    if let Some(wanted) = context.config.name.as_ref().filter(|&name| *name != hello.name) {
+        let text = format!("this target waits for VM '{wanted}', not for '{}'", hello.name);
+        return refuse(Some(AbortCode::CannotBuild), &text, context);
+    }
+    if let Some(known) = context.config.epoch_known.filter(|&known| known > hello.epoch) {
+        let text = format!(
+            "this host's record of VM '{}' speaks of epoch {known}, the source's is only {}: \
+             the source's copy is outdated",
+            hello.name, hello.epoch
+        );
+        return refuse(Some(AbortCode::Epoch), &text, context);
+    }
+    context.act(Action::Report(Progress::Greeted { vm: hello.vm, name: hello.name.clone() }));
+    context.send(Message::Welcome(Welcome {
+        version,
+        features: Features::OURS.both(hello.features),
+        host: context.config.host.clone(),
+    }));
+    let standing = TargetStanding::Receiving(hello.epoch.next());
+    let guest = Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
+    let deadline = now + super::GREETING_TIMEOUT;
+    Phase::Building(Building { guest, step: BuildStep::AwaitingDescription, deadline })
+}
+
+/// The machine is being built.
+#[derive(Debug)]
+pub(super) struct Building {
+    pub(super) guest: Guest,
+    step: BuildStep,
+    deadline: Timestamp,
+}
+
+#[derive(Debug)]
+enum BuildStep {
+    AwaitingDescription,
+    /// The record that this host is receiving is being written: rehearsing the one within the downtime.
+    Recording {
+        describe: Describe,
+        layout: MemoryLayout,
+    },
+    Building {
+        streams: u16,
+        record: Duration,
+    },
+}
+
+impl Building {
+    pub(super) fn on(mut self, event: Event, context: &mut Context) -> Phase {
+        match (self.step, event) {
+            (BuildStep::AwaitingDescription, Event::Message(Message::Describe(describe))) => {
+                let layout = match MemoryLayout::new(describe.regions.clone()) {
+                    Ok(layout) => layout,
+                    Err(error) => {
+                        return refuse(Some(AbortCode::CannotBuild), &error.to_string(), context);
+                    }
+                };
+                let standing = Standing::Receiving { source: context.config.source.clone() };
+                context.act(Action::WriteRecord(self.guest.record(standing)));
+                self.step = BuildStep::Recording { describe, layout };
+                Phase::Building(self)
+            }
+            (BuildStep::Recording { describe, layout }, Event::RecordWritten { took }) => {
+                let Describe { description, streams, .. } = describe;
+                context.act(Action::BuildMachine { description, layout, streams });
+                self.step = BuildStep::Building { streams, record: took };
+                Phase::Building(self)
+            }
+            (BuildStep::Building { streams, record }, Event::MachineBuilt) => {
+                let record_us = u64::try_from(record.as_micros()).unwrap_or(u64::MAX);
+                context.send(Message::Ready(Ready { record_us }));
+                context.act(Action::Report(Progress::Receiving));
+                Phase::Receiving(Box::new(Receiving::new(self.guest, streams)))
+            }
+            (step, event) => {
+                self.step = step;
+                self.on_other(event, context)
+            }
+        }
+    }
+
+    fn on_other(self, event: Event, context: &mut Context) -> Phase {
+        if let Some((code, reason)) = failure(&event) {
+            return self.give_up(code, &reason, context);
+        }
+        match event {
+            Event::Message(Message::Ping(token)) => {
+                context.send(Message::Pong(token));
+                Phase::Building(self)
+            }
+            Event::Message(message) => {
+                let text = format!("a {:?} message came while building", message.message_type());
+                self.give_up(Some(AbortCode::Protocol), &text, context)
+            }
+            Event::Timeout if matches!(self.step, BuildStep::AwaitingDescription) => {
+                self.give_up(Some(AbortCode::Timeout), "no Describe came in time", context)
+            }
+            _ => Phase::Building(self),
+        }
+    }
+
+    fn give_up(self, code: Option<AbortCode>, reason: &str, context: &mut Context) -> Phase {
+        match self.step {
+            BuildStep::AwaitingDescription => refuse(code, reason, context),
+            BuildStep::Recording { .. } | BuildStep::Building { .. } => {
+                discard(self.guest, code, reason, context)
+            }
+        }
+    }
+
+    /// When the source should have said what to build.
+    pub(super) const fn wake(&self) -> Option<Timestamp> {
+        match self.step {
+            BuildStep::AwaitingDescription => Some(self.deadline),
+            BuildStep::Recording { .. } | BuildStep::Building { .. } => None,
+        }
+    }
+}
+
+/// What ends an attempt that is not prepared, with the code to tell the source if it is still there.
+fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
+    match event {
+        Event::Message(Message::Abort(abort)) => Some((None, abort.sentence.clone())),
+        Event::Disconnected(reason) => {
+            Some((None, format!("the connection to the source was lost: {reason}")))
+        }
+        Event::BuildFailed { code, sentence } | Event::StreamFailed { code, sentence } => {
+            Some((Some(*code), sentence.clone()))
+        }
+        Event::RestoreFailed(reason) => Some((Some(AbortCode::CannotRestore), reason.clone())),
+        Event::RecordFailed(reason) | Event::RunFailed(reason) => {
+            Some((Some(AbortCode::Internal), reason.clone()))
+        }
+        Event::Cancel => Some((Some(AbortCode::Cancelled), "the target was told to give up".to_owned())),
+        Event::Message(_)
+        | Event::Reconnected
+        | Event::MachineBuilt
+        | Event::FenceReached { .. }
+        | Event::StateRestored { .. }
+        | Event::RecordWritten { .. }
+        | Event::VmRunning { .. }
+        | Event::Timeout => None,
+    }
+}
+
+/// The machine stands and its memory is arriving.
+#[derive(Debug)]
+pub(super) struct Receiving {
+    pub(super) guest: Guest,
+    streams: u16,
+    /// For each fence that not all streams have reached: which have, with their digests.
+    fences: BTreeMap<u32, BTreeMap<StreamIndex, MemoryDigest>>,
+    /// The last fence that all streams have reached, and the digest of all pages by then.
+    complete: (u32, MemoryDigest),
+    state: Option<StateStep>,
+    prepare: Option<(Prepare, Timestamp)>,
+    pages_complete_at: Option<Timestamp>,
+}
+
+#[derive(Debug)]
+enum StateStep {
+    Restoring { network: NetworkIdentity, runs: bool },
+    Restored { network: NetworkIdentity, runs: bool, took: Duration },
+}
+
+/// More fences under way than this means that a peer sends them without any order.
+const FENCES_MAX: usize = 16;
+
+impl Receiving {
+    fn new(guest: Guest, streams: u16) -> Self {
+        Self {
+            guest,
+            streams,
+            fences: BTreeMap::new(),
+            complete: (0, MemoryDigest::ZERO),
+            state: None,
+            prepare: None,
+            pages_complete_at: None,
+        }
+    }
+
+    pub(super) fn on(mut self: Box<Self>, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        if let Some((code, reason)) = failure(&event) {
+            return discard(self.guest, code, &reason, context);
+        }
+        match (event, &self.state) {
+            (Event::FenceReached { stream, fence, digest }, _) => {
+                if let Err(reason) = self.fence(stream, fence, digest, now, context) {
+                    return discard(self.guest, Some(AbortCode::Protocol), &reason, context);
+                }
+            }
+            (Event::Message(Message::Stopping(_)), _) => context.act(Action::DropStaleFrames),
+            (Event::Message(Message::Ping(token)), _) => context.send(Message::Pong(token)),
+            (Event::Message(Message::State(State { state, network, runs })), None) => {
+                context.act(Action::RestoreState(state));
+                self.state = Some(StateStep::Restoring { network, runs });
+            }
+            (Event::StateRestored { took }, Some(StateStep::Restoring { network, runs })) => {
+                let (network, runs) = (network.clone(), *runs);
+                self.state = Some(StateStep::Restored { network, runs, took });
+            }
+            (Event::Message(Message::Prepare(prepare)), _) if self.prepare.is_none() => {
+                self.prepare = Some((prepare, now));
+            }
+            (Event::Message(message), _) => {
+                let text = format!("a {:?} message has no place while receiving", message.message_type());
+                return discard(self.guest, Some(AbortCode::Protocol), &text, context);
+            }
+            _ => {}
+        }
+        self.prepared_if_complete(context)
+    }
+
+    fn fence(
+        &mut self,
+        stream: StreamIndex,
+        fence: u32,
+        digest: MemoryDigest,
+        now: Timestamp,
+        context: &mut Context,
+    ) -> Result<(), String> {
+        let reached = self.fences.entry(fence).or_default();
+        if fence <= self.complete.0 || reached.insert(stream, digest).is_some() {
+            return Err(format!("fence {fence} came twice on data stream {}", stream.number()));
+        }
+        if reached.len() == usize::from(self.streams) {
+            let sum = reached.values().copied().fold(MemoryDigest::ZERO, MemoryDigest::combine);
+            self.fences.remove(&fence);
+            self.complete = (fence, sum);
+            self.pages_complete_at = Some(now);
+            context.send(Message::FenceReached(FenceReached { fence }));
+        } else if self.fences.len() > FENCES_MAX {
+            return Err(format!("more than {FENCES_MAX} fences are under way"));
+        }
+        Ok(())
+    }
+
+    fn prepared_if_complete(self: Box<Self>, context: &mut Context) -> Phase {
+        let (Some((prepare, asked_at)), Some(StateStep::Restored { network, runs, took })) =
+            (&self.prepare, &self.state)
+        else {
+            return Phase::Receiving(self);
+        };
+        if self.complete.0 < prepare.fence {
+            return Phase::Receiving(self);
+        }
+        let Prepare { epoch, digest, .. } = *prepare;
+        let own = self.complete.1;
+        if own != digest {
+            let text = format!(
+                "the two memories differ (digest {digest} at the source, {own} at the target); \
+                 the guest goes on at the source"
+            );
+            return discard(self.guest, Some(AbortCode::DigestDiffers), &text, context);
+        }
+        let standing = match self.guest.standing.prepared(epoch) {
+            Ok(standing) => standing,
+            Err(error) => {
+                return discard(self.guest, Some(AbortCode::Epoch), &error.to_string(), context);
+            }
+        };
+        let wait = self.pages_complete_at.map_or(Duration::ZERO, |at| at.since(*asked_at));
+        context.send(Message::Prepared(Prepared {
+            epoch,
+            digest: own,
+            wait_us: micros(wait),
+            restore_us: micros(*took),
+        }));
+        context.act(Action::Report(Progress::Prepared));
+        let (network, runs) = (network.clone(), *runs);
+        let mut guest = self.guest;
+        guest.standing = standing;
+        handover::prepared(guest, network, runs, own)
+    }
+}
+
+pub(super) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
