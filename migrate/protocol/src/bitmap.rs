@@ -61,6 +61,11 @@ impl ChunkIndex {
         self.0 * CHUNK_PAGES
     }
 
+    /// The runs of consecutive pages that `mask` names in this chunk, in ascending order.
+    pub fn ranges(self, mask: &PageMask) -> impl Iterator<Item = PageRange> + use<> {
+        mask.runs().map(move |(offset, count)| PageRange { first: self.first_page() + offset, count })
+    }
+
     /// The one stream, of `streams`, on which this chunk's pages travel. A newer copy of a page thus
     /// always follows the older one in one TCP stream and can't be overtaken by it.
     ///

@@ -102,10 +102,8 @@ impl Decoder {
     /// # Errors
     /// [`WireError`]; the stream can't be read any further afterwards.
     pub fn next_message(&mut self) -> Result<Option<Message>, WireError> {
-        if let Some(magic) = self.buffer.first_chunk::<4>() {
-            if *magic != CONTROL_MAGIC {
-                return Err(WireError::Magic(*magic));
-            }
+        if let Some(magic) = self.buffer.first_chunk::<4>().filter(|&magic| *magic != CONTROL_MAGIC) {
+            return Err(WireError::Magic(*magic));
         }
         let Some(header) = self.buffer.first_chunk::<HEADER_BYTES>() else {
             return Ok(None);

@@ -13,7 +13,7 @@ use crate::record::Standing;
 use crate::time::Timestamp;
 
 use super::receive::micros;
-use super::{Action, Context, Event, Guest, Outcome, PREPARED_WAIT_MAX, Phase, Progress};
+use super::{Action, Context, Event, Guest, Outcome, PREPARED_WAIT_MAX, Phase, Progress, RELEASE_WAIT_MAX};
 
 /// Everything is here; the source decides.
 #[derive(Debug)]
@@ -115,33 +115,29 @@ pub(super) struct Starting {
 }
 
 impl Starting {
-    pub(super) fn on(self, event: Event, context: &mut Context) -> Phase {
+    pub(super) fn on(self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         match event {
             Event::VmRunning { took } => {
-                let said = RunningMessage {
-                    epoch: self.guest.standing.epoch(),
-                    record_us: micros(self.record),
-                    run_us: micros(took),
-                };
-                context.send(Message::Running(said.clone()));
-                context.act(Action::Announce(self.network));
-                let Self { guest, digest, .. } = self;
-                Phase::Running(Running { guest, digest, said })
+                context.act(Action::Announce(self.network.clone()));
+                context.act(Action::Report(Progress::Running));
+                self.tell(took, now, context)
             }
             // The guest is this host's by both records, so it can't go back. Its machine is kept, stopped, for
             // the operator, and the source is told the truth: the guest is here.
-            Event::RunFailed(_) => {
-                let said = RunningMessage {
-                    epoch: self.guest.standing.epoch(),
-                    record_us: micros(self.record),
-                    run_us: 0,
-                };
-                context.send(Message::Running(said.clone()));
-                let Self { guest, digest, .. } = self;
-                Phase::Running(Running { guest, digest, said })
+            Event::RunFailed(reason) => {
+                context.act(Action::Report(Progress::CannotRun { reason }));
+                self.tell(Duration::ZERO, now, context)
             }
             _ => Phase::Starting(self),
         }
+    }
+
+    fn tell(self, took: Duration, now: Timestamp, context: &mut Context) -> Phase {
+        let Self { guest, network: _, digest, record } = self;
+        let said =
+            RunningMessage { epoch: guest.standing.epoch(), record_us: micros(record), run_us: micros(took) };
+        context.send(Message::Running(said.clone()));
+        Phase::Running(Running { guest, digest, said, deadline: now + RELEASE_WAIT_MAX })
     }
 }
 
@@ -151,23 +147,29 @@ pub(super) struct Running {
     pub(super) guest: Guest,
     digest: MemoryDigest,
     said: RunningMessage,
+    pub(super) deadline: Timestamp,
 }
 
 impl Running {
     pub(super) fn on(self, event: Event, context: &mut Context) -> Phase {
-        match event {
-            Event::Message(Message::Commit(AtEpoch { epoch })) if epoch == self.said.epoch => {
-                context.send(Message::Running(self.said.clone()));
-                Phase::Running(self)
+        let released = match event {
+            Event::Message(Message::Commit(AtEpoch { epoch })) => {
+                if epoch == self.said.epoch {
+                    context.send(Message::Running(self.said.clone()));
+                }
+                false
             }
-            Event::Message(Message::Released(AtEpoch { epoch })) if epoch == self.said.epoch => {
-                let Guest { vm, name, standing, .. } = self.guest;
-                let outcome = Outcome::Running { vm, name, epoch: standing.epoch(), digest: self.digest };
-                context.act(Action::Finish(outcome));
-                Phase::Finished
-            }
-            _ => Phase::Running(self),
+            Event::Message(Message::Released(AtEpoch { epoch })) => epoch == self.said.epoch,
+            Event::Timeout => true,
+            _ => false,
+        };
+        if !released {
+            return Phase::Running(self);
         }
+        let Guest { vm, name, standing, .. } = self.guest;
+        let outcome = Outcome::Running { vm, name, epoch: standing.epoch(), digest: self.digest };
+        context.act(Action::Finish(outcome));
+        Phase::Finished
     }
 }
 

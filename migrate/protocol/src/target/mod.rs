@@ -33,8 +33,8 @@ pub struct Config {
     pub source: String,
     /// The name that the VM must have, if the operator said one.
     pub name: Option<VmName>,
-    /// The newest epoch of which this host has a record for the VM that `Hello` named, if any.
-    pub epoch_known: Option<Epoch>,
+    /// What this host last recorded under the name that the target goes by, if anything.
+    pub record: Option<Record>,
 }
 
 /// How long the source may stay silent before it has described its machine.
@@ -42,6 +42,10 @@ pub const GREETING_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How long a prepared target waits for the source to come back before it discards.
 pub const PREPARED_WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// How long a target that runs the guest keeps answering a source that has not confirmed its release. A source
+/// that comes later stays in doubt until its operator resolves it.
+pub const RELEASE_WAIT_MAX: Duration = Duration::from_secs(600);
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
@@ -153,6 +157,18 @@ pub enum Progress {
     Receiving,
     /// Everything is here; the source decides.
     Prepared,
+    /// The guest runs here, or is paused here as its operator had left it.
+    Running,
+    /// The guest is this host's, but could not be started; its machine is kept.
+    CannotRun {
+        /// Why.
+        reason: String,
+    },
+    /// The attempt is over; this host is as empty as before.
+    GivenUp {
+        /// Why.
+        reason: String,
+    },
     /// The connection is lost while prepared: the source may or may not have committed.
     InDoubt,
 }
@@ -250,7 +266,7 @@ impl Target {
             Phase::Receiving(phase) => phase.on(now, event, context),
             Phase::Prepared(phase) => phase.on(now, event, context),
             Phase::Recording(phase) => phase.on(event, context),
-            Phase::Starting(phase) => phase.on(event, context),
+            Phase::Starting(phase) => phase.on(now, event, context),
             Phase::Running(phase) => phase.on(event, context),
             Phase::Discarding(phase) => phase.on(event, context),
             Phase::Finished => Phase::Finished,
@@ -269,10 +285,10 @@ impl Target {
             Phase::Greeting(phase) => Some(phase.deadline),
             Phase::Prepared(phase) => phase.discard_at,
             Phase::Building(phase) => phase.wake(),
+            Phase::Running(phase) => Some(phase.deadline),
             Phase::Receiving(_)
             | Phase::Recording(_)
             | Phase::Starting(_)
-            | Phase::Running(_)
             | Phase::Discarding(_)
             | Phase::Finished => None,
         }
@@ -311,6 +327,12 @@ impl Target {
                 && guest.standing.epoch() == hello.epoch.next()
         };
         !hello.resumes && !self.may_run() && self.guest().is_some_and(fresh)
+    }
+
+    /// Whether this migration is as good as over and only its record is being written.
+    #[must_use]
+    pub const fn is_ending(&self) -> bool {
+        matches!(self.phase, Phase::Discarding(_) | Phase::Finished)
     }
 
     fn guest(&self) -> Option<&Guest> {

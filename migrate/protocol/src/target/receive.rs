@@ -13,11 +13,11 @@ use crate::handover::TargetStanding;
 use crate::ident::StreamIndex;
 use crate::layout::MemoryLayout;
 use crate::message::{
-    AbortCode, Describe, FenceReached, Hello, Message, NetworkIdentity, Prepare, Prepared, Ready, State,
-    Welcome,
+    AbortCode, Describe, FenceReached, Hello, Message, NetworkIdentity, Prepare, Prepared, Ready, Running,
+    State, Welcome,
 };
 use crate::negotiation::{Features, common_version};
-use crate::record::Standing;
+use crate::record::{Record, Standing};
 use crate::time::Timestamp;
 
 use super::handover::{self, discard, refuse};
@@ -62,16 +62,23 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
         return refuse(Some(AbortCode::Version), &text, context);
     };
     if hello.resumes {
-        let text = format!("this target has nothing of migration {} any more", hello.migration);
-        return refuse(Some(AbortCode::Epoch), &text, context);
+        return answer_from_record(hello, context);
     }
     if let Some(wanted) = context.config.name.as_ref().filter(|&name| *name != hello.name) {
         let text = format!("this target waits for VM '{wanted}', not for '{}'", hello.name);
         return refuse(Some(AbortCode::CannotBuild), &text, context);
     }
-    if let Some(known) = context.config.epoch_known.filter(|&known| known > hello.epoch) {
+    let known = context.config.record.as_ref().filter(|record| record.vm == hello.vm);
+    let outdated = |record: &Record| match record.standing {
+        // An attempt that was given up leaves the source in the epoch before.
+        Standing::Receiving { .. } | Standing::Discarded => record.epoch > hello.epoch.next(),
+        Standing::Running | Standing::Stopped | Standing::Committed { .. } | Standing::Released { .. } => {
+            record.epoch > hello.epoch
+        }
+    };
+    if let Some(known) = known.filter(|record| outdated(record)).map(|record| record.epoch) {
         let text = format!(
-            "this host's record of VM '{}' speaks of epoch {known}, the source's is only {}: \
+            "this host's record of VM '{}' speaks of epoch {known}, the source runs only {}: \
              the source's copy is outdated",
             hello.name, hello.epoch
         );
@@ -87,6 +94,33 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
     let guest = Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
     let deadline = now + super::GREETING_TIMEOUT;
     Phase::Building(Building { guest, step: BuildStep::AwaitingDescription, deadline })
+}
+
+/// A source that may have committed comes back, but this process has nothing of its migration any more: it was
+/// discarded, or this host was restarted. Only what is on disk can answer.
+fn answer_from_record(hello: &Hello, context: &mut Context) -> Phase {
+    let epoch = hello.epoch.next();
+    let record = context.config.record.take().filter(|r| r.vm == hello.vm && r.epoch == epoch);
+    let guest =
+        |standing| Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
+    match record.map(|record| record.standing) {
+        // Received here, never recorded as running, and its memory is gone: it never will run here.
+        Some(Standing::Receiving { .. } | Standing::Discarded) => {
+            let reason = "its source asked after a migration that was not finished here";
+            discard(guest(TargetStanding::Receiving(epoch)), None, reason, context)
+        }
+        Some(
+            Standing::Running | Standing::Stopped | Standing::Committed { .. } | Standing::Released { .. },
+        ) => {
+            let said = Running { epoch, record_us: 0, run_us: 0 };
+            context.send(Message::Running(said));
+            refuse(None, "its source was told that the guest has been running here", context)
+        }
+        None => {
+            let text = format!("this host has no record of migration {}", hello.migration);
+            refuse(Some(AbortCode::Epoch), &text, context)
+        }
+    }
 }
 
 /// The machine is being built.

@@ -1,0 +1,407 @@
+//! The source's engine: [`migrate`] moves one VM away.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use ferry_protocol::page::Compression;
+use ferry_protocol::source::{Action, Config, Event, OnTimeout, Outcome, Progress, Source};
+use ferry_protocol::{Epoch, MemoryLayout, MigrationId, Record, VmId, VmName};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::vm_worker::VmWorker;
+use super::{CLOSE_TIMEOUT, sleep_until};
+use crate::bandwidth::Bandwidth;
+use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
+use crate::stream::{SenderOptions, Senders, TransferCounters};
+use crate::transport::control::{ControlReader, ControlWriter, split};
+use crate::transport::tcp;
+
+/// What the caller of [`migrate`] chooses.
+#[derive(Debug, Clone)]
+pub struct MigrateOptions {
+    /// This attempt: 16 random bytes.
+    pub migration: MigrationId,
+    /// The VM's identity.
+    pub vm: VmId,
+    /// Its name.
+    pub name: VmName,
+    /// The epoch in which it runs here.
+    pub epoch: Epoch,
+    /// The target as `host:port`.
+    pub target: String,
+    /// How many data streams, 1 to [`ferry_protocol::ident::STREAMS_MAX`].
+    pub streams: u16,
+    /// Whether pages are packed.
+    pub compression: Compression,
+    /// The most that ferry sends while the guest runs, in bytes/s.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// The downtime that is allowed.
+    pub downtime_budget: Duration,
+    /// How long it may take until the guest is stopped.
+    pub timeout: Duration,
+    /// What happens then.
+    pub on_timeout: OnTimeout,
+}
+
+/// What [`migrate`] tells while it runs.
+#[derive(Debug, Clone)]
+pub enum Update {
+    /// Something happened.
+    Progress(Box<Progress>),
+    /// How far the pages are, several times a second.
+    Transferred {
+        /// Pages of the current round that are sent.
+        round_pages: u64,
+        /// Bytes of the whole migration that are sent.
+        wire_bytes: u64,
+    },
+}
+
+/// How often [`Update::Transferred`] comes.
+const TRANSFERRED_EVERY: Duration = Duration::from_millis(100);
+
+/// Migrates `vm` away and says how it ended. Set `cancel` to true to give up, which works until the commit.
+///
+/// On [`Outcome::Stayed`] the VM is what it was before. On [`Outcome::Moved`] it has been released. The future
+/// must be polled to its end: dropping it half-way leaves the VM as it is at that moment.
+///
+/// # Errors
+/// Only if a thread can't be started; nothing has happened to the VM then.
+pub async fn migrate(
+    vm: Arc<dyn SourceVm>,
+    records: Arc<dyn RecordStore>,
+    clock: Arc<dyn Clock>,
+    options: MigrateOptions,
+    cancel: watch::Receiver<bool>,
+    updates: mpsc::UnboundedSender<Update>,
+) -> std::io::Result<Outcome> {
+    let (events, inbox) = mpsc::unbounded_channel();
+    let pages = vm.pages();
+    let layout = pages.layout();
+    let bandwidth = Arc::new(Bandwidth::new(options.bandwidth_bytes_per_s, Arc::clone(&clock)));
+    let counters = Arc::new(TransferCounters::default());
+    let sender_options = Arc::new(SenderOptions {
+        address: options.target.clone(),
+        migration: options.migration,
+        streams: options.streams,
+        compression: options.compression,
+        pages,
+        bandwidth,
+        counters: Arc::clone(&counters),
+    });
+    let core = begin(&*vm, options, layout, &*clock);
+    let worker = VmWorker::start()?;
+    let engine = Engine {
+        core,
+        vm,
+        records,
+        clock,
+        worker,
+        events,
+        updates,
+        counters,
+        sender_options,
+        connection: None,
+        connection_number: 0,
+        senders: None,
+        outcome: None,
+    };
+    Ok(engine.run(inbox, cancel).await)
+}
+
+fn begin(vm: &dyn SourceVm, options: MigrateOptions, layout: MemoryLayout, clock: &dyn Clock) -> Source {
+    let MigrateOptions {
+        migration,
+        vm: id,
+        name,
+        epoch,
+        target,
+        streams,
+        compression,
+        bandwidth_bytes_per_s: _,
+        downtime_budget,
+        timeout,
+        on_timeout,
+    } = options;
+    let config = Config {
+        migration,
+        vm: id,
+        name,
+        epoch,
+        target,
+        description: vm.description(),
+        streams,
+        compression,
+        downtime_budget,
+        timeout,
+        on_timeout,
+    };
+    Source::new(config, layout, clock.now())
+}
+
+/// What reaches the engine's loop.
+enum Happened {
+    Core(Event),
+    /// Of the connection with this number; an older one's events no longer count.
+    Link(u64, LinkEvent),
+    Opened(std::io::Result<Senders>),
+}
+
+enum LinkEvent {
+    Up(TcpStream),
+    Event(Event),
+}
+
+struct Connection {
+    writer: ControlWriter,
+    reader: JoinHandle<()>,
+}
+
+struct Engine {
+    core: Source,
+    vm: Arc<dyn SourceVm>,
+    records: Arc<dyn RecordStore>,
+    clock: Arc<dyn Clock>,
+    worker: VmWorker,
+    events: mpsc::UnboundedSender<Happened>,
+    updates: mpsc::UnboundedSender<Update>,
+    counters: Arc<TransferCounters>,
+    sender_options: Arc<SenderOptions>,
+    connection: Option<Connection>,
+    connection_number: u64,
+    senders: Option<Senders>,
+    outcome: Option<Outcome>,
+}
+
+impl Engine {
+    async fn run(
+        mut self,
+        mut inbox: mpsc::UnboundedReceiver<Happened>,
+        mut cancel: watch::Receiver<bool>,
+    ) -> Outcome {
+        let mut show = tokio::time::interval(TRANSFERRED_EVERY);
+        loop {
+            while let Some(action) = self.core.poll_action() {
+                self.perform(action);
+            }
+            if let Some(outcome) = self.outcome.take() {
+                self.close().await;
+                return outcome;
+            }
+            let timeout = self.core.poll_timeout();
+            let event = tokio::select! {
+                Some(happened) = inbox.recv() => match self.digest(happened) {
+                    Some(event) => event,
+                    None => continue,
+                },
+                () = sleep_until(&*self.clock, timeout) => Event::Timeout,
+                () = cancelled(&mut cancel) => {
+                    // Said once is enough; the sender may live on.
+                    cancel = watch::channel(false).1;
+                    Event::Cancel
+                }
+                _ = show.tick() => {
+                    self.show_counters();
+                    continue;
+                }
+            };
+            self.core.handle(self.clock.now(), event);
+        }
+    }
+
+    /// Turns what happened into the core's event, taking over connections and streams.
+    fn digest(&mut self, happened: Happened) -> Option<Event> {
+        match happened {
+            Happened::Core(event) => Some(event),
+            Happened::Link(number, event) if number == self.connection_number => match event {
+                LinkEvent::Up(stream) => {
+                    let (reader, writer) = split(stream);
+                    let reader = tokio::spawn(read(reader, number, self.events.clone()));
+                    self.connection = Some(Connection { writer, reader });
+                    Some(Event::Connected)
+                }
+                LinkEvent::Event(event) => Some(event),
+            },
+            Happened::Link(..) => None,
+            Happened::Opened(Ok(senders)) => {
+                self.senders = Some(senders);
+                Some(Event::StreamsOpened)
+            }
+            Happened::Opened(Err(error)) => {
+                Some(Event::StreamFailed(format!("the data streams can't be opened: {error}")))
+            }
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Connect { delay } => self.connect(delay),
+            Action::Send(message) => {
+                if let Some(connection) = &self.connection {
+                    connection.writer.send(&message);
+                }
+            }
+            Action::OpenStreams => self.open_streams(),
+            Action::CloseStreams => {
+                if let Some(senders) = self.senders.take() {
+                    // Joining their threads may take a moment in which the guest should already run again.
+                    tokio::task::spawn_blocking(move || drop(senders));
+                }
+            }
+            Action::SendPages { pages, fence, paused } => {
+                self.counters.pages.store(0, Ordering::Relaxed);
+                if let Some(senders) = &self.senders {
+                    senders.send(pages, fence, paused);
+                }
+            }
+            Action::StartDirtyLog => self.on_vm(|vm| vm.start_dirty_log().map(|()| Event::DirtyLogStarted)),
+            Action::ReadDirtyLog => self.read_dirty_log(),
+            Action::StopDirtyLog => self.worker_only(|vm| {
+                if let Err(error) = vm.stop_dirty_log() {
+                    tracing::warn!("the dirty log can't be switched off: {}", in_words(&*error));
+                }
+            }),
+            Action::PauseVm => self.on_vm(|vm| vm.pause().map(|()| Event::Paused)),
+            Action::SaveState => self.save_state(),
+            Action::ResumeVm => self.on_vm(|vm| vm.resume().map(|()| Event::VmResumed)),
+            Action::ReleaseVm => self.worker_only(|vm| vm.release()),
+            Action::WriteRecord(record) => self.write_record(record),
+            Action::Report(progress) => self.update(Update::Progress(Box::new(progress))),
+            Action::Finish(outcome) => self.outcome = Some(outcome),
+        }
+    }
+
+    fn connect(&mut self, delay: Duration) {
+        if let Some(Connection { reader, .. }) = self.connection.take() {
+            reader.abort();
+        }
+        self.connection_number += 1;
+        let (number, events) = (self.connection_number, self.events.clone());
+        let address = self.sender_options.address.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            let event = match connect_control(&address).await {
+                Ok(stream) => LinkEvent::Up(stream),
+                Err(error) => LinkEvent::Event(Event::Disconnected(format!(
+                    "can't connect to {address}: {error}; is 'ferry receive --listen' running there?"
+                ))),
+            };
+            let _ = events.send(Happened::Link(number, event));
+        });
+    }
+
+    fn open_streams(&self) {
+        let (options, events) = (Arc::clone(&self.sender_options), self.events.clone());
+        let done = events.clone();
+        let done = Arc::new(move |result: Result<_, String>| {
+            let event = match result {
+                Ok(sent) => Event::RoundSent(sent),
+                Err(reason) => Event::StreamFailed(reason),
+            };
+            let _ = done.send(Happened::Core(event));
+        });
+        tokio::task::spawn_blocking(move || {
+            let _ = events.send(Happened::Opened(Senders::open(&options, &done)));
+        });
+    }
+
+    /// Runs `job` on the VM's thread and hands its event to the core.
+    fn on_vm(&self, job: impl FnOnce(&dyn SourceVm) -> Result<Event, PortError> + Send + 'static) {
+        let (vm, events) = (Arc::clone(&self.vm), self.events.clone());
+        self.worker.run(move || {
+            let event = job(&*vm).unwrap_or_else(|error| Event::VmFailed(in_words(&*error)));
+            let _ = events.send(Happened::Core(event));
+        });
+    }
+
+    fn worker_only(&self, job: impl FnOnce(&dyn SourceVm) + Send + 'static) {
+        let vm = Arc::clone(&self.vm);
+        self.worker.run(move || job(&*vm));
+    }
+
+    fn read_dirty_log(&self) {
+        let clock = Arc::clone(&self.clock);
+        self.on_vm(move |vm| {
+            let (pages, took) = timed(&*clock, || vm.read_dirty_log());
+            Ok(Event::DirtyLogRead { pages: pages?, took })
+        });
+    }
+
+    fn save_state(&self) {
+        let clock = Arc::clone(&self.clock);
+        self.on_vm(move |vm| {
+            let (saved, took) = timed(&*clock, || vm.save());
+            let saved = saved?;
+            Ok(Event::StateSaved { state: saved.state, network: saved.network, runs: saved.runs, took })
+        });
+    }
+
+    fn write_record(&self, record: Record) {
+        let (records, clock) = (Arc::clone(&self.records), Arc::clone(&self.clock));
+        let events = self.events.clone();
+        self.worker.run(move || {
+            let (written, took) = timed(&*clock, || records.store(&record));
+            let event = match written {
+                Ok(()) => Event::RecordWritten { took },
+                Err(error) => Event::RecordFailed(in_words(&*error)),
+            };
+            let _ = events.send(Happened::Core(event));
+        });
+    }
+
+    fn show_counters(&self) {
+        self.update(Update::Transferred {
+            round_pages: self.counters.pages.load(Ordering::Relaxed),
+            wire_bytes: self.counters.wire_bytes.load(Ordering::Relaxed),
+        });
+    }
+
+    fn update(&self, update: Update) {
+        // A caller that does not listen has dropped the receiver.
+        let _ = self.updates.send(update);
+    }
+
+    /// Waits for what is under way: jobs on the VM, threads of streams, queued messages.
+    async fn close(mut self) {
+        self.show_counters();
+        if let Some(senders) = self.senders.take() {
+            let _ = tokio::task::spawn_blocking(move || drop(senders)).await;
+        }
+        self.worker.finish().await;
+        if let Some(Connection { writer, reader }) = self.connection.take() {
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, writer.finish()).await;
+            reader.abort();
+        }
+    }
+}
+
+async fn cancelled(cancel: &mut watch::Receiver<bool>) {
+    if cancel.wait_for(|cancelled| *cancelled).await.is_err() {
+        // The sender is gone, so nobody can cancel any more.
+        std::future::pending::<()>().await;
+    }
+}
+
+async fn connect_control(address: &str) -> std::io::Result<TcpStream> {
+    let stream = tokio::time::timeout(tcp::CONNECT_TIMEOUT, TcpStream::connect(address))
+        .await
+        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+    tcp::set_up(&stream)?;
+    Ok(stream)
+}
+
+async fn read(mut reader: ControlReader, number: u64, events: mpsc::UnboundedSender<Happened>) {
+    loop {
+        let event = match reader.next().await {
+            Ok(message) => Event::Message(message),
+            Err(error) => Event::Disconnected(error.to_string()),
+        };
+        let ended = matches!(event, Event::Disconnected(_));
+        if events.send(Happened::Link(number, LinkEvent::Event(event))).is_err() || ended {
+            return;
+        }
+    }
+}

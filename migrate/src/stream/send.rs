@@ -1,0 +1,264 @@
+//! Sending: each stream's thread takes rounds, goes through its own chunks in order, and writes frames.
+//!
+//! Pages are read once for their digest and for being zero, in groups of 64 that stay in the processor's cache
+//! until the socket reads them again.
+
+use std::io::{self, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use ferry_protocol::digest::DigestTable;
+use ferry_protocol::frame::{Frame, Join};
+use ferry_protocol::page::{Compression, Packer, is_zero};
+use ferry_protocol::source::RoundSent;
+use ferry_protocol::{ChunkIndex, MigrationId, PageBitmap, PageDigest, PageMask, PageRange, StreamIndex};
+
+use super::{belongs, digest_slot, digest_slots};
+use crate::bandwidth::Bandwidth;
+use crate::ports::GuestPages;
+use crate::transport::tcp;
+
+/// How long a stream may be unable to write before it counts as stalled.
+const STALL_MAX: Duration = Duration::from_secs(10);
+
+/// What all streams of a migration share.
+pub(crate) struct SenderOptions {
+    pub(crate) address: String,
+    pub(crate) migration: MigrationId,
+    pub(crate) streams: u16,
+    pub(crate) compression: Compression,
+    pub(crate) pages: Arc<dyn GuestPages>,
+    pub(crate) bandwidth: Arc<Bandwidth>,
+    pub(crate) counters: Arc<TransferCounters>,
+}
+
+/// What has been sent so far, for showing while a round is under way.
+#[derive(Debug, Default)]
+pub(crate) struct TransferCounters {
+    pub(crate) pages: AtomicU64,
+    pub(crate) wire_bytes: AtomicU64,
+}
+
+/// What the streams report.
+pub(crate) trait Done: Fn(Result<RoundSent, String>) + Send + Sync + 'static {}
+impl<F: Fn(Result<RoundSent, String>) + Send + Sync + 'static> Done for F {}
+
+struct Round {
+    pages: PageBitmap,
+    fence: u32,
+    paused: bool,
+    gathered: Mutex<Gathered>,
+}
+
+struct Gathered {
+    streams_left: u16,
+    sum: RoundSent,
+}
+
+/// The threads of a migration's data streams.
+pub(crate) struct Senders {
+    queues: Vec<mpsc::Sender<Arc<Round>>>,
+    sockets: Vec<TcpStream>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Senders {
+    /// Connects all streams and starts their threads. `done` hears of every finished round and failure.
+    pub(crate) fn open(options: &Arc<SenderOptions>, done: &Arc<impl Done>) -> io::Result<Self> {
+        let mut senders = Self { queues: Vec::new(), sockets: Vec::new(), threads: Vec::new() };
+        for number in 0..options.streams {
+            // Should one fail, dropping `senders` closes the others and ends their threads.
+            let stream = StreamIndex::new(number, options.streams).expect("numbered below their count");
+            let mut socket = tcp::connect(&options.address)?;
+            tcp::set_up_data(&socket, Some(STALL_MAX))?;
+            socket.write_all(&Join { migration: options.migration, stream: number }.encode())?;
+            senders.sockets.push(socket.try_clone()?);
+            let (queue, rounds) = mpsc::channel::<Arc<Round>>();
+            senders.queues.push(queue);
+            let slots = digest_slots(options.pages.layout().page_count(), options.streams);
+            let mut sender = Sender {
+                options: Arc::clone(options),
+                socket,
+                stream,
+                digests: DigestTable::new(slots),
+                packer: Packer::default(),
+                round: RoundSent::default(),
+                capped: true,
+            };
+            let done = Arc::clone(done);
+            let thread = thread::Builder::new()
+                .name(format!("ferry-send-{number}"))
+                .spawn(move || sender.run(&rounds, &*done))?;
+            senders.threads.push(thread);
+        }
+        Ok(senders)
+    }
+
+    /// Hands a round to all streams.
+    pub(crate) fn send(&self, pages: PageBitmap, fence: u32, paused: bool) {
+        let streams_left = u16::try_from(self.queues.len()).expect("bounded by STREAMS_MAX");
+        let gathered = Mutex::new(Gathered { streams_left, sum: RoundSent::default() });
+        let round = Arc::new(Round { pages, fence, paused, gathered });
+        for queue in &self.queues {
+            // A thread that has ended has said why through `done`.
+            let _ = queue.send(Arc::clone(&round));
+        }
+    }
+}
+
+impl Drop for Senders {
+    /// Shuts the sockets, which ends whatever the threads are doing, and waits for them.
+    fn drop(&mut self) {
+        self.queues.clear();
+        for socket in &self.sockets {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Sender {
+    options: Arc<SenderOptions>,
+    socket: TcpStream,
+    stream: StreamIndex,
+    digests: DigestTable,
+    packer: Packer,
+    round: RoundSent,
+    /// Whether the bandwidth cap applies.
+    capped: bool,
+}
+
+impl Sender {
+    fn run(&mut self, rounds: &mpsc::Receiver<Arc<Round>>, done: &impl Done) {
+        while let Ok(round) = rounds.recv() {
+            match self.send_round(&round) {
+                Ok(sent) => {
+                    let mut gathered = round.gathered.lock().unwrap_or_else(PoisonError::into_inner);
+                    gathered.sum = add(&gathered.sum, &sent);
+                    gathered.streams_left -= 1;
+                    if gathered.streams_left == 0 {
+                        done(Ok(gathered.sum));
+                    }
+                }
+                Err(error) => {
+                    let stalled = matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock);
+                    let what = if stalled {
+                        format!("the target took nothing for {} s", STALL_MAX.as_secs())
+                    } else {
+                        error.to_string()
+                    };
+                    return done(Err(format!("data stream {}: {what}", self.stream.number())));
+                }
+            }
+        }
+    }
+
+    fn send_round(&mut self, round: &Round) -> io::Result<RoundSent> {
+        self.round = RoundSent::default();
+        self.capped = !round.paused;
+        for (chunk, mask) in round.pages.chunks() {
+            if belongs(chunk, self.stream, self.options.streams) {
+                self.send_chunk(chunk, mask)?;
+            }
+        }
+        self.write(&Frame::Fence(round.fence).encode(), &[])?;
+        self.round.digest = self.digests.sum();
+        Ok(self.round)
+    }
+
+    fn send_chunk(&mut self, chunk: ChunkIndex, mask: PageMask) -> io::Result<()> {
+        let mut zero = PageMask::EMPTY;
+        for (index, word) in mask.0.into_iter().enumerate().filter(|(_, word)| *word != 0) {
+            let mut group = PageMask::EMPTY;
+            group.0[index] = word;
+            let group_zero = self.look_at(chunk, &group);
+            zero.0[index] = group_zero.0[index];
+            group.0[index] &= !group_zero.0[index];
+            if !group.is_empty() {
+                self.send_group(chunk, group)?;
+            }
+        }
+        if zero.is_empty() {
+            return Ok(());
+        }
+        self.round.zero_pages += zero.count();
+        self.count(zero.count());
+        self.write(&Frame::Zero { chunk, mask: zero }.encode(), &[])
+    }
+
+    /// Takes the digest of each page of the group, and says which are zero.
+    fn look_at(&mut self, chunk: ChunkIndex, group: &PageMask) -> PageMask {
+        let mut zero = PageMask::EMPTY;
+        let (digests, streams) = (&mut self.digests, self.options.streams);
+        self.packer.clear();
+        let mut packer = (self.options.compression == Compression::Lz4).then_some(&mut self.packer);
+        for range in chunk.ranges(group) {
+            self.options.pages.for_each_page(range, &mut |page, bytes| {
+                digests.set(digest_slot(page, streams), PageDigest::of(page, bytes));
+                if is_zero(bytes) {
+                    zero.insert(page - chunk.first_page());
+                } else if let Some(packer) = &mut packer {
+                    packer.add(bytes);
+                }
+            });
+        }
+        zero
+    }
+
+    fn send_group(&mut self, chunk: ChunkIndex, mask: PageMask) -> io::Result<()> {
+        let count = mask.count();
+        self.count(count);
+        if self.options.compression == Compression::Lz4 {
+            debug_assert_eq!(self.packer.page_count(), count, "the group that was looked at");
+            let mut packer = std::mem::take(&mut self.packer);
+            let packed = packer.pack().map(|packed| self.send_packed(chunk, mask, packed));
+            self.packer = packer;
+            if let Some(sent) = packed {
+                self.round.packed_pages += count;
+                return sent;
+            }
+        }
+        self.round.raw_pages += count;
+        let ranges: Vec<PageRange> = chunk.ranges(&mask).collect();
+        self.write(&Frame::Raw { chunk, mask }.encode(), &ranges)
+    }
+
+    fn send_packed(&mut self, chunk: ChunkIndex, mask: PageMask, packed: &[u8]) -> io::Result<()> {
+        let body_bytes = u32::try_from(packed.len()).expect("a group has at most 256 KiB");
+        let header = Frame::Lz4 { chunk, mask, body_bytes }.encode();
+        self.write(&[&header, packed].concat(), &[])
+    }
+
+    fn write(&mut self, header: &[u8], ranges: &[PageRange]) -> io::Result<()> {
+        let pages: u64 = ranges.iter().map(|range| range.count()).sum();
+        let header_bytes = u64::try_from(header.len()).expect("usize fits u64");
+        let bytes = header_bytes + pages * ferry_protocol::layout::PAGE_BYTES_U64;
+        if self.capped {
+            self.options.bandwidth.wait_for(bytes);
+        }
+        self.options.pages.send(self.socket.as_fd(), header, ranges)?;
+        self.round.wire_bytes += bytes;
+        self.options.counters.wire_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn count(&self, pages: u64) {
+        self.options.counters.pages.fetch_add(pages, Ordering::Relaxed);
+    }
+}
+
+fn add(a: &RoundSent, b: &RoundSent) -> RoundSent {
+    RoundSent {
+        raw_pages: a.raw_pages + b.raw_pages,
+        zero_pages: a.zero_pages + b.zero_pages,
+        packed_pages: a.packed_pages + b.packed_pages,
+        wire_bytes: a.wire_bytes + b.wire_bytes,
+        digest: a.digest.combine(b.digest),
+    }
+}

@@ -1,0 +1,61 @@
+//! TCP as a migration needs it: no Nagle delay, dead peers noticed within seconds.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+
+/// How long making a connection may take.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long sent bytes may stay unacknowledged before the connection counts as dead. A link that stalls is
+/// noticed within this time instead of the hours that TCP would keep trying.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
+
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(5);
+const KEEPALIVE_EVERY: Duration = Duration::from_secs(2);
+const KEEPALIVE_PROBES: u32 = 3;
+
+/// Sets up a connection of either kind.
+pub(crate) fn set_up<S: AsFd>(stream: &S) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(KEEPALIVE_AFTER)
+            .with_interval(KEEPALIVE_EVERY)
+            .with_retries(KEEPALIVE_PROBES),
+    )
+}
+
+/// Sets up a data stream: blocking, and with timeouts, so that a peer that stops reading is noticed too
+/// (acknowledged bytes that it never takes keep a connection alive for ever otherwise).
+pub(crate) fn set_up_data(stream: &TcpStream, stall_max: Option<Duration>) -> io::Result<()> {
+    set_up(stream)?;
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(stall_max)
+}
+
+/// Connects a data stream to the first of `address`'s addresses that answers.
+pub(crate) fn connect(address: &str) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in address.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Binds the listener for migrations. The address can be taken again at once after a restart.
+pub(crate) fn listen(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
+    let socket =
+        if address.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(128)
+}
