@@ -1,1 +1,222 @@
-//! Not written yet.
+//! Fits [`ferry_vmm::Machine`] to the engine's ports.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ferry_protocol::layout::Region;
+use ferry_protocol::message::AbortCode;
+use ferry_protocol::{MemoryLayout, PAGE_BYTES, PageBitmap, PageRange};
+use ferry_vmm::{GuestRam, LocalChoices, Machine, MachineStatus};
+
+use crate::announce::LearnedAddresses;
+use crate::ports::{BuildRefusal, GuestPages, PortError, SavedState, SourceVm, TargetHost, TargetVm};
+
+/// Guest memory of a [`Machine`].
+#[derive(Debug, Clone)]
+pub struct MachinePages {
+    ram: GuestRam,
+    layout: MemoryLayout,
+}
+
+impl MachinePages {
+    /// The memory of `machine`.
+    ///
+    /// # Panics
+    /// Never: a machine's own regions always make a layout.
+    #[must_use]
+    pub fn new(ram: GuestRam) -> Self {
+        let regions = ram.regions().iter().map(|region| Region { gpa: region.gpa, bytes: region.bytes });
+        let layout = MemoryLayout::new(regions.collect()).expect("a machine's own regions are in order");
+        Self { ram, layout }
+    }
+}
+
+/// Ranges are checked against the layout before they get here.
+const IN_LAYOUT: &str = "the range lies inside the guest's memory";
+
+impl GuestPages for MachinePages {
+    fn layout(&self) -> MemoryLayout {
+        self.layout.clone()
+    }
+
+    fn for_each_page(&self, range: PageRange, visit: &mut dyn FnMut(u64, &[u8; PAGE_BYTES])) {
+        self.ram.for_each_page(range.first(), range.count(), visit).expect(IN_LAYOUT);
+    }
+
+    fn send(&self, socket: BorrowedFd<'_>, header: &[u8], ranges: &[PageRange]) -> io::Result<()> {
+        let runs: Vec<(u64, u64)> = ranges.iter().map(|range| (range.first(), range.count())).collect();
+        self.ram.send_pages(socket, header, &runs).map(drop)
+    }
+
+    fn receive(&self, socket: BorrowedFd<'_>, ranges: &[PageRange]) -> io::Result<()> {
+        ranges.iter().try_for_each(|range| self.ram.receive_pages(socket, range.first(), range.count()))
+    }
+
+    fn write(&self, page: u64, bytes: &[u8; PAGE_BYTES]) {
+        self.ram.write_page(page, bytes).expect(IN_LAYOUT);
+    }
+
+    fn zero(&self, range: PageRange) -> io::Result<()> {
+        self.ram.zero_pages(range.first(), range.count()).map_err(io::Error::other)
+    }
+}
+
+/// A machine that can be migrated, with the addresses its guest has been seen to use.
+#[derive(Debug, Clone)]
+pub struct MigratableMachine {
+    machine: Arc<Machine>,
+    addresses: Arc<Mutex<LearnedAddresses>>,
+    /// Whether the migration's own pause stopped it, so that only that is undone.
+    paused_by_engine: Arc<Mutex<bool>>,
+}
+
+impl MigratableMachine {
+    /// Begins to watch what addresses the guest uses; `ipv4` and `ipv6` are known already.
+    #[must_use]
+    pub fn new(machine: Arc<Machine>, ipv4: Vec<Ipv4Addr>, ipv6: Vec<Ipv6Addr>) -> Self {
+        let addresses = Arc::new(Mutex::new(LearnedAddresses::new(ipv4, ipv6)));
+        if let Some(mac) = machine.mac() {
+            let addresses = Arc::clone(&addresses);
+            machine.set_frame_observer(Box::new(move |frame| lock(&addresses).observe(mac, frame)));
+        }
+        Self { machine, addresses, paused_by_engine: Arc::default() }
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    /// What would be announced for it now.
+    #[must_use]
+    pub fn network(&self) -> ferry_protocol::message::NetworkIdentity {
+        lock(&self.addresses).identity(self.machine.mac())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl SourceVm for MigratableMachine {
+    fn description(&self) -> Vec<u8> {
+        self.machine.description()
+    }
+
+    fn pages(&self) -> Arc<dyn GuestPages> {
+        Arc::new(MachinePages::new(self.machine.ram()))
+    }
+
+    fn start_dirty_log(&self) -> Result<(), PortError> {
+        Ok(self.machine.start_dirty_log()?)
+    }
+
+    fn read_dirty_log(&self) -> Result<PageBitmap, PortError> {
+        let page_count = self.machine.ram().page_count();
+        let mut words = vec![0; PageBitmap::words_for(page_count)];
+        self.machine.collect_dirty(&mut words)?;
+        Ok(PageBitmap::from_words(words, page_count)?)
+    }
+
+    fn stop_dirty_log(&self) -> Result<(), PortError> {
+        Ok(self.machine.stop_dirty_log()?)
+    }
+
+    fn pause(&self) -> Result<(), PortError> {
+        // One that its operator has paused has nothing to stop, and must not be started afterwards.
+        if !matches!(self.machine.status(), MachineStatus::Paused) {
+            self.machine.pause()?;
+            *lock(&self.paused_by_engine) = true;
+        }
+        Ok(())
+    }
+
+    fn save(&self) -> Result<SavedState, PortError> {
+        let state = self.machine.save_state()?;
+        Ok(SavedState { state, network: self.network(), runs: *lock(&self.paused_by_engine) })
+    }
+
+    fn resume(&self) -> Result<(), PortError> {
+        if std::mem::take(&mut *lock(&self.paused_by_engine)) {
+            self.machine.run()?;
+        }
+        Ok(())
+    }
+
+    fn release(&self) {
+        self.machine.stop();
+    }
+}
+
+/// Builds machines for migrations with this host's tap and serial console.
+pub struct MachineHost {
+    local: LocalChoices,
+    /// Called with each machine that was built, so that its owner can show it.
+    built: Box<dyn Fn(&MigratableMachine) + Send + Sync>,
+}
+
+impl std::fmt::Debug for MachineHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MachineHost").field("local", &self.local).finish_non_exhaustive()
+    }
+}
+
+impl MachineHost {
+    /// A host with these choices; `built` hears of each machine.
+    #[must_use]
+    pub fn new(local: LocalChoices, built: Box<dyn Fn(&MigratableMachine) + Send + Sync>) -> Self {
+        Self { local, built }
+    }
+}
+
+impl TargetHost for MachineHost {
+    fn build(&self, description: &[u8], _: &MemoryLayout) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
+        let cannot_build = |cause: PortError| BuildRefusal { code: AbortCode::CannotBuild, cause };
+        let config = Machine::config_from_description(description, self.local.clone())
+            .map_err(|error| cannot_build(error.into()))?;
+        let machine = Machine::build(&config).map_err(|error| {
+            let code =
+                if error.is_out_of_memory() { AbortCode::NoMemory } else { AbortCode::CannotBuild };
+            BuildRefusal { code, cause: error.into() }
+        })?;
+        let machine = MigratableMachine::new(Arc::new(machine), Vec::new(), Vec::new());
+        (self.built)(&machine);
+        Ok(Arc::new(machine))
+    }
+}
+
+impl TargetVm for MigratableMachine {
+    fn pages(&self) -> Arc<dyn GuestPages> {
+        SourceVm::pages(self)
+    }
+
+    fn drop_stale_frames(&self) {
+        self.machine.drop_queued_frames();
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<(), PortError> {
+        Ok(self.machine.restore_state(state)?)
+    }
+
+    fn run(&self, runs: bool) -> Result<(), PortError> {
+        if runs {
+            self.machine.run()?;
+        }
+        Ok(())
+    }
+
+    fn announce(&self, frame: &[u8]) -> io::Result<()> {
+        // The guest may not speak for a while, so what is announced is remembered for its next migration.
+        if let Some(mac) = self.machine.mac() {
+            lock(&self.addresses).observe(mac, frame);
+        }
+        self.machine.send_to_network(frame)
+    }
+
+    fn discard(&self) {
+        self.machine.stop();
+    }
+}

@@ -1,1 +1,208 @@
-//! Not written yet.
+//! A migration in numbers, as programs get it: plain values with their units in their names.
+//!
+//! The JSON of `ferry migrate --json` is [`MigrationReport`]; fields are only ever added.
+
+use std::time::Duration;
+
+use ferry_protocol::policy::{Estimate, Forecast};
+use ferry_protocol::source::{Downtime, RoundReport, Summary};
+use serde::{Deserialize, Serialize};
+
+/// A successful migration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// The VM's name.
+    pub name: String,
+    /// The target's host name.
+    pub host: String,
+    /// The epoch in which the target runs it.
+    pub epoch: u64,
+    /// From asking the vCPUs to stop at the source to the target's word that the guest runs, in ms: at least
+    /// what the guest saw.
+    pub downtime_ms: f64,
+    /// What was allowed.
+    pub downtime_budget_ms: f64,
+    /// The downtime by part; the parts follow each other and add up to it.
+    pub downtime_parts: DowntimeParts,
+    /// What was forecast when the guest was stopped.
+    pub forecast: ForecastReport,
+    /// From the start to the target's word that the guest runs, in ms.
+    pub total_ms: f64,
+    /// Bytes written to the data streams.
+    pub wire_bytes: u64,
+    /// Every round; the last was sent while the guest stood still.
+    pub rounds: Vec<Round>,
+    /// The digest of guest memory, in hexadecimal.
+    pub digest: String,
+    /// Whether source and target agreed on it. A guest is never resumed where they do not.
+    pub digest_equal: bool,
+}
+
+/// The parts of a downtime, in ms.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct DowntimeParts {
+    /// Stopping vCPUs and devices.
+    pub pause_ms: f64,
+    /// Reading the last dirty log.
+    pub dirty_log_ms: f64,
+    /// Sending the last pages while the state is saved.
+    pub copy_ms: f64,
+    /// Until the target has everything, agrees on the digest and has restored the state.
+    pub prepare_ms: f64,
+    /// The commit record at the source.
+    pub record_ms: f64,
+    /// From `Commit` to `Running`.
+    pub commit_ms: f64,
+    /// Of `copy_ms`: saving the state.
+    pub within_save_ms: f64,
+    /// Of `prepare_ms` (or before it): restoring the state at the target.
+    pub within_restore_ms: f64,
+    /// Of `commit_ms`: the record at the target.
+    pub within_target_record_ms: f64,
+    /// Of `commit_ms`: starting the vCPUs.
+    pub within_run_ms: f64,
+}
+
+/// A forecast downtime, in ms.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ForecastReport {
+    /// What is expected.
+    pub expected_ms: f64,
+    /// What will hardly be exceeded; the guest is stopped only if this fits the budget.
+    pub upper_ms: f64,
+    /// Expected, by part.
+    pub pause_ms: f64,
+    /// Expected, by part.
+    pub dirty_log_ms: f64,
+    /// Expected, by part.
+    pub copy_ms: f64,
+    /// Expected, by part.
+    pub prepare_ms: f64,
+    /// Expected, by part.
+    pub record_ms: f64,
+    /// Expected, by part.
+    pub commit_ms: f64,
+}
+
+/// One round.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Counted from 1.
+    pub round: u32,
+    /// Pages that were dirty when it began.
+    pub dirty_pages: u64,
+    /// Pages that were sent, of any kind.
+    pub sent_pages: u64,
+    /// Of these: pages of zeroes.
+    pub zero_pages: u64,
+    /// Of these: packed.
+    pub packed_pages: u64,
+    /// Bytes on the data streams.
+    pub wire_bytes: u64,
+    /// How long it took, in ms, until all had arrived.
+    pub ms: f64,
+    /// The rate on the data streams, in bytes/s.
+    pub link_bytes_per_s: f64,
+    /// Pages that the guest dirtied per second meanwhile; absent for the last round.
+    pub dirtied_pages_per_s: Option<f64>,
+    /// The downtime that stopping right after it would have caused; absent for the last round.
+    pub forecast: Option<ForecastReport>,
+}
+
+/// A duration in ms.
+#[must_use]
+pub fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+impl MigrationReport {
+    /// The report of a migration of VM `name` that was allowed `budget`.
+    #[must_use]
+    pub fn new(name: &str, budget: Duration, summary: &Summary) -> Self {
+        let Summary { epoch, host, rounds, downtime, forecast, total, digest, target_digest } =
+            summary;
+        let rounds: Vec<Round> = rounds.iter().map(Round::from).collect();
+        Self {
+            name: name.to_owned(),
+            host: host.clone(),
+            epoch: epoch.number(),
+            downtime_ms: ms(downtime.total()),
+            downtime_budget_ms: ms(budget),
+            downtime_parts: downtime.into(),
+            forecast: forecast.into(),
+            total_ms: ms(*total),
+            wire_bytes: rounds.iter().map(|round| round.wire_bytes).sum(),
+            rounds,
+            digest: digest.to_string(),
+            digest_equal: digest == target_digest,
+        }
+    }
+}
+
+impl From<&Downtime> for DowntimeParts {
+    fn from(downtime: &Downtime) -> Self {
+        let Downtime {
+            pause,
+            dirty_log,
+            copy,
+            prepare,
+            record,
+            commit,
+            within_save,
+            within_restore,
+            within_target_record,
+            within_run,
+        } = *downtime;
+        Self {
+            pause_ms: ms(pause),
+            dirty_log_ms: ms(dirty_log),
+            copy_ms: ms(copy),
+            prepare_ms: ms(prepare),
+            record_ms: ms(record),
+            commit_ms: ms(commit),
+            within_save_ms: ms(within_save),
+            within_restore_ms: ms(within_restore),
+            within_target_record_ms: ms(within_target_record),
+            within_run_ms: ms(within_run),
+        }
+    }
+}
+
+impl From<&Forecast> for ForecastReport {
+    fn from(forecast: &Forecast) -> Self {
+        let Forecast { pause, dirty_log, copy, prepare, record, commit } = *forecast;
+        let expected = |part: Estimate| ms(part.expected);
+        let total = forecast.total();
+        Self {
+            expected_ms: ms(total.expected),
+            upper_ms: ms(total.upper()),
+            pause_ms: expected(pause),
+            dirty_log_ms: expected(dirty_log),
+            copy_ms: expected(copy),
+            prepare_ms: expected(prepare),
+            record_ms: expected(record),
+            commit_ms: expected(commit),
+        }
+    }
+}
+
+impl From<&RoundReport> for Round {
+    #[expect(clippy::cast_precision_loss, reason = "a rate for people needs no more than 53 bits")]
+    fn from(report: &RoundReport) -> Self {
+        let RoundReport { round, dirty_pages, sent, took, dirtied_per_s, forecast } = report;
+        let seconds = took.as_secs_f64();
+        let link_bytes_per_s = if seconds > 0.0 { sent.wire_bytes as f64 / seconds } else { 0.0 };
+        Self {
+            round: *round,
+            dirty_pages: *dirty_pages,
+            sent_pages: sent.pages(),
+            zero_pages: sent.zero_pages,
+            packed_pages: sent.packed_pages,
+            wire_bytes: sent.wire_bytes,
+            ms: ms(*took),
+            link_bytes_per_s,
+            dirtied_pages_per_s: *dirtied_per_s,
+            forecast: forecast.as_ref().map(ForecastReport::from),
+        }
+    }
+}

@@ -8,14 +8,13 @@
 
 use std::time::Duration;
 
-use crate::digest::MemoryDigest;
 use crate::ident::Epoch;
 use crate::message::{AtEpoch, Message, Running};
 use crate::record::Standing;
 use crate::time::Timestamp;
 
 use super::negotiate::hello;
-use super::stop::Standstill;
+use super::stop::{Digests, Standstill};
 use super::undo::{give_back, undo};
 use super::{Action, Context, Event, Failure, Outcome, Phase, Progress, Summary};
 
@@ -31,14 +30,14 @@ const RETRY_DELAY_FIRST: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(super) struct Recording {
     standstill: Standstill,
-    digest: MemoryDigest,
+    digests: Digests,
 }
 
 /// The record is durable; the target has been told, or is about to be.
 #[derive(Debug)]
 pub(super) struct Committed {
     standstill: Standstill,
-    digest: MemoryDigest,
+    digests: Digests,
     epoch: Epoch,
     connection: Connection,
     /// Whether the caller has been told that it is in doubt.
@@ -63,12 +62,12 @@ pub(super) struct Reclaiming {
     epoch: Epoch,
 }
 
-pub(super) fn begin(standstill: Standstill, digest: MemoryDigest, context: &mut Context) -> Phase {
+pub(super) fn begin(standstill: Standstill, digests: Digests, context: &mut Context) -> Phase {
     context.standing = context.standing.commit().expect("only an owner reaches the commit");
     let epoch = context.config.epoch.next();
     let target = context.config.target.clone();
     context.act(Action::WriteRecord(context.record(epoch, Standing::Committed { target })));
-    Phase::Recording(Recording { standstill, digest })
+    Phase::Recording(Recording { standstill, digests })
 }
 
 impl Recording {
@@ -80,8 +79,8 @@ impl Recording {
                 let epoch = context.config.epoch.next();
                 context.send(Message::Commit(AtEpoch { epoch }));
                 let connection = Connection::Up { answer_by: now + ANSWER_TIMEOUT };
-                let Self { standstill, digest } = self;
-                Phase::Committed(Committed { standstill, digest, epoch, connection, doubted: false })
+                let Self { standstill, digests } = self;
+                Phase::Committed(Committed { standstill, digests, epoch, connection, doubted: false })
             }
             Event::RecordFailed(reason) => {
                 context.standing = context.standing.failed().expect("a commit was being recorded");
@@ -178,7 +177,8 @@ impl Committed {
             downtime: self.standstill.downtime,
             forecast: self.standstill.forecast,
             total: now.since(context.started),
-            digest: self.digest,
+            digest: self.digests.source,
+            target_digest: self.digests.target,
         });
         Phase::Releasing(Releasing { summary })
     }

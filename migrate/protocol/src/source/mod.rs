@@ -395,8 +395,10 @@ pub struct Summary {
     pub forecast: Forecast,
     /// From the start to the target's word that it runs.
     pub total: Duration,
-    /// The digest on which both sides agreed.
+    /// The digest of the guest's memory as the source sent it.
     pub digest: MemoryDigest,
+    /// The digest of the memory as the target has it.
+    pub target_digest: MemoryDigest,
 }
 
 /// What every phase needs.

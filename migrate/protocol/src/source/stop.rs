@@ -14,6 +14,7 @@
 use std::time::Duration;
 
 use crate::bitmap::PageBitmap;
+use crate::digest::MemoryDigest;
 use crate::message::{AtEpoch, Message, Prepare, Prepared, State};
 use crate::policy::Forecast;
 use crate::time::Timestamp;
@@ -162,6 +163,13 @@ impl Stopping {
     }
 }
 
+/// What each side has named.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Digests {
+    pub(super) source: MemoryDigest,
+    pub(super) target: MemoryDigest,
+}
+
 /// `Prepare` is sent.
 #[derive(Debug)]
 pub(super) struct Preparing {
@@ -185,7 +193,8 @@ impl Preparing {
                 if let Err(failure) = self.check(&prepared, context) {
                     return undo(failure, context);
                 }
-                commit::begin(self.standstill, self.sent.digest, context)
+                let digests = Digests { source: self.sent.digest, target: prepared.digest };
+                commit::begin(self.standstill, digests, context)
             }
             // The last fence is answered by `Prepared`; an earlier one may still be under way.
             Event::Message(Message::FenceReached(_) | Message::Pong(_)) => Phase::Preparing(self),
