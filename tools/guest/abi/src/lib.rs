@@ -18,6 +18,7 @@ extern crate std;
 pub mod cmdline;
 pub mod content;
 pub mod order;
+pub mod quota;
 pub mod report;
 pub mod workload;
 

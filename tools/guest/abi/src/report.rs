@@ -477,7 +477,7 @@ mod tests {
         put(&mut page, offset::GAP_COUNT, total);
         put(&mut page, offset::TSC_KHZ, 2_000);
         for number in 0..total {
-            let at = offset::GAP_LOG + 16 * (number as usize % GAP_LOG_LEN);
+            let at = offset::GAP_LOG + 16 * (usize::try_from(number).unwrap() % GAP_LOG_LEN);
             put(&mut page, at, 1_000 * number);
             put(&mut page, at + 8, 100 + number % 7);
         }
