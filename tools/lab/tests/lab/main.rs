@@ -1,0 +1,4 @@
+//! The lab on real network namespaces, as root. One test server stands in for the VM.
+
+mod namespaces;
+mod tier;
