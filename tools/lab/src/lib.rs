@@ -16,10 +16,13 @@
 //! The crate knows nothing of machines or of migration: it makes taps, and somebody else opens them.
 
 pub mod clock;
+pub mod http;
 pub mod namespace;
 pub mod network;
+pub mod timeline;
 
 pub use clock::LabClock;
+pub use http::{ExpectedBody, HttpLoad, HttpReport, HttpTarget};
 pub use namespace::{Namespace, NamespaceError};
 pub use network::lab::{Lab, SwitchPort};
 pub use network::{Links, Mac, NetworkError};

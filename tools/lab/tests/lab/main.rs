@@ -1,4 +1,6 @@
 //! The lab on real network namespaces, as root. One test server stands in for the VM.
 
+mod http;
 mod namespaces;
+mod server;
 mod tier;
