@@ -19,6 +19,7 @@ pub mod clock;
 pub mod http;
 pub mod namespace;
 pub mod network;
+pub mod plot;
 pub mod timeline;
 
 pub use clock::LabClock;
@@ -26,3 +27,4 @@ pub use http::{ExpectedBody, HttpLoad, HttpReport, HttpTarget};
 pub use namespace::{Namespace, NamespaceError};
 pub use network::lab::{Lab, SwitchPort};
 pub use network::{Links, Mac, NetworkError};
+pub use plot::{Band, MigrationPlot};
