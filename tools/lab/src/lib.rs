@@ -20,6 +20,7 @@ pub mod http;
 pub mod namespace;
 pub mod network;
 pub mod plot;
+pub mod probe;
 pub mod timeline;
 
 pub use clock::LabClock;

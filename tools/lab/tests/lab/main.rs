@@ -2,5 +2,6 @@
 
 mod http;
 mod namespaces;
+mod probes;
 mod server;
 mod tier;
