@@ -14,7 +14,9 @@ mod content;
 mod dirty;
 mod fail;
 mod fill;
+mod http;
 mod machine;
+mod net;
 mod pulse;
 
 use core::fmt::Write as _;
@@ -57,7 +59,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     match line.workload {
         Workload::Idle | Workload::Fill(_) => idle(&mut filled, &mut pulse),
         Workload::Dirty(job) => dirty::run(&job, &mut ram, &mut filled, &mut pulse),
-        Workload::Http(_) => give_up(format_args!("http: not yet")),
+        Workload::Http(job) => http::run(&job, &line, &mut filled, &mut pulse),
     }
 }
 
