@@ -19,6 +19,7 @@ impl<T> Once<T> {
     }
 
     /// Hands the value out. Panics the second time.
+    #[expect(clippy::mut_from_ref, reason = "the flag makes the reference exclusive")]
     pub fn take(&'static self) -> &'static mut T {
         assert!(!self.taken.swap(true, Ordering::Relaxed), "a static buffer was taken twice");
         // SAFETY: the flag was clear, so this is the only reference that there will ever be.

@@ -26,8 +26,11 @@ const HEADER_LEN_LEGACY: usize = 10;
 const FRAME_LEN_MAX: usize = 1514;
 const BUFFER_LEN: usize = 2048;
 
-/// Frames that one poll receives, and sends, at most: it bounds the time between two heartbeats.
-const BUDGET: u32 = 32;
+/// Frames that one poll receives at most: it bounds the time between two heartbeats.
+const RX_BUDGET: u32 = 32;
+/// Frames that one poll sends at most. More than there are sockets, and granted whole or not at all: smoltcp
+/// serves its sockets in a fixed order, so a smaller share would always go to the first ones.
+const TX_BUDGET: u32 = 96;
 
 #[repr(C, align(4096))]
 struct Buffers([[u8; BUFFER_LEN]; SIZE_MAX as usize]);
@@ -70,6 +73,7 @@ pub struct Nic {
     tx: Sender,
     rx_budget: u32,
     tx_budget: u32,
+    tx_granted: u32,
     interrupts_seen: u32,
 }
 
@@ -95,8 +99,8 @@ impl Nic {
         let tx = Sender::new(tx_ring, header_len);
         apic::route(irq);
         transport.start();
-        let (rx_budget, tx_budget) = (BUDGET, BUDGET);
-        let mut nic = Self { transport, mac, rx, tx, rx_budget, tx_budget, interrupts_seen: 0 };
+        let mut nic =
+            Self { transport, mac, rx, tx, rx_budget: 0, tx_budget: 0, tx_granted: 0, interrupts_seen: 0 };
         nic.flush();
         nic
     }
@@ -108,7 +112,10 @@ impl Nic {
 
     /// Begins a new poll: with a fresh budget, and past interrupts acknowledged.
     pub fn begin_poll(&mut self) {
-        (self.rx_budget, self.tx_budget) = (BUDGET, BUDGET);
+        self.rx_budget = RX_BUDGET;
+        self.tx.reclaim();
+        self.tx_granted = if self.tx.free_len >= self.tx.batch() { TX_BUDGET } else { 0 };
+        self.tx_budget = self.tx_granted;
         let interrupts = interrupts();
         if interrupts != self.interrupts_seen {
             self.interrupts_seen = interrupts;
@@ -128,15 +135,15 @@ impl Nic {
 
     /// Whether the last poll used its budget up, so that there may be more to do at once.
     pub const fn is_busy(&self) -> bool {
-        self.rx_budget == 0 || self.tx_budget == 0
+        self.rx_budget == 0 || (self.tx_granted > 0 && self.tx_budget == 0)
     }
 
     /// Asks for an interrupt when there is something to do. Says whether there already is.
     pub fn arm(&mut self) -> bool {
         self.tx.reclaim();
         // Only a crowded ring is worth an interrupt for frames sent; others are tidied up when the next is.
-        let crowded = self.tx.free_len < usize::from(self.tx.ring.size() / 4);
-        let sent = crowded && self.tx.ring.wake_after(self.tx.ring.in_flight() / 2);
+        let missing = self.tx.batch().saturating_sub(self.tx.free_len);
+        let sent = missing > 0 && self.tx.ring.wake_after(missing as u16);
         self.rx.ring.wake_after(1) || sent
     }
 
@@ -195,6 +202,11 @@ impl Sender {
             *slot = index;
         }
         Self { ring, buffers: TX_BUFFERS.take(), header_len, free, free_len }
+    }
+
+    /// Free descriptors that it takes to send anything new.
+    fn batch(&self) -> usize {
+        (TX_BUDGET as usize).min(usize::from(self.ring.size()) / 2)
     }
 
     /// Takes back the descriptors of frames that were sent.

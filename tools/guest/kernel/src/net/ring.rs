@@ -149,11 +149,6 @@ impl Ring {
         Some(Used { index, len: self.load::<u32>(at + 4) })
     }
 
-    /// Descriptors that the device has and has not used yet, as far as is known.
-    pub const fn in_flight(&self) -> u16 {
-        self.available.wrapping_sub(self.reclaimed)
-    }
-
     /// Asks for an interrupt once the device has used `count` more descriptors than were taken back.
     /// Says whether it already has: then no interrupt may come.
     pub fn wake_after(&self, count: u16) -> bool {
