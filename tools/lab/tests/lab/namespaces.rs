@@ -123,6 +123,8 @@ fn errors_name_the_interface_and_the_host() {
     assert!(missing.contains("'nic7'") && missing.contains("'bare'"), "{missing}");
     let mac = Mac::new([2, 0, 0, 0, 0, 1]);
     Links::of(&host).add_bridge("br0", mac).unwrap();
+    let idle = Links::of(&host).wait_until_carrying("br0", Duration::from_millis(20)).unwrap_err();
+    assert!(matches!(&idle, NetworkError::NotCarrying { name, .. } if name == "br0"), "{idle}");
     let taken = Links::of(&host).add_bridge("br0", mac).unwrap_err();
     assert!(matches!(&taken, NetworkError::Netlink { name, .. } if name == "br0"), "{taken}");
 }
