@@ -137,7 +137,9 @@ fn requests_that_a_dead_link_swallows_time_out_and_end_the_drain() {
     sleep(Duration::from_millis(50));
     let report = load.stop();
     assert_eq!(report.failures_by_kind.get(&FailureKind::Timeout), Some(&3), "{report:?}");
-    assert!(report.longest_data_gap.ms > 250.0, "silence until the end counts: {report:?}");
+    for gap in [report.longest_data_gap, report.longest_response_gap, report.longest_connection_gap] {
+        assert!(gap.ms > 250.0, "silence until the end counts: {report:?}");
+    }
 }
 
 #[test]
