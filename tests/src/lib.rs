@@ -1,1 +1,3 @@
-//! Not written yet.
+//! What the tests and benches of ferry share.
+
+pub mod guest;
