@@ -1,7 +1,7 @@
 //! Boots guests, migrates them within this process, and counts what a process must not leak.
 
 use std::fs;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferry_guest_abi::report::Stage;
@@ -18,20 +18,11 @@ use ferry_vmm::{
 };
 use tokio::sync::{mpsc, watch};
 
-/// Says that the tier can't run here; under CI it must.
-pub fn has_kvm() -> bool {
-    let open = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
-    if let Err(error) = &open {
-        assert!(std::env::var_os("CI").is_none(), "tier e2e needs /dev/kvm: {error}");
-        println!("SKIPPED tier e2e: /dev/kvm: {error}");
-    }
-    open.is_ok()
-}
+pub use crate::tier::one_at_a_time;
 
-/// Two cores: guests that run at the same time would measure each other.
-pub fn one_at_a_time() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+/// Whether guests can run here.
+pub fn has_kvm() -> bool {
+    crate::tier::has_kvm("e2e")
 }
 
 pub const VM: VmId = VmId([7; 16]);
@@ -164,8 +155,8 @@ pub fn target_for(guest: &Guest) -> Target {
     };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
-    let receiver =
-        Receiver::bind(options, Arc::new(host), Arc::clone(&records) as _, clock, updates).expect("a listener");
+    let receiver = Receiver::bind(options, Arc::new(host), Arc::clone(&records) as _, clock, updates)
+        .expect("a listener");
     let address = receiver.local_address().expect("an address").to_string();
     Target { receiver, address, records, built }
 }
@@ -202,8 +193,7 @@ pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) 
     };
     received.expect("threads").expect("a guest");
     assert_eq!(summary.digest, summary.target_digest);
-    let machine =
-        target.built.lock().unwrap_or_else(PoisonError::into_inner).take().expect("it was built");
+    let machine = target.built.lock().unwrap_or_else(PoisonError::into_inner).take().expect("it was built");
     let moved = Guest {
         machine,
         epoch: summary.epoch,
