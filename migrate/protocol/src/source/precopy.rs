@@ -72,11 +72,15 @@ pub(super) fn begin(context: &mut Context, now: Timestamp) -> Phase {
 }
 
 impl PreCopy {
-    /// When this phase wants to be woken.
-    pub(super) fn wake(&self, context: &Context) -> Timestamp {
-        match self.step {
-            Step::Resting { until, .. } => until.min(context.deadline()),
-            Step::Starting | Step::Reading { .. } | Step::Sending { .. } => context.deadline(),
+    /// When this phase wants to be woken. With [`OnTimeout::Stop`] the end of the round under way is awaited
+    /// even where the time is over: a wake-up at the deadline would find nothing to do and be due again at once.
+    pub(super) fn wake(&self, context: &Context) -> Option<Timestamp> {
+        match (&self.step, context.config.on_timeout) {
+            (Step::Resting { until, .. }, _) => Some((*until).min(context.deadline())),
+            (Step::Starting | Step::Reading { .. } | Step::Sending { .. }, OnTimeout::Cancel) => {
+                Some(context.deadline())
+            }
+            (Step::Starting | Step::Reading { .. } | Step::Sending { .. }, OnTimeout::Stop) => None,
         }
     }
 
