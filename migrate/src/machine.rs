@@ -178,8 +178,7 @@ impl TargetHost for MachineHost {
         let config = Machine::config_from_description(description, self.local.clone())
             .map_err(|error| cannot_build(error.into()))?;
         let machine = Machine::build(&config).map_err(|error| {
-            let code =
-                if error.is_out_of_memory() { AbortCode::NoMemory } else { AbortCode::CannotBuild };
+            let code = if error.is_out_of_memory() { AbortCode::NoMemory } else { AbortCode::CannotBuild };
             BuildRefusal { code, cause: error.into() }
         })?;
         let machine = MigratableMachine::new(Arc::new(machine), Vec::new(), Vec::new());

@@ -119,8 +119,7 @@ impl MigrationReport {
     /// The report of a migration of VM `name` that was allowed `budget`.
     #[must_use]
     pub fn new(name: &str, budget: Duration, summary: &Summary) -> Self {
-        let Summary { epoch, host, rounds, downtime, forecast, total, digest, target_digest } =
-            summary;
+        let Summary { epoch, host, rounds, downtime, forecast, total, digest, target_digest } = summary;
         let rounds: Vec<Round> = rounds.iter().map(Round::from).collect();
         Self {
             name: name.to_owned(),
