@@ -135,6 +135,16 @@ fn a_target_whose_disk_fails_for_a_while_leaves_the_source_in_doubt_not_in_two()
 }
 
 #[test]
+fn a_prepared_target_does_not_discard_before_its_time() {
+    let mut pair = Pair::new(config());
+    pair.run_to_target_phase("prepared");
+    // As the engine may hand it in when a deadline and a message come together.
+    pair.tell_target(target::Event::Timeout);
+    pair.run_to_end();
+    assert!(moved(&pair), "{:?}", pair.target_outcomes);
+}
+
+#[test]
 fn a_source_that_can_not_record_its_release_has_released_all_the_same() {
     let mut pair = Pair::new(config());
     pair.source_disk.faults.extend([DiskFault::None, DiskFault::Lost]);

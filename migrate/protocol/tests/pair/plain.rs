@@ -1,7 +1,8 @@
 //! Migrations in which nothing fails.
 
 use ferry_protocol::message::MessageType;
-use ferry_protocol::{source, target};
+use ferry_protocol::source::{self, Progress};
+use ferry_protocol::{Message, target};
 
 use crate::world::{MS, PAGES, Pair, config};
 
@@ -73,4 +74,16 @@ fn the_messages_come_in_the_order_that_is_drawn_in_the_protocol() {
     let drawn =
         [Hello, Welcome, Describe, Ready, Stopping, State, Prepare, Prepared, Commit, Running, Released];
     assert_eq!(order, drawn);
+}
+
+#[test]
+fn a_late_pong_does_not_shorten_the_round_trip() {
+    let mut pair = Pair::new(config());
+    pair.run_until(|pair| {
+        pair.source_progress.iter().any(|p| matches!(p, Progress::RoundStarted { round: 2, .. }))
+    });
+    pair.tell_source(source::Event::Message(Message::Pong(1)));
+    pair.run_to_end();
+    // Half of the state's 4 ms and a round trip of twice 0.5 ms.
+    assert_eq!(moved(&pair).forecast.prepare.expected, 3 * MS, "{:?}", moved(&pair).forecast);
 }
