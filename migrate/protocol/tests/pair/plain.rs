@@ -79,9 +79,9 @@ fn the_messages_come_in_the_order_that_is_drawn_in_the_protocol() {
 #[test]
 fn a_late_pong_does_not_shorten_the_round_trip() {
     let mut pair = Pair::new(config());
-    pair.run_until(|pair| {
-        pair.source_progress.iter().any(|p| matches!(p, Progress::RoundStarted { round: 2, .. }))
-    });
+    pair.dirty_pages = vec![PAGES, PAGES, 10];
+    let second = |p: &Progress| matches!(p, Progress::RoundStarted { round: 2, .. });
+    assert!(pair.run_until(|pair| pair.source_progress.iter().any(second)));
     pair.tell_source(source::Event::Message(Message::Pong(1)));
     pair.run_to_end();
     // Half of the state's 4 ms and a round trip of twice 0.5 ms.
