@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use ferry_protocol::message::MessageType;
+use ferry_protocol::message::{Hello, MessageType};
+use ferry_protocol::negotiation::Features;
 use ferry_protocol::source::{self, Outcome};
-use ferry_protocol::target;
+use ferry_protocol::{Epoch, MigrationId, VmId, target};
 
 use crate::world::{DiskFault, Pair, config};
 
@@ -179,4 +180,28 @@ fn a_lasting_partition_after_the_commit_stays_in_doubt_and_never_runs_two() {
     assert!(doubted(&pair));
     let doubts = pair.source_progress.iter().filter(|p| matches!(p, source::Progress::InDoubt { .. }));
     assert_eq!(doubts.count(), 1, "said once, not at every attempt");
+}
+
+#[test]
+fn a_source_that_comes_anew_shows_that_it_has_given_up_the_attempt_before() {
+    let mut pair = Pair::new(config());
+    pair.run_to_target_phase("prepared");
+    let hello = |epoch| Hello {
+        version_oldest: 1,
+        version_newest: 1,
+        features: Features::OURS,
+        migration: MigrationId([8; 16]),
+        vm: config().vm,
+        name: config().name,
+        epoch: Epoch::new(epoch),
+        resumes: false,
+    };
+    let superseded = |pair: &Pair, hello: &Hello| pair.target.as_ref().unwrap().superseded_by(hello);
+    // Epoch 2 is prepared. A source in epoch 3 failed to record its commit of 2; one in 0 is an old copy.
+    assert_eq!([0, 1, 2, 3].map(|epoch| superseded(&pair, &hello(epoch))), [false, true, true, true]);
+    assert!(!superseded(&pair, &Hello { resumes: true, ..hello(1) }));
+    assert!(!superseded(&pair, &Hello { vm: VmId([9; 16]), ..hello(1) }), "another VM");
+    assert!(!superseded(&pair, &Hello { migration: config().migration, ..hello(1) }), "this attempt");
+    pair.run_to_target_phase("starting");
+    assert!(!superseded(&pair, &hello(3)), "what is recorded as running is not given up");
 }
