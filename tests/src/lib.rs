@@ -1,1 +1,3 @@
-//! Not written yet.
+//! What ferry's cross-crate tests are built from. The tests themselves are this package's test targets.
+
+pub mod sim;
