@@ -204,6 +204,7 @@ fn events() -> Vec<(String, Event)> {
         ("RecordFailed", Event::RecordFailed("full".to_owned())),
         ("VmFailed", Event::VmFailed("KVM said no".to_owned())),
         ("VmResumed", Event::VmResumed),
+        ("ResumeFailed", Event::ResumeFailed("KVM said no".to_owned())),
         ("Cancel", Event::Cancel),
         ("Timeout", Event::Timeout),
         ("Welcome", welcome(1, Features::OURS)),
