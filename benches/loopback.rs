@@ -27,8 +27,10 @@ fn main() {
         .build()
         .expect("a runtime");
     println!("{FILLED_MIB} MiB of random pages, idle guest, loopback, 1 stream, no compression; {runs} runs");
-    let mut guest =
-        boot(&format!("fill mib={FILLED_MIB} random=100 verify=0"), &config(GUEST_MIB, 1, Backing::PrivateAnonymous));
+    let mut guest = boot(
+        &format!("fill mib={FILLED_MIB} random=100 verify=0"),
+        &config(GUEST_MIB, 1, Backing::PrivateAnonymous),
+    );
     // The first ones touch memory that the machine may not have used before.
     for _ in 0..2 {
         guest = runtime.block_on(move_guest(guest, |_| {})).0;

@@ -18,7 +18,8 @@ fn fifty_migrations_of_a_dirtying_guest_lose_nothing_and_leak_nothing() {
     }
     let _turn = one_at_a_time();
     let runtime = runtime();
-    let mut guest = boot("dirty rate=200 set=64 order=random write=page", &config(192, 1, Backing::PrivateAnonymous));
+    let mut guest =
+        boot("dirty rate=200 set=64 order=random write=page", &config(192, 1, Backing::PrivateAnonymous));
     let mut held = None;
     let mut downtimes = Vec::new();
     for number in 1..=50 {

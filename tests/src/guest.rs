@@ -18,7 +18,11 @@ use ferry_vmm::{
 };
 use tokio::sync::{mpsc, watch};
 
-/// Says that the tier can't run here; under CI it must.
+/// Whether this tier can run; if not, says so by name.
+///
+/// # Panics
+/// Under CI, where it must.
+#[must_use]
 pub fn has_kvm() -> bool {
     let open = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
     if let Err(error) = &open {
@@ -34,12 +38,17 @@ pub fn one_at_a_time() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The identity of every test's guest.
 pub const VM: VmId = VmId([7; 16]);
 
 /// A VM somewhere, with what its host knows of it.
+#[derive(Debug)]
 pub struct Guest {
+    /// Its machine.
     pub machine: MigratableMachine,
+    /// The epoch in which it runs.
     pub epoch: Epoch,
+    /// Its host's record.
     pub records: Arc<FileRecords>,
     folder: Arc<tempfile::TempDir>,
 }
@@ -50,6 +59,8 @@ impl Drop for Guest {
     }
 }
 
+/// A machine without a network.
+#[must_use]
 pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
     MachineConfig {
         memory: MemoryConfig { size_bytes: memory_mib << 20, backing },
@@ -60,6 +71,10 @@ pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
 }
 
 /// Boots the workload guest and waits until it does its job.
+///
+/// # Panics
+/// If it does not come up.
+#[must_use]
 pub fn boot(workload: &str, config: &MachineConfig) -> Guest {
     let workload = Workload::parse(workload).expect("a workload");
     let machine = Machine::build(config).expect("a machine");
@@ -88,6 +103,8 @@ pub fn boot(workload: &str, config: &MachineConfig) -> Guest {
 }
 
 impl Guest {
+    /// What the guest says of itself.
+    #[must_use]
     pub fn report(&self) -> Option<Report> {
         let ram = self.machine.machine().ram();
         let mut bytes = [0; PAGE_BYTES];
@@ -96,6 +113,10 @@ impl Guest {
     }
 
     /// The report of a guest that is well.
+    ///
+    /// # Panics
+    /// If it is not.
+    #[must_use]
     pub fn healthy(&self) -> Report {
         let report = self.report().expect("the guest reports");
         assert_eq!(report.errors, 0, "the guest found its memory changed: {:?}", report.first_bad);
@@ -104,6 +125,9 @@ impl Guest {
     }
 
     /// Waits until the guest has had a few heartbeats more, and is well.
+    ///
+    /// # Panics
+    /// If it has none.
     pub fn goes_on(&self) -> Report {
         let before = self.healthy().heartbeat_count;
         for _ in 0..200 {
@@ -115,6 +139,11 @@ impl Guest {
         panic!("no heartbeat in 2 s after {before}: {:?}", self.machine.machine().status());
     }
 
+    /// Generous options for moving it to `target`.
+    ///
+    /// # Panics
+    /// Never.
+    #[must_use]
     pub fn options(&self, target: String) -> MigrateOptions {
         let mut id = [0; 16];
         id[0] = u8::try_from(self.epoch.number() % 256).expect("below 256");
@@ -141,14 +170,23 @@ impl Guest {
     }
 }
 
-/// A receiver on loopback with its address.
+/// A receiver on loopback.
+#[derive(Debug)]
 pub struct Target {
+    /// Takes the guest in.
     pub receiver: Receiver,
+    /// Where it listens.
     pub address: String,
+    /// The record of the host that it will be.
     pub records: Arc<FileRecords>,
     built: Arc<Mutex<Option<MigratableMachine>>>,
 }
 
+/// An empty host for `guest`, within the current runtime.
+///
+/// # Panics
+/// If it can't listen.
+#[must_use]
 pub fn target_for(guest: &Guest) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
     let keep = Arc::clone(&built);
@@ -164,18 +202,25 @@ pub fn target_for(guest: &Guest) -> Target {
     };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
-    let receiver =
-        Receiver::bind(options, Arc::new(host), Arc::clone(&records) as _, clock, updates).expect("a listener");
+    let receiver = Receiver::bind(options, Arc::new(host), Arc::clone(&records) as _, clock, updates)
+        .expect("a listener");
     let address = receiver.local_address().expect("an address").to_string();
     Target { receiver, address, records, built }
 }
 
 /// Runs only the source's side of a migration.
+///
+/// # Panics
+/// If no thread can be started.
 pub async fn source(guest: &Guest, options: MigrateOptions, cancel: watch::Receiver<bool>) -> Outcome {
     let (updates, _) = mpsc::unbounded_channel();
     source_with(guest, options, cancel, updates).await
 }
 
+/// The same, with what it tells meanwhile.
+///
+/// # Panics
+/// If no thread can be started.
 pub async fn source_with(
     guest: &Guest,
     options: MigrateOptions,
@@ -188,7 +233,10 @@ pub async fn source_with(
     migrate(vm, records, clock, options, cancel, updates).await.expect("threads")
 }
 
-/// Migrates a guest to a new machine and checks that it is well there.
+/// Migrates a guest to a new machine and checks digests and records.
+///
+/// # Panics
+/// If anything is not as it should be.
 pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) -> (Guest, Summary) {
     let mut target = target_for(&guest);
     let mut options = guest.options(target.address.clone());
@@ -202,8 +250,7 @@ pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) 
     };
     received.expect("threads").expect("a guest");
     assert_eq!(summary.digest, summary.target_digest);
-    let machine =
-        target.built.lock().unwrap_or_else(PoisonError::into_inner).take().expect("it was built");
+    let machine = target.built.lock().unwrap_or_else(PoisonError::into_inner).take().expect("it was built");
     let moved = Guest {
         machine,
         epoch: summary.epoch,
@@ -220,12 +267,20 @@ pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) 
 /// What a process holds that it could leak.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
+    /// Its threads.
     pub threads: usize,
+    /// What its descriptors are, without numbers.
     pub files: Vec<String>,
+    /// How many mappings it has.
     pub mappings: usize,
 }
 
 impl Held {
+    /// What this process holds now.
+    ///
+    /// # Panics
+    /// Without /proc.
+    #[must_use]
     pub fn now() -> Self {
         let count = |path: &str| fs::read_dir(path).map(Iterator::count).unwrap_or_default();
         let mut files: Vec<String> = fs::read_dir("/proc/self/fd")

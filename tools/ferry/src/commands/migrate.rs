@@ -74,7 +74,16 @@ async fn follow(args: &MigrateArgs, state: &StateDir, events: &mut Events) -> an
             MigrationEvent::Failed { reason } => {
                 bail!("'{}' was not migrated and goes on here: {reason}", args.name)
             }
-            _ => {}
+            MigrationEvent::Started { .. }
+            | MigrationEvent::Negotiated { .. }
+            | MigrationEvent::RoundStarted { .. }
+            | MigrationEvent::Transferred { .. }
+            | MigrationEvent::RoundDone(_)
+            | MigrationEvent::Stopping { .. }
+            | MigrationEvent::Paused
+            | MigrationEvent::Handed
+            | MigrationEvent::InDoubt { .. }
+            | MigrationEvent::Undoing { .. } => {}
         }
     }
 }

@@ -41,7 +41,8 @@ pub(super) async fn run(args: &DemoArgs) -> anyhow::Result<DemoResult> {
     {
         let (lab, target) = (std::sync::Arc::clone(&lab), target.clone());
         let patience = std::time::Duration::from_secs(20);
-        tokio::task::spawn_blocking(move || fetch_when_served(&lab.client, clock, &target, patience)).await??;
+        tokio::task::spawn_blocking(move || fetch_when_served(&lab.client, clock, &target, patience))
+            .await??;
     }
 
     println!(
