@@ -522,7 +522,7 @@ impl Source {
             Phase::Greeting(phase) => Some(phase.deadline),
             Phase::Describing(phase) => Some(phase.deadline),
             Phase::OpeningStreams(phase) => Some(phase.deadline),
-            Phase::PreCopy(phase) => Some(phase.wake(&self.context)),
+            Phase::PreCopy(phase) => phase.wake(&self.context),
             Phase::Stopping(phase) => Some(phase.deadline()),
             Phase::Preparing(phase) => Some(phase.deadline()),
             Phase::Committed(phase) => phase.deadline(),
