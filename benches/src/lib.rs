@@ -1,1 +1,2 @@
-//! Not written yet.
+//! The benches of ferry stand beside this file: `core.rs` and `loopback.rs`. Run them with
+//! `cargo bench -p ferry-benches`.

@@ -47,6 +47,7 @@ impl Bandwidth {
 mod tests {
     use super::*;
 
+    #[derive(Debug)]
     struct Fixed;
     impl Clock for Fixed {
         fn now(&self) -> Timestamp {

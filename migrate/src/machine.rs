@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ferry_protocol::layout::Region;
 use ferry_protocol::message::AbortCode;
 use ferry_protocol::{MemoryLayout, PAGE_BYTES, PageBitmap, PageRange};
-use ferry_vmm::{GuestRam, LocalChoices, Machine, MachineStatus};
+use ferry_vmm::{BuildError, GuestRam, LocalChoices, Machine, MachineStatus};
 
 use crate::announce::LearnedAddresses;
 use crate::ports::{BuildRefusal, GuestPages, PortError, SavedState, SourceVm, TargetHost, TargetVm};
@@ -178,7 +178,8 @@ impl TargetHost for MachineHost {
         let config = Machine::config_from_description(description, self.local.clone())
             .map_err(|error| cannot_build(error.into()))?;
         let machine = Machine::build(&config).map_err(|error| {
-            let code = if error.is_out_of_memory() { AbortCode::NoMemory } else { AbortCode::CannotBuild };
+            let no_memory = matches!(error, BuildError::Memory(_));
+            let code = if no_memory { AbortCode::NoMemory } else { AbortCode::CannotBuild };
             BuildRefusal { code, cause: error.into() }
         })?;
         let machine = MigratableMachine::new(Arc::new(machine), Vec::new(), Vec::new());

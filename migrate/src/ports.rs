@@ -171,7 +171,7 @@ pub trait RecordStore: Send + Sync + 'static {
 }
 
 /// Where the engine has the time from.
-pub trait Clock: Send + Sync + 'static {
+pub trait Clock: fmt::Debug + Send + Sync + 'static {
     /// Now, since an origin that never changes.
     fn now(&self) -> Timestamp;
 }

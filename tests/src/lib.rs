@@ -1,3 +1,4 @@
-//! What ferry's cross-crate tests are built from. The tests themselves are this package's test targets.
+//! What ferry's cross-crate tests and benches are built from. The tests themselves are this package's test targets.
 
+pub mod guest;
 pub mod sim;

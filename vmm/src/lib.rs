@@ -3,5 +3,31 @@
 //! This is the only crate of ferry that talks to KVM and the only one with `unsafe` code. It knows
 //! nothing of migration: it offers guest memory by page index, a dirty log, and a machine's state as
 //! opaque versioned sections, and leaves what to do with them to its caller.
+//!
+//! [`Machine`] is where to start.
 
+mod boot;
+mod capability;
+mod config;
+mod devices;
+mod machine;
+mod memory;
+mod parking;
+mod saved;
 pub mod tap;
+mod vcpu;
+
+pub use boot::{BootError, CMDLINE_BYTES_MAX};
+pub use capability::{KvmCallError, KvmError};
+pub use config::{
+    Backing, BootSource, CPUS_MAX, ConfigError, Kernel, LocalChoices, MachineConfig, MemoryConfig, NetConfig,
+    SerialTarget,
+};
+pub use devices::SerialError;
+pub use machine::{BuildError, FrameObserver, Machine, MachineStatus, RunError};
+pub use memory::{
+    DirtyLogError, GuestRam, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryError, PAGE_BYTES, RamError,
+    RamRegion, check_available,
+};
+pub use parking::MachineEvent;
+pub use saved::{STATE_BYTES_MAX, StateError};

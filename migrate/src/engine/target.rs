@@ -75,10 +75,13 @@ impl std::fmt::Debug for Receiver {
 }
 
 impl Receiver {
-    /// Binds the listener.
+    /// Binds the listener. `updates` hears of what happens from then on.
     ///
     /// # Errors
     /// What the operating system says of the address.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
     pub fn bind(
         options: ReceiveOptions,
         host: Arc<dyn TargetHost>,

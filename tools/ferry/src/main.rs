@@ -1,2 +1,82 @@
-//! Not written yet.
-fn main() {}
+//! The command `ferry`: starts VMs, takes them in, moves them away, and shows what they do.
+//!
+//! ```text
+//!  cli.rs        what can be said            quantity.rs   sizes, rates, durations
+//!  commands/     one file a subcommand       client.rs     asks a VM's host process
+//!  host/         the process that hosts a VM, with its control API (api.rs)
+//!  demo/         the whole story in one command
+//! ```
+//!
+//! Everything about moving VMs is in the library `ferry-migrate`; this is what people see of it.
+
+mod api;
+mod cli;
+mod client;
+mod commands;
+mod demo;
+mod host;
+mod quantity;
+mod state_dir;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command, Output};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("FERRY_LOG").unwrap_or_else(|_| "warn".into()),
+        )
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+    let json = wants_json(&cli.command);
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            if json {
+                println!("{}", serde_json::json!({ "error": format!("{error:#}") }));
+            }
+            eprintln!("ferry: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn wants_json(command: &Command) -> bool {
+    match command {
+        Command::Run(args) => args.output.json,
+        Command::Receive(args) => args.output.json,
+        Command::Migrate(args) => args.output.json,
+        Command::List(Output { json }) => *json,
+        Command::Info(args) | Command::Pause(args) | Command::Resume(args) | Command::Stop(args) => {
+            args.output.json
+        }
+        // Its JSON goes into a file.
+        Command::Demo(_) => false,
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let code = runtime.block_on(async {
+        match command {
+            Command::Run(args) => commands::run::run(args).await,
+            Command::Receive(args) => commands::receive::run(args).await,
+            Command::Migrate(args) => commands::migrate::run(args).await,
+            Command::List(output) => commands::list::run(output).await,
+            Command::Info(args) => commands::control::info(args).await,
+            Command::Pause(args) => commands::control::pause(args).await,
+            Command::Resume(args) => commands::control::resume(args).await,
+            Command::Stop(args) => commands::control::stop(args).await,
+            Command::Demo(args) => demo::run(args).await,
+        }
+    });
+    // A task may still be in a blocking call (a guest that will not stop); the process ends all the same.
+    runtime.shutdown_background();
+    code
+}

@@ -15,6 +15,7 @@
 //!
 //! The crate knows nothing of machines or of migration: it makes taps, and somebody else opens them.
 
+pub mod capture;
 pub mod clock;
 pub mod http;
 pub mod namespace;
@@ -23,6 +24,7 @@ pub mod plot;
 pub mod probe;
 pub mod timeline;
 
+pub use capture::{Capture, Scope};
 pub use clock::LabClock;
 pub use http::{ExpectedBody, HttpLoad, HttpReport, HttpTarget};
 pub use namespace::{Namespace, NamespaceError};

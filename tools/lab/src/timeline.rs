@@ -37,12 +37,14 @@ impl Timeline {
     }
 
     /// The throughput as points `(t_ms, mib_per_s)`, each for the `step_ms` that begin there.
-    /// `step_ms` is rounded up to whole buckets; a last step that is not full is left out.
+    /// `step_ms` is rounded up to whole buckets. The last bucket ended in its middle, when the last
+    /// byte came, and would look like a drop: it is left out, as is a last step that is not full.
     #[must_use]
     pub fn samples(&self, step_ms: u64) -> Vec<(f64, f64)> {
         let per_step = step_ms.div_ceil(BUCKET_MS).max(1);
         let step_s = (per_step * BUCKET_MS) as f64 / 1e3;
-        let steps = self.bytes.chunks_exact(usize::try_from(per_step).unwrap_or(usize::MAX));
+        let full = &self.bytes[..self.bytes.len().saturating_sub(1)];
+        let steps = full.chunks_exact(usize::try_from(per_step).unwrap_or(usize::MAX));
         let rates = steps.map(|step| step.iter().sum::<u64>() as f64 / BYTES_PER_MIB / step_s);
         rates.enumerate().map(|(index, rate)| (index as f64 * step_s * 1e3, rate)).collect()
     }
@@ -120,7 +122,7 @@ mod tests {
     #[test]
     fn throughput_is_per_second_whatever_the_step() {
         let mut timeline = Timeline::default();
-        for at_ms in 0..40 {
+        for at_ms in 0..=40 {
             timeline.add(at_ms * 1000, 1 << 20);
         }
         assert_eq!(timeline.samples(10).len(), 4);
@@ -129,6 +131,7 @@ mod tests {
         }
         assert!((timeline.samples(20)[1].0 - 20.0).abs() < 1e-6);
         assert_eq!(timeline.samples(30).len(), 1, "the last 10 ms are no full step");
+        assert!(Timeline::default().samples(10).is_empty());
     }
 
     #[test]

@@ -1,2 +1,76 @@
-//! Not written yet.
-fn main() {}
+//! `cargo xtask`: the gate and the chores of the repository.
+//!
+//! - `cargo xtask ci`: formatting, lints, documentation, tidiness. Tests are `cargo test --workspace`.
+//! - `cargo xtask tidy`: the rules of this repository that no other tool checks.
+
+mod tidy;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Formatting, lints, documentation and tidiness of the whole workspace and the guest
+    Ci,
+    /// The rules of this repository that no other tool checks
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().task {
+        Task::Ci => ci(),
+        Task::Tidy => tidy_up(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn ci() -> anyhow::Result<()> {
+    let guest = root().join("tools/guest/kernel/Cargo.toml");
+    let guest = guest.to_str().context("the repository's path is not Unicode")?;
+    let warnings = [("RUSTDOCFLAGS", "-D warnings")];
+    step("formatting", &["fmt", "--all", "--check"], &[])?;
+    step("formatting of the guest", &["fmt", "--manifest-path", guest, "--check"], &[])?;
+    tidy_up()?;
+    step("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
+    step("documentation", &["doc", "--workspace", "--no-deps", "--document-private-items"], &warnings)
+}
+
+fn tidy_up() -> anyhow::Result<()> {
+    println!("xtask: tidiness");
+    let complaints = tidy::check(&root())?;
+    for complaint in &complaints {
+        println!("  {complaint}");
+    }
+    if complaints.is_empty() { Ok(()) } else { bail!("{} places are untidy", complaints.len()) }
+}
+
+fn step(what: &str, arguments: &[&str], environment: &[(&str, &str)]) -> anyhow::Result<()> {
+    println!("xtask: {what}");
+    let status = Command::new(env!("CARGO"))
+        .args(arguments)
+        .envs(environment.iter().copied())
+        .current_dir(root())
+        .status()
+        .with_context(|| format!("cargo {} can't be run", arguments.join(" ")))?;
+    if status.success() { Ok(()) } else { bail!("{what}: cargo {} failed", arguments.join(" ")) }
+}
+
+fn root() -> PathBuf {
+    let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
+    xtask.ancestors().nth(2).expect("tools/xtask lies two folders deep").to_owned()
+}

@@ -17,6 +17,7 @@ extern crate std;
 
 pub mod cmdline;
 pub mod content;
+pub mod http;
 pub mod order;
 pub mod quota;
 pub mod report;

@@ -10,6 +10,7 @@ pub static WORKLOAD_GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/fer
 mod tests {
     use super::WORKLOAD_GUEST;
     use ferry_guest_abi::REPORT_GPA;
+    use ferry_guest_abi::workload::OVERHEAD_MIB;
 
     fn u16_at(at: usize) -> usize {
         usize::from(u16::from_le_bytes(WORKLOAD_GUEST[at..at + 2].try_into().unwrap()))
@@ -54,6 +55,9 @@ mod tests {
         let loads = program_headers(1);
         assert_eq!(loads.len(), 1);
         assert_eq!((u64_at(loads[0] + 16), u64_at(loads[0] + 24)), (REPORT_GPA, REPORT_GPA));
+        // Two MiB below the image, and page tables for 64 GiB of memory, are the guest's as well.
+        let taken = REPORT_GPA + u64_at(loads[0] + 40) + 64 * 4096;
+        assert!(taken <= u64::from(OVERHEAD_MIB) << 20, "the guest takes {taken} bytes for itself");
         assert!(program_headers(3).is_empty(), "the image wants a dynamic linker");
     }
 

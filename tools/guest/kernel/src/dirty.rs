@@ -14,7 +14,7 @@ use ferry_guest_abi::workload::{Dirty, Order, Write};
 const BATCH: u64 = 16;
 
 /// With one word a page, the rest of every so-manieth page is checked as well.
-const FULL_CHECK_EVERY: u64 = 16;
+const FULL_CHECK_EVERY: u64 = 8;
 
 /// The working set, and where in which pass the writing stands.
 struct Set {

@@ -5,6 +5,23 @@
 //! dirties memory whose content it can predict, checks that nothing was lost, and serves HTTP.
 //! What it is told and what it says is defined in `ferry-guest-abi`.
 //!
+//! Any PVH loader boots it. ferry embeds it (`tools/guest/image`); with QEMU, for comparison:
+//!
+//! ```text
+//! cd tools/guest/kernel && cargo build --release
+//! qemu-system-x86_64 -M microvm,pit=off,pic=off,rtc=off,acpi=off -accel kvm -cpu host,-arch-capabilities \
+//!     -m 1G -nodefaults -display none -no-reboot -serial stdio \
+//!     -kernel target/x86_64-unknown-linux-gnu/release/ferry-guest -append 'workload dirty rate=500 set=256'
+//! ```
+//!
+//! (`acpi=off` makes QEMU put its virtio-mmio devices on the command line, where this guest looks for them.)
+//!
+//! ```text
+//! boot.s       ring 0: PVH entry, page tables, traps      net/    virtio-mmio network card
+//! machine/     what ring 3 sees of the machine            http/   the web server, on smoltcp
+//! pulse.rs     heartbeat and gap log                      dirty.rs, fill.rs, content.rs   memory that checks itself
+//! ```
+//!
 //! It has one thread, no allocator, no file system and no way back: whatever fails ends in
 //! [`fail::give_up`], which says so on the serial console and in the report.
 #![no_std]
@@ -14,7 +31,9 @@ mod content;
 mod dirty;
 mod fail;
 mod fill;
+mod http;
 mod machine;
+mod net;
 mod pulse;
 
 use core::fmt::Write as _;
@@ -57,7 +76,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     match line.workload {
         Workload::Idle | Workload::Fill(_) => idle(&mut filled, &mut pulse),
         Workload::Dirty(job) => dirty::run(&job, &mut ram, &mut filled, &mut pulse),
-        Workload::Http(_) => give_up(format_args!("http: not yet")),
+        Workload::Http(job) => http::run(&job, &line, &mut filled, &mut pulse),
     }
 }
 

@@ -13,6 +13,7 @@ pub struct Pulse {
     tsc_khz: u64,
     gap_min_ticks: u64,
     last: u64,
+    elapsed: u64,
     beats: u64,
     halts: u64,
     gaps: u64,
@@ -26,12 +27,17 @@ impl Pulse {
         apic::start_tick();
         report::set(offset::TSC_KHZ, tsc_khz);
         let gap_min_ticks = tsc_khz * GAP_LOG_MIN_US / 1_000;
-        Self { tsc_khz, gap_min_ticks, last: tsc(), beats: 0, halts: 0, gaps: 0, largest: 0 }
+        Self { tsc_khz, gap_min_ticks, last: tsc(), elapsed: 0, beats: 0, halts: 0, gaps: 0, largest: 0 }
     }
 
     /// TSC ticks a millisecond.
     pub const fn tsc_khz(&self) -> u64 {
         self.tsc_khz
+    }
+
+    /// TSC ticks from the first heartbeat to the last: a clock that never goes backwards.
+    pub const fn elapsed_ticks(&self) -> u64 {
+        self.elapsed
     }
 
     /// Declares the main job begun, and forgets the gaps before it.
@@ -55,6 +61,7 @@ impl Pulse {
             self.log_gap(gap);
         }
         self.last = now;
+        self.elapsed += gap;
         self.beats += 1;
         report::set(offset::HEARTBEAT_TSC, now);
         report::set(offset::HEARTBEAT_COUNT, self.beats);

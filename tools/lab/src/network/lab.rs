@@ -4,6 +4,7 @@
 //! network card. The VM's address is [`VM_IPV4`], whichever host it runs on.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 use crate::namespace::Namespace;
 use crate::network::{Links, Mac, NetworkError, VethEnd};
@@ -28,6 +29,8 @@ pub const BRIDGE: &str = "br0";
 pub const TAP: &str = "tap0";
 /// The client's interface.
 pub const CLIENT_INTERFACE: &str = "eth0";
+/// How long the kernel may take to let frames pass after a cable was plugged in.
+pub const PLUG_TIMEOUT: Duration = Duration::from_secs(10);
 /// Each host's interface to the switch.
 pub const UPLINK: &str = "uplink";
 
@@ -70,7 +73,8 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Makes the lab. Takes a few dozen milliseconds.
+    /// Makes the lab. When this returns, every station reaches every other. That takes a few dozen
+    /// milliseconds, or a second or two if the kernel is slow to notice the carriers.
     ///
     /// # Errors
     /// [`NetworkError::Namespace`] without root; otherwise whatever could not be made. Nothing is
@@ -87,6 +91,9 @@ impl Lab {
         lab.plug_host(&lab.host_b, SwitchPort::HostB, HOST_B_IPV4)?;
         lab.plug(&lab.client, CLIENT_INTERFACE, SwitchPort::Client, CLIENT_IPV4)?;
         add_addresses(&lab.client, CLIENT_INTERFACE, CLIENT_IPV4)?;
+        for port in SwitchPort::ALL {
+            lab.wait_until_carrying(port)?;
+        }
         Ok(lab)
     }
 
@@ -108,12 +115,23 @@ impl Lab {
         Links::of(&self.switch).down(port.interface())
     }
 
-    /// Puts the cable back into `port`.
+    /// Puts the cable back into `port`, and waits until frames pass through it.
     ///
     /// # Errors
-    /// [`NetworkError`] if netlink fails.
+    /// [`NetworkError::NotCarrying`] if none does; otherwise what netlink failed at.
     pub fn replug(&self, port: SwitchPort) -> Result<(), NetworkError> {
-        Links::of(&self.switch).up(port.interface())
+        Links::of(&self.switch).up(port.interface())?;
+        self.wait_until_carrying(port)
+    }
+
+    fn wait_until_carrying(&self, port: SwitchPort) -> Result<(), NetworkError> {
+        let (station, interfaces) = match port {
+            SwitchPort::HostA => (&self.host_a, &[UPLINK, BRIDGE][..]),
+            SwitchPort::HostB => (&self.host_b, &[UPLINK, BRIDGE][..]),
+            SwitchPort::Client => (&self.client, &[CLIENT_INTERFACE][..]),
+        };
+        Links::of(&self.switch).wait_until_carrying(port.interface(), PLUG_TIMEOUT)?;
+        interfaces.iter().try_for_each(|name| Links::of(station).wait_until_carrying(name, PLUG_TIMEOUT))
     }
 
     fn plug_host(&self, host: &Namespace, port: SwitchPort, address: Ipv4Addr) -> Result<(), NetworkError> {

@@ -13,6 +13,8 @@ use std::future::Future;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::thread;
+use std::time::Duration;
 
 use ferry_vmm::tap::{Tap, TapError};
 use futures::TryStreamExt;
@@ -20,17 +22,22 @@ use nix::errno::Errno;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
 use rtnetlink::packet_route::link::{
-    BridgeStpState, InfoBridge, InfoData, InfoVeth, LinkAttribute, LinkMessage,
+    BridgePortState, BridgeStpState, InfoBridge, InfoBridgePort, InfoData, InfoPortData, InfoVeth,
+    LinkAttribute, LinkInfo, LinkMessage, State,
 };
 use rtnetlink::packet_route::neighbour::{NeighbourAttribute, NeighbourState};
 use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
 pub use mac::{Mac, MacError};
 
+use crate::clock::LabClock;
 use crate::namespace::{Namespace, NamespaceError};
 
 /// How long a bridge remembers where it saw a MAC. The unit of the kernel is 10 ms.
 const BRIDGE_AGEING_CENTISECONDS: u32 = 300 * 100;
+
+/// How often [`Links::wait_until_carrying`] looks.
+const CARRIER_POLL: Duration = Duration::from_millis(1);
 
 /// Why an interface could not be made, changed or read.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +74,16 @@ pub enum NetworkError {
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// An interface did not come to carry frames.
+    #[error("'{name}' in the namespace of '{host}' still carries no frames after {waited_ms} ms")]
+    NotCarrying {
+        /// The interface.
+        name: String,
+        /// The namespace's label.
+        host: String,
+        /// How long it was waited for, in milliseconds.
+        waited_ms: u128,
     },
     /// A tap could not be made.
     #[error("can't make a tap in the namespace of '{host}'")]
@@ -185,6 +202,25 @@ impl<'a> Links<'a> {
     /// [`NetworkError::Missing`] if it does not exist.
     pub fn down(&self, name: &str) -> Result<(), NetworkError> {
         self.change("take down", name, LinkMessageBuilder::down)
+    }
+
+    /// Waits until `name` carries frames: it has its carrier and, as a port, its bridge forwards.
+    ///
+    /// The kernel notices a carrier in its own time, sometimes only after a second. Frames before
+    /// that are lost, and an ARP request that was lost is repeated only after another second.
+    ///
+    /// # Errors
+    /// [`NetworkError::NotCarrying`] if that is not so after `timeout`.
+    pub fn wait_until_carrying(&self, name: &str, timeout: Duration) -> Result<(), NetworkError> {
+        let clock = LabClock::start();
+        while !is_carrying(&self.link(name)?) {
+            if clock.now() >= timeout {
+                let waited_ms = timeout.as_millis();
+                return Err(NetworkError::NotCarrying { name: name.into(), host: self.host(), waited_ms });
+            }
+            thread::sleep(CARRIER_POLL);
+        }
+        Ok(())
     }
 
     /// Gives `name` another hardware address.
@@ -346,6 +382,21 @@ impl<'a> Links<'a> {
             })
         })?
     }
+}
+
+fn is_carrying(link: &LinkMessage) -> bool {
+    let is_up = link.attributes.contains(&LinkAttribute::OperState(State::Up));
+    let mut port_states = link.attributes.iter().filter_map(port_state);
+    is_up && port_states.all(|state| state == BridgePortState::Forwarding)
+}
+
+/// The state of a bridge port; `None` if that is not what the attribute tells.
+fn port_state(attribute: &LinkAttribute) -> Option<BridgePortState> {
+    let LinkAttribute::LinkInfo(infos) = attribute else { return None };
+    infos.iter().find_map(|info| {
+        let LinkInfo::PortData(InfoPortData::BridgePort(port)) = info else { return None };
+        port.iter().find_map(|info| if let InfoBridgePort::State(state) = info { Some(*state) } else { None })
+    })
 }
 
 fn is_no_device(error: &rtnetlink::Error) -> bool {

@@ -1,7 +1,9 @@
 //! Namespaces and interfaces: isolation, the lab's wiring, what the switch learns, clear errors.
 
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
+use std::thread::sleep;
 use std::time::Duration;
 
 use ferry_lab::network::lab::{BRIDGE, CLIENT_IPV4, HOST_A_IPV4, HOST_B_IPV4, TAP, UPLINK, ipv6_beside};
@@ -121,6 +123,24 @@ fn errors_name_the_interface_and_the_host() {
     assert!(missing.contains("'nic7'") && missing.contains("'bare'"), "{missing}");
     let mac = Mac::new([2, 0, 0, 0, 0, 1]);
     Links::of(&host).add_bridge("br0", mac).unwrap();
+    let idle = Links::of(&host).wait_until_carrying("br0", Duration::from_millis(20)).unwrap_err();
+    assert!(matches!(&idle, NetworkError::NotCarrying { name, .. } if name == "br0"), "{idle}");
     let taken = Links::of(&host).add_bridge("br0", mac).unwrap_err();
     assert!(matches!(&taken, NetworkError::Netlink { name, .. } if name == "br0"), "{taken}");
+}
+
+#[test]
+fn a_child_that_asks_for_it_dies_with_its_namespace_and_not_before() {
+    if !namespaces_available("parent death") {
+        return;
+    }
+    let namespace = Namespace::new("parent").unwrap();
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "sleep", "60"]);
+    let mut child = namespace.spawn(command).unwrap();
+    sleep(Duration::from_millis(200));
+    assert!(child.try_wait().unwrap().is_none(), "the child outlives the call that started it");
+    drop(namespace);
+    let signal = child.wait().unwrap().signal();
+    assert_eq!(signal, Some(9));
 }

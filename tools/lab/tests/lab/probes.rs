@@ -109,7 +109,10 @@ fn a_reset_tcp_connection_is_reported_and_not_made_anew() {
     let probe = TcpProbe::start(&lab.client, clock, target, Duration::from_millis(2)).unwrap();
     sleep(Duration::from_millis(100));
     server.reset_one();
-    sleep(Duration::from_millis(100));
+    let deadline = clock.now() + Duration::from_secs(5);
+    while probe.snapshot().broken.is_none() && clock.now() < deadline {
+        sleep(Duration::from_millis(1));
+    }
     let answered = probe.snapshot().answered;
     sleep(Duration::from_millis(50));
     let report = probe.stop();

@@ -100,7 +100,6 @@ pub fn measure_tsc_khz() -> u64 {
 ///
 /// Level would need an end of interrupt at the IOAPIC and a device that lowers its line; monitors that
 /// signal through an eventfd only ever pulse it.
-#[expect(dead_code, reason = "the http workload will use it")]
 pub fn route(irq: u32) {
     let entry = 0x10 + 2 * irq;
     let destination = read(LAPIC_ID) & 0xff00_0000;

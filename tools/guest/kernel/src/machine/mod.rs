@@ -2,6 +2,7 @@
 
 pub mod apic;
 pub mod memory;
+pub mod once;
 pub mod port;
 pub mod report;
 pub mod runtime;

@@ -1,0 +1,297 @@
+//! Boots guests, migrates them within this process, and counts what a process must not leak.
+
+use std::fs;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ferry_guest_abi::report::Stage;
+use ferry_guest_abi::{REPORT_GPA, Report, Workload};
+use ferry_migrate::machine::{MachineHost, MigratableMachine};
+use ferry_migrate::ports::{RecordStore, SystemClock};
+use ferry_migrate::protocol::page::Compression;
+use ferry_migrate::protocol::record::{Record, Standing};
+use ferry_migrate::protocol::source::{OnTimeout, Outcome, Summary};
+use ferry_migrate::protocol::{Epoch, MigrationId, PAGE_BYTES, VmId};
+use ferry_migrate::{FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
+use ferry_vmm::{
+    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryConfig, SerialTarget,
+};
+use tokio::sync::{mpsc, watch};
+
+/// Whether this tier can run; if not, says so by name.
+///
+/// # Panics
+/// Under CI, where it must.
+#[must_use]
+pub fn has_kvm() -> bool {
+    let open = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &open {
+        assert!(std::env::var_os("CI").is_none(), "tier e2e needs /dev/kvm: {error}");
+        println!("SKIPPED tier e2e: /dev/kvm: {error}");
+    }
+    open.is_ok()
+}
+
+/// Two cores: guests that run at the same time would measure each other.
+pub fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The identity of every test's guest.
+pub const VM: VmId = VmId([7; 16]);
+
+/// A VM somewhere, with what its host knows of it.
+#[derive(Debug)]
+pub struct Guest {
+    /// Its machine.
+    pub machine: MigratableMachine,
+    /// The epoch in which it runs.
+    pub epoch: Epoch,
+    /// Its host's record.
+    pub records: Arc<FileRecords>,
+    folder: Arc<tempfile::TempDir>,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.machine.machine().stop();
+    }
+}
+
+/// A machine without a network.
+#[must_use]
+pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
+    MachineConfig {
+        memory: MemoryConfig { size_bytes: memory_mib << 20, backing },
+        cpus,
+        net: None,
+        serial: SerialTarget::Null,
+    }
+}
+
+/// Boots the workload guest and waits until it does its job.
+///
+/// # Panics
+/// If it does not come up.
+#[must_use]
+pub fn boot(workload: &str, config: &MachineConfig) -> Guest {
+    let workload = Workload::parse(workload).expect("a workload");
+    let machine = Machine::build(config).expect("a machine");
+    machine
+        .load(&BootSource {
+            kernel: Kernel::Image { name: "workload guest", bytes: ferry_guest_image::WORKLOAD_GUEST },
+            initrd: None,
+            cmdline: format!("workload {workload}"),
+        })
+        .expect("it boots");
+    machine.run().expect("it runs");
+    let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+    let records = Arc::new(FileRecords::new(folder.path().join("0.record")));
+    let epoch = Epoch::FIRST;
+    let name = "guest".parse().expect("a name");
+    records.store(&Record { vm: VM, name, epoch, standing: Standing::Running }).expect("a record");
+    let machine = MigratableMachine::new(Arc::new(machine), Vec::new(), Vec::new());
+    let guest = Guest { machine, epoch, records, folder };
+    for _ in 0..600 {
+        if guest.report().is_some_and(|report| report.stage == Stage::Ready) {
+            return guest;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("the guest is not ready after 30 s: {:?}", guest.report());
+}
+
+impl Guest {
+    /// What the guest says of itself.
+    #[must_use]
+    pub fn report(&self) -> Option<Report> {
+        let ram = self.machine.machine().ram();
+        let mut bytes = [0; PAGE_BYTES];
+        ram.read_page(ram.page_of_gpa(REPORT_GPA)?, &mut bytes).ok()?;
+        Report::parse(&bytes).ok()
+    }
+
+    /// The report of a guest that is well.
+    ///
+    /// # Panics
+    /// If it is not.
+    #[must_use]
+    pub fn healthy(&self) -> Report {
+        let report = self.report().expect("the guest reports");
+        assert_eq!(report.errors, 0, "the guest found its memory changed: {:?}", report.first_bad);
+        assert_eq!(report.fault, None);
+        report
+    }
+
+    /// Waits until the guest has had a few heartbeats more, and is well.
+    ///
+    /// # Panics
+    /// If it has none.
+    pub fn goes_on(&self) -> Report {
+        let before = self.healthy().heartbeat_count;
+        for _ in 0..200 {
+            std::thread::sleep(Duration::from_millis(10));
+            if self.healthy().heartbeat_count > before + 5 {
+                return self.healthy();
+            }
+        }
+        panic!("no heartbeat in 2 s after {before}: {:?}", self.machine.machine().status());
+    }
+
+    /// Generous options for moving it to `target`.
+    ///
+    /// # Panics
+    /// Never.
+    #[must_use]
+    pub fn options(&self, target: String) -> MigrateOptions {
+        let mut id = [0; 16];
+        id[0] = u8::try_from(self.epoch.number() % 256).expect("below 256");
+        MigrateOptions {
+            migration: MigrationId(id),
+            vm: VM,
+            name: "guest".parse().expect("a name"),
+            epoch: self.epoch,
+            target,
+            streams: 1,
+            compression: Compression::None,
+            bandwidth_bytes_per_s: None,
+            // Far above what is needed: these tests are about correctness on a shared machine.
+            downtime_budget: Duration::from_millis(500),
+            timeout: Duration::from_secs(120),
+            on_timeout: OnTimeout::Cancel,
+        }
+    }
+
+    /// Records for the next host of this guest.
+    fn next_records(&self) -> Arc<FileRecords> {
+        let file = self.folder.path().join(format!("{}.record", self.epoch.number() % 2));
+        Arc::new(FileRecords::new(file))
+    }
+}
+
+/// A receiver on loopback.
+#[derive(Debug)]
+pub struct Target {
+    /// Takes the guest in.
+    pub receiver: Receiver,
+    /// Where it listens.
+    pub address: String,
+    /// The record of the host that it will be.
+    pub records: Arc<FileRecords>,
+    built: Arc<Mutex<Option<MigratableMachine>>>,
+}
+
+/// An empty host for `guest`, within the current runtime.
+///
+/// # Panics
+/// If it can't listen.
+#[must_use]
+pub fn target_for(guest: &Guest) -> Target {
+    let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
+    let keep = Arc::clone(&built);
+    let host = MachineHost::new(
+        LocalChoices { tap: None, serial: SerialTarget::Null },
+        Box::new(move |machine| *keep.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.clone())),
+    );
+    let records = guest.next_records();
+    let options = ReceiveOptions {
+        listen: "127.0.0.1:0".parse().expect("an address"),
+        host: "target".into(),
+        name: None,
+    };
+    let (updates, _) = mpsc::unbounded_channel();
+    let clock = Arc::new(SystemClock::default());
+    let receiver = Receiver::bind(options, Arc::new(host), Arc::clone(&records) as _, clock, updates)
+        .expect("a listener");
+    let address = receiver.local_address().expect("an address").to_string();
+    Target { receiver, address, records, built }
+}
+
+/// Runs only the source's side of a migration.
+///
+/// # Panics
+/// If no thread can be started.
+pub async fn source(guest: &Guest, options: MigrateOptions, cancel: watch::Receiver<bool>) -> Outcome {
+    let (updates, _) = mpsc::unbounded_channel();
+    source_with(guest, options, cancel, updates).await
+}
+
+/// The same, with what it tells meanwhile.
+///
+/// # Panics
+/// If no thread can be started.
+pub async fn source_with(
+    guest: &Guest,
+    options: MigrateOptions,
+    cancel: watch::Receiver<bool>,
+    updates: mpsc::UnboundedSender<Update>,
+) -> Outcome {
+    let clock = Arc::new(SystemClock::default());
+    let vm = Arc::new(guest.machine.clone());
+    let records = Arc::clone(&guest.records) as _;
+    migrate(vm, records, clock, options, cancel, updates).await.expect("threads")
+}
+
+/// Migrates a guest to a new machine and checks digests and records.
+///
+/// # Panics
+/// If anything is not as it should be.
+pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) -> (Guest, Summary) {
+    let mut target = target_for(&guest);
+    let mut options = guest.options(target.address.clone());
+    change(&mut options);
+    let never = watch::channel(false);
+    let (outcome, received) =
+        tokio::join!(source(&guest, options, never.1.clone()), target.receiver.receive(never.1.clone()));
+    let summary = match outcome {
+        Outcome::Moved(summary) => *summary,
+        Outcome::Stayed { failure, .. } => panic!("the guest was not moved: {failure}"),
+    };
+    received.expect("threads").expect("a guest");
+    assert_eq!(summary.digest, summary.target_digest);
+    let machine = target.built.lock().unwrap_or_else(PoisonError::into_inner).take().expect("it was built");
+    let moved = Guest {
+        machine,
+        epoch: summary.epoch,
+        records: Arc::clone(&target.records),
+        folder: Arc::clone(&guest.folder),
+    };
+    let record = moved.records.load().expect("a record").expect("a record");
+    assert_eq!((record.epoch, record.standing), (summary.epoch, Standing::Running));
+    let left = guest.records.load().expect("a record").expect("a record");
+    assert!(matches!(left.standing, Standing::Released { .. }), "{left:?}");
+    (moved, summary)
+}
+
+/// What a process holds that it could leak.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// Its threads.
+    pub threads: usize,
+    /// What its descriptors are, without numbers.
+    pub files: Vec<String>,
+    /// How many mappings it has.
+    pub mappings: usize,
+}
+
+impl Held {
+    /// What this process holds now.
+    ///
+    /// # Panics
+    /// Without /proc.
+    #[must_use]
+    pub fn now() -> Self {
+        let count = |path: &str| fs::read_dir(path).map(Iterator::count).unwrap_or_default();
+        let mut files: Vec<String> = fs::read_dir("/proc/self/fd")
+            .expect("/proc")
+            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+            .map(|link| link.display().to_string())
+            // Sockets and the folder being read have numbers that change.
+            .map(|link| link.split(':').next().unwrap_or_default().to_owned())
+            .collect();
+        files.sort();
+        let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        Self { threads: count("/proc/self/task"), files, mappings: maps.lines().count() }
+    }
+}

@@ -1,0 +1,165 @@
+//! What crosses a VM's control socket: HTTP with JSON bodies, as docs/operations.md lists it.
+//!
+//! Server and client use the same types, so that they can't drift apart.
+
+use ferry_migrate::report::{ForecastReport, MigrationReport, Round};
+use serde::{Deserialize, Serialize};
+
+/// Every path begins with this.
+pub(crate) const VM: &str = "/api/v1/vm";
+pub(crate) const PAUSE: &str = "/api/v1/vm/pause";
+pub(crate) const RESUME: &str = "/api/v1/vm/resume";
+pub(crate) const STOP: &str = "/api/v1/vm/stop";
+pub(crate) const GUEST: &str = "/api/v1/guest";
+pub(crate) const MIGRATION: &str = "/api/v1/migration";
+pub(crate) const MIGRATION_EVENTS: &str = "/api/v1/migration/events";
+
+/// What a VM's host process is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum VmState {
+    /// It waits for a VM to come.
+    Waiting,
+    /// A VM is coming.
+    Receiving,
+    /// The VM runs here.
+    Running,
+    /// It is paused here.
+    Paused,
+    /// It runs here and is moving away.
+    Migrating,
+    /// It may or may not run at the target; it does not run here.
+    InDoubt,
+    /// It runs elsewhere now.
+    Moved,
+    /// It has ended.
+    Stopped,
+}
+
+impl std::fmt::Display for VmState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Waiting => "waiting",
+            Self::Receiving => "receiving",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Migrating => "migrating",
+            Self::InDoubt => "in doubt",
+            Self::Moved => "moved",
+            Self::Stopped => "stopped",
+        })
+    }
+}
+
+/// `GET /api/v1/vm`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct VmInfo {
+    pub(crate) name: String,
+    pub(crate) state: VmState,
+    /// The host process.
+    pub(crate) pid: u32,
+    /// The VM's identity for its whole life; absent while none is here.
+    pub(crate) id: Option<String>,
+    pub(crate) epoch: Option<u64>,
+    pub(crate) memory_bytes: Option<u64>,
+    pub(crate) cpus: Option<u8>,
+    pub(crate) network: Option<NetworkInfo>,
+    /// Where it listens for a VM.
+    pub(crate) listen: Option<String>,
+    /// Something worth knowing: why it stopped, where it went, what is in doubt.
+    pub(crate) note: Option<String>,
+}
+
+/// A VM's interface.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct NetworkInfo {
+    pub(crate) tap: String,
+    pub(crate) mac: String,
+    pub(crate) addresses: Vec<std::net::IpAddr>,
+}
+
+/// `POST /api/v1/migration`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MigrationRequest {
+    /// The target as `host:port`.
+    pub(crate) target: String,
+    pub(crate) downtime_ms: f64,
+    pub(crate) streams: u16,
+    pub(crate) compress: Compress,
+    pub(crate) bandwidth_bytes_per_s: Option<u64>,
+    pub(crate) timeout_ms: f64,
+    pub(crate) on_timeout: OnTimeoutWord,
+}
+
+/// How pages are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Compress {
+    None,
+    Lz4,
+}
+
+/// What to do when the time is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum OnTimeoutWord {
+    Cancel,
+    Stop,
+}
+
+/// A line of `GET /api/v1/migration/events`, and of `ferry migrate --json`. The last one is `moved` or `failed`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub(crate) enum MigrationEvent {
+    Started { target: String, memory_bytes: u64 },
+    Negotiated { version: u16, host: String },
+    RoundStarted { round: u32, pages: u64 },
+    Transferred { round_pages: u64, wire_bytes: u64 },
+    RoundDone(Round),
+    Stopping { pages: u64, forecast: ForecastReport, forced: bool },
+    Paused,
+    Handed,
+    InDoubt { reason: String },
+    Undoing { reason: String },
+    Moved(MigrationReport),
+    Failed { reason: String },
+}
+
+impl MigrationEvent {
+    /// Whether nothing comes after it.
+    pub(crate) const fn is_last(&self) -> bool {
+        matches!(self, Self::Moved(_) | Self::Failed { .. })
+    }
+}
+
+/// Any answer that is not 2xx.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ErrorBody {
+    pub(crate) error: String,
+}
+
+/// `GET /api/v1/guest`: the workload guest's own report, times in ms.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct GuestReport {
+    pub(crate) ready: bool,
+    pub(crate) mode: String,
+    pub(crate) heartbeats: u64,
+    pub(crate) heartbeat_tsc: u64,
+    pub(crate) tsc_khz: u64,
+    pub(crate) largest_gap_ms: f64,
+    pub(crate) gaps: Vec<GuestGap>,
+    pub(crate) pages_written: u64,
+    pub(crate) pages_checked: u64,
+    pub(crate) errors: u64,
+    pub(crate) http_requests: u64,
+    pub(crate) udp_echoes: u64,
+    pub(crate) fault: Option<String>,
+}
+
+/// A time in which the guest did not run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct GuestGap {
+    pub(crate) start_tsc: u64,
+    pub(crate) ms: f64,
+}

@@ -1,0 +1,272 @@
+//! The command line as clap reads it, and the small languages inside some of its values.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ferry_migrate::protocol::VmName;
+use ferry_vmm::{Backing, MemoryConfig, SerialTarget};
+
+use crate::quantity;
+
+/// ferry moves a running virtual machine from one host to another, and proves that it did.
+#[derive(Debug, Parser)]
+#[command(name = "ferry", version, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start a VM and stay with it until it stops or has moved away
+    Run(RunArgs),
+    /// Wait for one VM to migrate here and become its host
+    Receive(ReceiveArgs),
+    /// Migrate a VM to a host where 'ferry receive' waits
+    Migrate(MigrateArgs),
+    /// List the VMs of this host
+    List(Output),
+    /// Show all that is known of a VM
+    Info(NameArgs),
+    /// Pause a VM
+    Pause(NameArgs),
+    /// Resume a paused VM
+    Resume(NameArgs),
+    /// Stop a VM, or a waiting 'ferry receive'
+    Stop(NameArgs),
+    /// Show a live migration from start to end: two hosts, a loaded web server, one command
+    Demo(DemoArgs),
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Output {
+    /// Print JSON for scripts
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NameArgs {
+    /// The VM's name
+    pub(crate) name: VmName,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// The VM's name on this host
+    #[arg(long)]
+    pub(crate) name: VmName,
+    /// Kernel to boot: an ELF with a PVH entry
+    #[arg(long, value_name = "FILE", conflicts_with = "guest", required_unless_present = "guest")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Boot the built-in workload guest: 'idle', 'dirty rate=500 set=256', 'fill mib=512 zero=25 text=50',
+    /// 'http ip=10.0.0.2/24'
+    #[arg(long, value_name = "MODE KEY=VALUE ...")]
+    pub(crate) guest: Option<String>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", conflicts_with = "guest")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "STR", default_value = "")]
+    pub(crate) cmdline: String,
+    /// Guest memory: '1G', or 'size=1G,shared=on' for a memfd
+    #[arg(long, default_value = "1G", value_parser = memory, value_name = "SIZE")]
+    pub(crate) memory: MemoryConfig,
+    /// Number of vCPUs
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    pub(crate) cpus: u8,
+    /// Network: tap=IF[,mac=02:00:00:00:00:01][,ip=10.0.0.2]...
+    #[arg(long, value_parser = net, value_name = "tap=IF[,mac=..][,ip=..]")]
+    pub(crate) net: Option<NetArg>,
+    /// Where the serial console goes
+    #[arg(long, default_value = "stdio", value_parser = serial, value_name = "stdio|null|file=PATH")]
+    pub(crate) serial: SerialTarget,
+    /// End at once when standard input closes: for whoever starts this process and must not leave it behind
+    #[arg(long, hide = true)]
+    pub(crate) exit_with_stdin: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReceiveArgs {
+    /// The VM's name on this host
+    #[arg(long)]
+    pub(crate) name: VmName,
+    /// Address to listen on
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) listen: SocketAddr,
+    /// The tap for the VM's network interface
+    #[arg(long, value_parser = net, value_name = "tap=IF")]
+    pub(crate) net: Option<NetArg>,
+    /// Where the serial console goes
+    #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|null|file=PATH")]
+    pub(crate) serial: SerialTarget,
+    /// End at once when standard input closes: for whoever starts this process and must not leave it behind
+    #[arg(long, hide = true)]
+    pub(crate) exit_with_stdin: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CompressArg {
+    /// Pages travel as they are
+    None,
+    /// Pages travel as lz4 blocks where that is shorter
+    Lz4,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnTimeoutArg {
+    /// Give up; the VM goes on here
+    Cancel,
+    /// Stop the VM whatever the downtime
+    Stop,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MigrateArgs {
+    /// The VM's name
+    pub(crate) name: VmName,
+    /// Where 'ferry receive' listens
+    #[arg(long, value_name = "ADDR:PORT", required_unless_present = "cancel")]
+    pub(crate) to: Option<String>,
+    /// Cancel the migration under way instead of starting one
+    #[arg(long, conflicts_with = "to")]
+    pub(crate) cancel: bool,
+    /// The downtime that is allowed
+    #[arg(long, default_value = "50ms", value_parser = quantity::duration)]
+    pub(crate) downtime: Duration,
+    /// Number of parallel data streams
+    #[arg(long, default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(ferry_migrate::protocol::ident::STREAMS_MAX)))]
+    pub(crate) streams: u16,
+    /// How pages are packed
+    #[arg(long, value_enum, default_value_t = CompressArg::None)]
+    pub(crate) compress: CompressArg,
+    /// The most to send while the VM runs, like 100M/s or 1Gbit/s
+    #[arg(long, value_name = "RATE", value_parser = quantity::bytes_per_s)]
+    pub(crate) bandwidth: Option<u64>,
+    /// How long it may take until the VM is stopped
+    #[arg(long, default_value = "5m", value_parser = quantity::duration)]
+    pub(crate) timeout: Duration,
+    /// What to do when that time is over
+    #[arg(long, value_enum, default_value_t = OnTimeoutArg::Cancel)]
+    pub(crate) on_timeout: OnTimeoutArg,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Write the result as JSON to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Write the plot to this file
+    #[arg(long, value_name = "FILE", default_value = "ferry-demo.html")]
+    pub(crate) plot: PathBuf,
+    /// The downtime that is allowed
+    #[arg(long, default_value = "50ms", value_parser = quantity::duration)]
+    pub(crate) downtime: Duration,
+    /// Skip the network even as root
+    #[arg(long)]
+    pub(crate) no_network: bool,
+}
+
+/// `--net`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NetArg {
+    pub(crate) tap: String,
+    pub(crate) mac: Option<[u8; 6]>,
+    pub(crate) ips: Vec<IpAddr>,
+}
+
+fn memory(text: &str) -> Result<MemoryConfig, String> {
+    let mut config = MemoryConfig { size_bytes: 0, backing: Backing::PrivateAnonymous };
+    if !text.contains('=') {
+        config.size_bytes = quantity::bytes(text)?;
+        return Ok(config);
+    }
+    for word in text.split(',') {
+        match word.split_once('=') {
+            Some(("size", size)) => config.size_bytes = quantity::bytes(size)?,
+            Some(("shared", "on")) => config.backing = Backing::SharedMemfd,
+            Some(("shared", "off")) => config.backing = Backing::PrivateAnonymous,
+            _ => return Err(format!("'{word}' is not known here; write size=1G,shared=on|off")),
+        }
+    }
+    if config.size_bytes == 0 { Err("size=.. is missing".to_owned()) } else { Ok(config) }
+}
+
+fn net(text: &str) -> Result<NetArg, String> {
+    let (mut tap, mut mac, mut ips) = (None, None, Vec::new());
+    for word in text.split(',') {
+        match word.split_once('=') {
+            Some(("tap", name)) => tap = Some(name.to_owned()),
+            Some(("mac", text)) => mac = Some(mac_address(text)?),
+            Some(("ip", text)) => {
+                ips.push(text.parse().map_err(|_| format!("'{text}' is not an IP address"))?);
+            }
+            _ => return Err(format!("'{word}' is not known here; write tap=IF[,mac=..][,ip=..]")),
+        }
+    }
+    let tap = tap.ok_or("tap=IF is missing")?;
+    Ok(NetArg { tap, mac, ips })
+}
+
+fn mac_address(text: &str) -> Result<[u8; 6], String> {
+    let bad = || format!("'{text}' is not a MAC address like 02:00:00:00:00:01");
+    let bytes: Vec<u8> = text
+        .split(':')
+        .map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2))
+        .collect::<Option<_>>()
+        .ok_or_else(bad)?;
+    let mac: [u8; 6] = bytes.try_into().map_err(|_| bad())?;
+    if mac[0] & 1 == 1 {
+        return Err(format!("'{text}' is a multicast address; an interface's first byte is even"));
+    }
+    Ok(mac)
+}
+
+fn serial(text: &str) -> Result<SerialTarget, String> {
+    match text.split_once('=') {
+        None if text == "stdio" => Ok(SerialTarget::Stdio),
+        None if text == "null" => Ok(SerialTarget::Null),
+        Some(("file", path)) if !path.is_empty() => Ok(SerialTarget::File(path.into())),
+        _ => Err(format!("'{text}' is not one of stdio, null, file=PATH")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn memory_is_a_size_or_words() {
+        assert_eq!(memory("1G").unwrap().size_bytes, 1 << 30);
+        assert_eq!(memory("size=2G,shared=on").unwrap().backing, Backing::SharedMemfd);
+        assert!(memory("shared=on").unwrap_err().contains("size"));
+        assert!(memory("size=1G,huge=on").unwrap_err().contains("huge=on"));
+    }
+
+    #[test]
+    fn a_network_names_its_tap() {
+        let arg = net("tap=tap0,mac=02:fe:00:00:00:01,ip=10.0.0.2,ip=fe80::1").unwrap();
+        assert_eq!((arg.tap.as_str(), arg.mac, arg.ips.len()), ("tap0", Some([2, 0xfe, 0, 0, 0, 1]), 2));
+        for bad in ["mac=02:00:00:00:00:01", "tap=t,mac=1", "tap=t,mac=01:00:00:00:00:01", "tap=t,ip=x", "t"]
+        {
+            assert!(net(bad).is_err(), "{bad}");
+        }
+    }
+}

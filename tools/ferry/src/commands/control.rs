@@ -1,0 +1,71 @@
+//! `ferry info`, `pause`, `resume` and `stop`: one request each.
+
+use std::process::ExitCode;
+
+use hyper::Method;
+
+use crate::api::{self, VmInfo};
+use crate::cli::NameArgs;
+use crate::client;
+use crate::quantity::show_bytes;
+use crate::state_dir::StateDir;
+
+pub(crate) async fn info(args: NameArgs) -> anyhow::Result<ExitCode> {
+    let info = ask(&args, Method::GET, api::VM).await?;
+    if args.output.json {
+        println!("{}", serde_json::to_string_pretty(&info)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    print(&info);
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn pause(args: NameArgs) -> anyhow::Result<ExitCode> {
+    change(args, api::PAUSE).await
+}
+
+pub(crate) async fn resume(args: NameArgs) -> anyhow::Result<ExitCode> {
+    change(args, api::RESUME).await
+}
+
+pub(crate) async fn stop(args: NameArgs) -> anyhow::Result<ExitCode> {
+    change(args, api::STOP).await
+}
+
+async fn ask(args: &NameArgs, method: Method, path: &str) -> anyhow::Result<VmInfo> {
+    let state = StateDir::from_environment()?;
+    client::call(&state, &args.name, method, path).await
+}
+
+async fn change(args: NameArgs, path: &str) -> anyhow::Result<ExitCode> {
+    let info = ask(&args, Method::PUT, path).await?;
+    if args.output.json {
+        println!("{}", serde_json::to_string(&info)?);
+    } else {
+        println!("{}: {}", info.name, info.state);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(info: &VmInfo) {
+    let row = |label: &str, value: Option<String>| {
+        if let Some(value) = value {
+            println!("{label:<10} {value}");
+        }
+    };
+    row("name", Some(info.name.clone()));
+    row("state", Some(info.state.to_string()));
+    row("id", info.id.clone());
+    row("epoch", info.epoch.map(|epoch| epoch.to_string()));
+    row("memory", info.memory_bytes.map(show_bytes));
+    row("vCPUs", info.cpus.map(|cpus| cpus.to_string()));
+    if let Some(network) = &info.network {
+        row("tap", Some(network.tap.clone()));
+        row("mac", Some(network.mac.clone()));
+        let addresses: Vec<String> = network.addresses.iter().map(ToString::to_string).collect();
+        row("addresses", Some(addresses.join(", ")).filter(|text| !text.is_empty()));
+    }
+    row("listens", info.listen.clone());
+    row("process", Some(info.pid.to_string()));
+    row("note", info.note.clone());
+}

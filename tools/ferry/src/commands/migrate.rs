@@ -1,0 +1,237 @@
+//! `ferry migrate`: asks the VM's host process to move it, and shows how that goes.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{anyhow, bail};
+use ferry_migrate::report::{ForecastReport, MigrationReport, Round, ms};
+use hyper::Method;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::api::{self, Compress, MigrationEvent, MigrationRequest, OnTimeoutWord};
+use crate::cli::{CompressArg, MigrateArgs, OnTimeoutArg};
+use crate::client::{self, Events};
+use crate::quantity::{show_bytes, show_ms, show_rate};
+use crate::state_dir::StateDir;
+
+pub(crate) async fn run(args: MigrateArgs) -> anyhow::Result<ExitCode> {
+    let state = StateDir::from_environment()?;
+    if args.cancel {
+        client::tell(&state, &args.name, Method::DELETE, api::MIGRATION).await?;
+        let mut events =
+            client::events(&state, &args.name, Method::GET, api::MIGRATION_EVENTS, None::<&()>).await?;
+        return follow(&args, &state, &mut events).await;
+    }
+    let request = request(&args)?;
+    let mut events = client::events(&state, &args.name, Method::POST, api::MIGRATION, Some(&request)).await?;
+    follow(&args, &state, &mut events).await
+}
+
+fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
+    Ok(MigrationRequest {
+        target: args.to.clone().ok_or_else(|| anyhow!("--to is missing"))?,
+        downtime_ms: ms(args.downtime),
+        streams: args.streams,
+        compress: match args.compress {
+            CompressArg::None => Compress::None,
+            CompressArg::Lz4 => Compress::Lz4,
+        },
+        bandwidth_bytes_per_s: args.bandwidth,
+        timeout_ms: ms(args.timeout),
+        on_timeout: match args.on_timeout {
+            OnTimeoutArg::Cancel => OnTimeoutWord::Cancel,
+            OnTimeoutArg::Stop => OnTimeoutWord::Stop,
+        },
+    })
+}
+
+/// Shows events until the last one. Ctrl-C cancels the migration, and its end is still shown.
+async fn follow(args: &MigrateArgs, state: &StateDir, events: &mut Events) -> anyhow::Result<ExitCode> {
+    let mut display = Display::new(args);
+    let mut interrupts = 0u32;
+    loop {
+        let event = tokio::select! {
+            event = events.next() => event?,
+            _ = tokio::signal::ctrl_c() => {
+                interrupts += 1;
+                if interrupts > 1 {
+                    bail!("left; the migration of '{}' goes on as 'ferry info {}' shows", args.name, args.name);
+                }
+                display.say("cancelling; press Ctrl-C again to leave it to itself");
+                client::tell(state, &args.name, Method::DELETE, api::MIGRATION).await?;
+                continue;
+            }
+        };
+        let Some(event) = event else {
+            bail!("the process that hosts '{}' ended in the middle of the migration", args.name);
+        };
+        display.show(&event);
+        match event {
+            MigrationEvent::Moved(_) if args.cancel => bail!("it was too late: '{}' has moved", args.name),
+            MigrationEvent::Moved(_) => return Ok(ExitCode::SUCCESS),
+            MigrationEvent::Failed { .. } if args.cancel => return Ok(ExitCode::SUCCESS),
+            MigrationEvent::Failed { reason } => {
+                bail!("'{}' was not migrated and goes on here: {reason}", args.name)
+            }
+            MigrationEvent::Started { .. }
+            | MigrationEvent::Negotiated { .. }
+            | MigrationEvent::RoundStarted { .. }
+            | MigrationEvent::Transferred { .. }
+            | MigrationEvent::RoundDone(_)
+            | MigrationEvent::Stopping { .. }
+            | MigrationEvent::Paused
+            | MigrationEvent::Handed
+            | MigrationEvent::InDoubt { .. }
+            | MigrationEvent::Undoing { .. } => {}
+        }
+    }
+}
+
+/// What people see: a line a round, a bar for the round under way, and a summary.
+struct Display {
+    json: bool,
+    bar: Option<ProgressBar>,
+    compress: bool,
+}
+
+impl Display {
+    fn new(args: &MigrateArgs) -> Self {
+        let json = args.output.json;
+        let bar = (!json && std::io::stderr().is_terminal()).then(|| {
+            let style = ProgressStyle::with_template("{prefix:<9} {wide_bar} {percent:>3}% {msg}")
+                .expect("a constant template");
+            let bar = ProgressBar::new(0).with_style(style);
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        });
+        Self { json, bar, compress: args.compress != CompressArg::None }
+    }
+
+    /// A line above the bar.
+    fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None if self.json => eprintln!("{line}"),
+            None => println!("{line}"),
+        }
+    }
+
+    fn show(&mut self, event: &MigrationEvent) {
+        if self.json {
+            return println!("{}", serde_json::to_string(event).expect("our own types have a JSON form"));
+        }
+        match event {
+            MigrationEvent::Started { target, memory_bytes } => {
+                self.say(&format!("migrating {} of memory to {target}", show_bytes(*memory_bytes)));
+                self.say(HEADING);
+            }
+            MigrationEvent::Negotiated { .. } | MigrationEvent::Paused | MigrationEvent::Handed => {}
+            MigrationEvent::RoundStarted { round, pages } => {
+                if let Some(bar) = &self.bar {
+                    bar.set_length(*pages);
+                    bar.set_position(0);
+                    bar.set_prefix(format!("round {round}"));
+                }
+            }
+            MigrationEvent::Transferred { round_pages, wire_bytes } => {
+                if let Some(bar) = &self.bar {
+                    bar.set_position(*round_pages);
+                    bar.set_message(show_bytes(*wire_bytes));
+                }
+            }
+            MigrationEvent::RoundDone(round) => self.say(&round_line(round)),
+            MigrationEvent::Stopping { pages, forecast, forced } => {
+                let why = if *forced { " (the time is over, so whatever it takes)" } else { "" };
+                self.say(&format!(
+                    "stopping the guest with {pages} pages left; forecast downtime {}{why}",
+                    show_forecast(forecast)
+                ));
+            }
+            MigrationEvent::InDoubt { reason } => self.say(&format!(
+                "IN DOUBT: the handover is recorded but the target can't be reached ({reason}); asking again"
+            )),
+            MigrationEvent::Undoing { reason } => self.say(&format!("giving up: {reason}")),
+            MigrationEvent::Moved(report) => {
+                self.clear();
+                print!("{}", summary(report, self.compress));
+            }
+            MigrationEvent::Failed { .. } => self.clear(),
+        }
+    }
+
+    fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// The columns of [`round_line`].
+pub(crate) const HEADING: &str =
+    "round      dirty       zero        sent      time         link      dirtying   forecast downtime";
+
+/// A round in a line.
+pub(crate) fn round_line(round: &Round) -> String {
+    let dirtying = match round.dirtied_pages_per_s {
+        Some(rate) => show_rate(rate * 4096.0),
+        None => "paused".to_owned(),
+    };
+    let forecast = round.forecast.as_ref().map_or_else(String::new, show_forecast);
+    format!(
+        "{:>5} {:>10} {:>10} {:>11} {:>9} {:>12} {:>13}   {forecast}",
+        round.round,
+        round.dirty_pages,
+        round.zero_pages,
+        show_bytes(round.wire_bytes),
+        show_ms(round.ms),
+        show_rate(round.link_bytes_per_s),
+        dirtying,
+    )
+}
+
+fn show_forecast(forecast: &ForecastReport) -> String {
+    format!("{} (at most {})", show_ms(forecast.expected_ms), show_ms(forecast.upper_ms))
+}
+
+/// A finished migration for people.
+pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
+    use std::fmt::Write as _;
+    let MigrationReport { name, host, downtime_ms, downtime_budget_ms, downtime_parts: parts, .. } = report;
+    let forecast = &report.forecast;
+    let mut text = format!("\n'{name}' runs on {host} now (epoch {})\n\n", report.epoch);
+    let mut row = |label: &str, actual: f64, forecast: f64, note: &str| {
+        let _ = writeln!(text, "  {label:<12} {:>9}   {:>9}   {note}", show_ms(actual), show_ms(forecast));
+    };
+    row(
+        "downtime",
+        *downtime_ms,
+        forecast.expected_ms,
+        &format!("of {} allowed", show_ms(*downtime_budget_ms)),
+    );
+    row("  pause", parts.pause_ms, forecast.pause_ms, "");
+    row("  dirty log", parts.dirty_log_ms, forecast.dirty_log_ms, "");
+    row(
+        "  copy",
+        parts.copy_ms,
+        forecast.copy_ms,
+        &format!("saving the state {}", show_ms(parts.within_save_ms)),
+    );
+    let restore = format!("restoring it {}", show_ms(parts.within_restore_ms));
+    row("  prepare", parts.prepare_ms, forecast.prepare_ms, &restore);
+    row("  record", parts.record_ms, forecast.record_ms, "");
+    let target = format!(
+        "record at the target {}, starting {}",
+        show_ms(parts.within_target_record_ms),
+        show_ms(parts.within_run_ms)
+    );
+    row("  commit", parts.commit_ms, forecast.commit_ms, &target);
+    let _ = writeln!(text, "{:>26}{:>12}", "", "^ forecast");
+    let packed_pages: u64 = report.rounds.iter().map(|round| round.packed_pages).sum();
+    let packing = if packed { format!(", {packed_pages} pages packed") } else { String::new() };
+    let _ = writeln!(text, "  total        {:>9}   {} rounds", show_ms(report.total_ms), report.rounds.len());
+    let _ = writeln!(text, "  sent         {:>9}{packing}", show_bytes(report.wire_bytes));
+    let equal = if report.digest_equal { "equal on both sides" } else { "DIFFERENT" };
+    let _ = writeln!(text, "  digest       {} ({equal})", report.digest);
+    text
+}

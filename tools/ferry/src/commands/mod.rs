@@ -1,0 +1,52 @@
+//! One file a subcommand; `control.rs` has the small ones.
+
+pub(crate) mod control;
+pub(crate) mod list;
+pub(crate) mod migrate;
+pub(crate) mod receive;
+pub(crate) mod run;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::host::{Life, VmHost};
+
+/// Ends this process when its standard input closes.
+fn exit_with_stdin() {
+    std::thread::spawn(|| {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::exit(3);
+    });
+}
+
+/// Stays until the VM is gone; a signal stops it.
+async fn stay(host: Arc<VmHost>, json: bool) -> anyhow::Result<ExitCode> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    loop {
+        tokio::select! {
+            () = host.until_ended() => break,
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        let stopping = Arc::clone(&host);
+        let stopped =
+            tokio::task::spawn_blocking(move || stopping.stop("it was stopped by a signal")).await?;
+        if let Err(refused) = stopped {
+            eprintln!("ferry: {}", refused.0);
+        }
+    }
+    let (text, failed) = match &*host.life() {
+        Life::Ended { reason, failed } => (reason.clone(), *failed),
+        Life::Gone { target, .. } => (format!("it has moved to {target}"), false),
+        Life::Waiting { .. } | Life::Receiving { .. } | Life::Here(_) => ("it ended".to_owned(), true),
+    };
+    if json {
+        println!("{}", serde_json::json!({ "event": "ended", "name": host.name.as_str(), "reason": text }));
+    } else {
+        eprintln!("{}: {text}", host.name);
+    }
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}

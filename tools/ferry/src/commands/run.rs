@@ -1,0 +1,125 @@
+//! `ferry run`: builds a machine, boots it and stays with it.
+
+use std::net::IpAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, bail};
+use ferry_guest_abi::Workload;
+use ferry_migrate::machine::MigratableMachine;
+use ferry_migrate::ports::RecordStore;
+use ferry_migrate::protocol::record::{Record, Standing};
+use ferry_migrate::protocol::{Epoch, VmId};
+use ferry_vmm::{BootSource, Kernel, Machine, MachineConfig, NetConfig};
+
+use super::{exit_with_stdin, stay};
+use crate::cli::{NetArg, RunArgs};
+use crate::host::migration::random_id;
+use crate::host::{Here, Life, VmHost, server};
+use crate::quantity::show_bytes;
+use crate::state_dir::StateDir;
+
+pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
+    if args.exit_with_stdin {
+        exit_with_stdin();
+    }
+    let state = StateDir::from_environment()?;
+    let _lock = state.claim(&args.name)?;
+    let records = state.records(&args.name);
+    refuse_if_in_doubt(&records, args.name.as_str())?;
+    let vm = VmId(random_id().map_err(|refused| anyhow!(refused.0))?);
+    let config = config(&args, vm);
+    let boot = boot_source(&args)?;
+
+    let machine = tokio::task::spawn_blocking(move || -> anyhow::Result<Machine> {
+        let machine = Machine::build(&config)?;
+        machine.load(&boot)?;
+        Ok(machine)
+    })
+    .await??;
+    let (ipv4, ipv6) = addresses(args.net.as_ref());
+    let machine = MigratableMachine::new(Arc::new(machine), ipv4, ipv6);
+    let epoch = Epoch::FIRST;
+    let record = Record { vm, name: args.name.clone(), epoch, standing: Standing::Running };
+    records.store(&record).map_err(|error| anyhow!(error))?;
+
+    let tap = args.net.as_ref().map(|net| net.tap.clone());
+    let here = Here { machine: machine.clone(), vm, epoch, tap, migration: None };
+    let host = VmHost::new(args.name, records, Life::Here(Box::new(here)));
+    let listener = server::bind(&state, &host)?;
+    let server = tokio::spawn(server::serve(Arc::clone(&host), listener));
+    let runner = Arc::clone(machine.machine());
+    tokio::task::spawn_blocking(move || runner.run()).await??;
+    host.watch(&machine);
+    say_running(&host, args.output.json)?;
+    let code = stay(host, args.output.json).await?;
+    server.await??;
+    Ok(code)
+}
+
+/// A VM of this name whose handover is undecided must not be started a second time.
+fn refuse_if_in_doubt(records: &dyn RecordStore, name: &str) -> anyhow::Result<()> {
+    let record = records.load().map_err(|error| anyhow!(error)).with_context(|| {
+        format!("'{name}' is in doubt; once you know that no other host runs it, remove the record")
+    })?;
+    if let Some(Record { epoch, standing: Standing::Committed { target }, .. }) = record {
+        bail!(
+            "'{name}' is in doubt: epoch {epoch} of it was handed to {target}, which may run it; \
+             if it does not, remove the record, otherwise take another --name"
+        );
+    }
+    Ok(())
+}
+
+fn config(args: &RunArgs, vm: VmId) -> MachineConfig {
+    let net = args.net.as_ref().map(|net| NetConfig {
+        tap: net.tap.clone(),
+        // Locally administered, and as good as unique by the VM's random identity.
+        mac: net.mac.unwrap_or([0x02, 0xfe, vm.0[0], vm.0[1], vm.0[2], vm.0[3]]),
+    });
+    MachineConfig { memory: args.memory, cpus: args.cpus, net, serial: args.serial.clone() }
+}
+
+fn boot_source(args: &RunArgs) -> anyhow::Result<BootSource> {
+    let (kernel, cmdline) = match (&args.kernel, &args.guest) {
+        (Some(path), _) => (Kernel::File(path.clone()), args.cmdline.clone()),
+        (None, Some(words)) => {
+            let workload = Workload::parse(words).map_err(|error| anyhow!("--guest '{words}': {error}"))?;
+            let image = ferry_guest_image::WORKLOAD_GUEST;
+            let kernel = Kernel::Image { name: "workload guest", bytes: image };
+            let word = ferry_guest_abi::cmdline::WORKLOAD_WORD;
+            (kernel, format!("{} {word} {workload}", args.cmdline).trim().to_owned())
+        }
+        (None, None) => bail!("one of --kernel and --guest is needed"),
+    };
+    Ok(BootSource { kernel, initrd: args.initrd.clone(), cmdline })
+}
+
+fn addresses(net: Option<&NetArg>) -> (Vec<std::net::Ipv4Addr>, Vec<std::net::Ipv6Addr>) {
+    let (mut ipv4, mut ipv6) = (Vec::new(), Vec::new());
+    for ip in net.iter().flat_map(|net| &net.ips) {
+        match ip {
+            IpAddr::V4(ip) => ipv4.push(*ip),
+            IpAddr::V6(ip) => ipv6.push(*ip),
+        }
+    }
+    (ipv4, ipv6)
+}
+
+fn say_running(host: &VmHost, json: bool) -> anyhow::Result<()> {
+    let info = host.info();
+    if json {
+        let mut value = serde_json::to_value(&info)?;
+        value["event"] = "running".into();
+        println!("{value}");
+    } else {
+        eprintln!(
+            "{}: running, {} vCPU, {}; stop it with 'ferry stop {}' or Ctrl-C",
+            info.name,
+            info.cpus.unwrap_or_default(),
+            show_bytes(info.memory_bytes.unwrap_or_default()),
+            info.name,
+        );
+    }
+    Ok(())
+}

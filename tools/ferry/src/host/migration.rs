@@ -1,0 +1,248 @@
+//! A migration away, as the control API shows it: started once, followed by any number of readers, cancelled.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ferry_migrate::protocol::ident::STREAMS_MAX;
+use ferry_migrate::protocol::page::Compression;
+use ferry_migrate::protocol::source::{OnTimeout, Outcome, Progress};
+use ferry_migrate::protocol::{MigrationId, VmName};
+use ferry_migrate::report::MigrationReport;
+use ferry_migrate::{MigrateOptions, Update, migrate};
+use tokio::sync::{mpsc, watch};
+
+use super::{Here, Life, Refused, VmHost};
+use crate::api::{Compress, MigrationEvent, MigrationRequest, OnTimeoutWord};
+
+/// Events beyond this are not kept for late readers; a migration of sane length stays far below.
+const EVENTS_MAX: usize = 100_000;
+
+/// One migration, under way or over.
+#[derive(Debug)]
+pub(crate) struct MigrationTask {
+    cancel: watch::Sender<bool>,
+    log: Mutex<Log>,
+    /// Grows with every change of the log.
+    changes: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    events: Vec<MigrationEvent>,
+    /// The newest count of what is sent: only the newest matters.
+    transferred: (u64, u64),
+    in_doubt: bool,
+    over: bool,
+}
+
+impl MigrationTask {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            cancel: watch::channel(false).0,
+            log: Mutex::default(),
+            changes: watch::channel(0).0,
+        })
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, event: MigrationEvent) {
+        {
+            let mut log = self.log();
+            log.in_doubt = matches!(event, MigrationEvent::InDoubt { .. });
+            log.over |= event.is_last();
+            if log.events.len() < EVENTS_MAX || event.is_last() {
+                log.events.push(event);
+            }
+        }
+        self.changes.send_modify(|change| *change += 1);
+    }
+
+    /// Whether it has ended, one way or the other.
+    pub(crate) fn is_over(&self) -> bool {
+        self.log().over
+    }
+
+    /// Whether it is not known here who runs the guest.
+    pub(crate) fn in_doubt(&self) -> bool {
+        self.log().in_doubt
+    }
+
+    /// What there is to know about it in a sentence.
+    pub(crate) fn note(&self) -> Option<String> {
+        self.log().events.iter().rev().find_map(|event| match event {
+            MigrationEvent::Failed { reason } => Some(format!("the last migration failed: {reason}")),
+            MigrationEvent::InDoubt { reason } => Some(format!(
+                "in doubt: the handover is recorded, but the target can't be reached ({reason}); it is asked \
+                 again until it answers"
+            )),
+            MigrationEvent::Started { target, .. } => Some(format!("migrating to {target}")),
+            MigrationEvent::Negotiated { .. }
+            | MigrationEvent::RoundStarted { .. }
+            | MigrationEvent::Transferred { .. }
+            | MigrationEvent::RoundDone(_)
+            | MigrationEvent::Stopping { .. }
+            | MigrationEvent::Paused
+            | MigrationEvent::Handed
+            | MigrationEvent::Undoing { .. }
+            | MigrationEvent::Moved(_) => None,
+        })
+    }
+
+    /// Asks for it to be given up. Whether that still works shows in its events.
+    pub(crate) fn cancel(&self) {
+        self.cancel.send_replace(true);
+    }
+
+    /// The events from number `from` on, and what is sent so far; waits until there is something new.
+    pub(crate) async fn next_events(
+        &self,
+        from: usize,
+        seen: (u64, u64),
+    ) -> (Vec<MigrationEvent>, (u64, u64)) {
+        let mut changes = self.changes.subscribe();
+        loop {
+            {
+                let log = self.log();
+                if log.events.len() > from || log.transferred != seen {
+                    return (log.events.get(from..).unwrap_or_default().to_vec(), log.transferred);
+                }
+            }
+            // The sender lives as long as `self`.
+            let _ = changes.changed().await;
+        }
+    }
+
+    fn update(&self, update: Update) {
+        match update {
+            Update::Transferred { round_pages, wire_bytes } => {
+                self.log().transferred = (round_pages, wire_bytes);
+                self.changes.send_modify(|change| *change += 1);
+            }
+            Update::Progress(progress) => self.add(event(&progress)),
+        }
+    }
+}
+
+fn event(progress: &Progress) -> MigrationEvent {
+    match progress {
+        Progress::Negotiated { version, host } => {
+            MigrationEvent::Negotiated { version: *version, host: host.clone() }
+        }
+        Progress::RoundStarted { round, pages } => {
+            MigrationEvent::RoundStarted { round: *round, pages: *pages }
+        }
+        Progress::RoundDone(report) => MigrationEvent::RoundDone(report.into()),
+        Progress::Stopping { pages, forecast, forced } => {
+            MigrationEvent::Stopping { pages: *pages, forecast: forecast.into(), forced: *forced }
+        }
+        Progress::Paused => MigrationEvent::Paused,
+        Progress::Handed => MigrationEvent::Handed,
+        Progress::InDoubt { reason } => MigrationEvent::InDoubt { reason: reason.clone() },
+        Progress::Undoing { failure } => MigrationEvent::Undoing { reason: failure.to_string() },
+    }
+}
+
+/// Starts migrating the VM of `host` away.
+pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc<MigrationTask>, Refused> {
+    let task = MigrationTask::new();
+    let here = {
+        let here = host.not_migrating("migrate")?;
+        let mut life = host.life();
+        // Between the two locks somebody may have been faster.
+        let Life::Here(now) = &mut *life else {
+            return Err(Refused(format!("'{}' is no longer here", host.name)));
+        };
+        if now.migration.as_ref().is_some_and(|other| !other.is_over()) {
+            return Err(Refused(format!("'{}' is migrating already", host.name)));
+        }
+        now.migration = Some(Arc::clone(&task));
+        here
+    };
+    let options = match options(&host.name, &here, &request) {
+        Ok(options) => options,
+        Err(refused) => {
+            task.add(MigrationEvent::Failed { reason: refused.0.clone() });
+            return Err(refused);
+        }
+    };
+    let memory_bytes = here.machine.machine().ram().page_count() * 4096;
+    task.add(MigrationEvent::Started { target: request.target, memory_bytes });
+    tokio::spawn(drive(Arc::clone(host), here, options, Arc::clone(&task)));
+    Ok(task)
+}
+
+fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<MigrateOptions, Refused> {
+    let duration = |ms: f64, what: &str| {
+        let sane = (0.0..1e10).contains(&ms);
+        let refused = || Refused(format!("{what} of {ms} ms makes no sense"));
+        if sane { Ok(Duration::from_secs_f64(ms / 1e3)) } else { Err(refused()) }
+    };
+    if !(1..=STREAMS_MAX).contains(&request.streams) {
+        return Err(Refused(format!("{} data streams, not 1 to {STREAMS_MAX}", request.streams)));
+    }
+    if request.bandwidth_bytes_per_s == Some(0) {
+        return Err(Refused("a bandwidth of 0 would never send anything".into()));
+    }
+    Ok(MigrateOptions {
+        migration: MigrationId(random_id()?),
+        vm: here.vm,
+        name: name.clone(),
+        epoch: here.epoch,
+        target: request.target.clone(),
+        streams: request.streams,
+        compression: match request.compress {
+            Compress::None => Compression::None,
+            Compress::Lz4 => Compression::Lz4,
+        },
+        bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
+        downtime_budget: duration(request.downtime_ms, "a downtime")?,
+        timeout: duration(request.timeout_ms, "a timeout")?,
+        on_timeout: match request.on_timeout {
+            OnTimeoutWord::Cancel => OnTimeout::Cancel,
+            OnTimeoutWord::Stop => OnTimeout::Stop,
+        },
+    })
+}
+
+/// 16 random bytes.
+pub(crate) fn random_id() -> Result<[u8; 16], Refused> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| Refused(format!("no random numbers: {error}")))?;
+    Ok(bytes)
+}
+
+async fn drive(host: Arc<VmHost>, here: Here, options: MigrateOptions, task: Arc<MigrationTask>) {
+    let (updates, mut inbox) = mpsc::unbounded_channel();
+    let follower = {
+        let task = Arc::clone(&task);
+        tokio::spawn(async move {
+            while let Some(update) = inbox.recv().await {
+                task.update(update);
+            }
+        })
+    };
+    let (name, target, budget) = (options.name.to_string(), options.target.clone(), options.downtime_budget);
+    let records = Arc::clone(&host.records);
+    let vm = Arc::new(here.machine.clone());
+    let cancel = task.cancel.subscribe();
+    let outcome = migrate(vm, records, Arc::clone(&host.clock), options, cancel, updates).await;
+    let _ = follower.await;
+    match outcome {
+        Ok(Outcome::Moved(summary)) => {
+            task.add(MigrationEvent::Moved(MigrationReport::new(&name, budget, &summary)));
+            host.set_life(Life::Gone { target, last: task });
+        }
+        Ok(Outcome::Stayed { failure, epoch }) => {
+            if let Life::Here(now) = &mut *host.life() {
+                now.epoch = epoch;
+            }
+            task.add(MigrationEvent::Failed { reason: failure.to_string() });
+        }
+        Err(error) => {
+            task.add(MigrationEvent::Failed { reason: format!("no thread could be started: {error}") })
+        }
+    }
+}

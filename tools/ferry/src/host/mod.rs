@@ -1,0 +1,289 @@
+//! The process that hosts one VM: what it knows of it, and what its control API may do to it.
+//!
+//! ```text
+//!  Waiting --a source comes--> Receiving --Running--> Here --migrate--> Here{migration} --> Gone
+//!     ^                            |                    |
+//!     '------- given up -----------'                    '--stop, shutdown, fault--> Ended
+//! ```
+//!
+//! Starting and receiving are in `commands/`; the HTTP side is in `server.rs`.
+
+pub(crate) mod migration;
+pub(crate) mod server;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ferry_guest_abi::{REPORT_GPA, Report, report::Stage};
+use ferry_migrate::FileRecords;
+use ferry_migrate::machine::MigratableMachine;
+use ferry_migrate::ports::{Clock, RecordStore, SystemClock};
+use ferry_migrate::protocol::record::{Record, Standing};
+use ferry_migrate::protocol::{Epoch, PAGE_BYTES, VmId, VmName};
+use ferry_vmm::{MachineEvent, MachineStatus};
+use tokio::sync::watch;
+
+use crate::api::{GuestGap, GuestReport, NetworkInfo, VmInfo, VmState};
+use migration::MigrationTask;
+
+/// A VM that is here.
+#[derive(Debug, Clone)]
+pub(crate) struct Here {
+    pub(crate) machine: MigratableMachine,
+    pub(crate) vm: VmId,
+    pub(crate) epoch: Epoch,
+    pub(crate) tap: Option<String>,
+    pub(crate) migration: Option<Arc<MigrationTask>>,
+}
+
+/// What the process is doing.
+#[derive(Debug, Clone)]
+pub(crate) enum Life {
+    /// It waits for a VM.
+    Waiting { listen: String, note: Option<String> },
+    /// A VM is coming.
+    Receiving { listen: String, vm: VmId },
+    /// A VM is here.
+    Here(Box<Here>),
+    /// It has moved.
+    Gone { target: String, last: Arc<MigrationTask> },
+    /// It has ended, for this reason.
+    Ended { reason: String, failed: bool },
+}
+
+/// Why something can't be done now, in a sentence for the caller.
+#[derive(Debug)]
+pub(crate) struct Refused(pub(crate) String);
+
+/// The host process.
+#[derive(Debug)]
+pub(crate) struct VmHost {
+    pub(crate) name: VmName,
+    pub(crate) records: Arc<FileRecords>,
+    pub(crate) clock: Arc<dyn Clock>,
+    life: Mutex<Life>,
+    /// Set once when the process is to end.
+    ended: watch::Sender<bool>,
+    /// Set when a waiting receiver is to stop waiting.
+    pub(crate) stop_waiting: watch::Sender<bool>,
+}
+
+impl VmHost {
+    /// A host in the state `life`.
+    pub(crate) fn new(name: VmName, records: FileRecords, life: Life) -> Arc<Self> {
+        Arc::new(Self {
+            name,
+            records: Arc::new(records),
+            clock: Arc::new(SystemClock::default()),
+            life: Mutex::new(life),
+            ended: watch::channel(false).0,
+            stop_waiting: watch::channel(false).0,
+        })
+    }
+
+    pub(crate) fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Replaces the state; ending states end the process.
+    pub(crate) fn set_life(&self, life: Life) {
+        let ends = matches!(life, Life::Ended { .. } | Life::Gone { .. });
+        *self.life() = life;
+        if ends {
+            self.ended.send_replace(true);
+        }
+    }
+
+    /// Returns once the process is to end.
+    pub(crate) async fn until_ended(&self) {
+        let mut ended = self.ended.subscribe();
+        // The sender lives as long as `self`.
+        let _ = ended.wait_for(|ended| *ended).await;
+    }
+
+    /// The VM, if it is here.
+    pub(crate) fn here(&self) -> Result<Here, Refused> {
+        match &*self.life() {
+            Life::Here(here) => Ok((**here).clone()),
+            Life::Waiting { .. } | Life::Receiving { .. } => {
+                Err(Refused(format!("'{}' has no VM yet: it waits for one to migrate here", self.name)))
+            }
+            Life::Gone { target, .. } => Err(Refused(format!("'{}' has moved to {target}", self.name))),
+            Life::Ended { reason, .. } => Err(Refused(format!("'{}' has ended: {reason}", self.name))),
+        }
+    }
+
+    /// `GET /api/v1/vm`.
+    pub(crate) fn info(&self) -> VmInfo {
+        let mut info = VmInfo {
+            name: self.name.to_string(),
+            state: VmState::Stopped,
+            pid: std::process::id(),
+            id: None,
+            epoch: None,
+            memory_bytes: None,
+            cpus: None,
+            network: None,
+            listen: None,
+            note: None,
+        };
+        match self.life().clone() {
+            Life::Waiting { listen, note } => {
+                (info.state, info.listen, info.note) = (VmState::Waiting, Some(listen), note);
+            }
+            Life::Receiving { listen, vm } => {
+                info.state = VmState::Receiving;
+                (info.listen, info.id) = (Some(listen), Some(vm.to_string()));
+            }
+            Life::Here(here) => describe(&here, &mut info),
+            Life::Gone { target, .. } => {
+                (info.state, info.note) = (VmState::Moved, Some(format!("it runs at {target} now")));
+            }
+            Life::Ended { reason, .. } => info.note = Some(reason),
+        }
+        info
+    }
+
+    /// The workload guest's own report.
+    pub(crate) fn guest_report(&self) -> Result<GuestReport, Refused> {
+        let here = self.here()?;
+        let ram = here.machine.machine().ram();
+        let mut bytes = [0; PAGE_BYTES];
+        let page = ram.page_of_gpa(REPORT_GPA).ok_or(Refused("the guest has too little memory".into()))?;
+        ram.read_page(page, &mut bytes).map_err(|error| Refused(error.to_string()))?;
+        let report = Report::parse(&bytes).map_err(|error| {
+            Refused(format!("this is not the workload guest, or it is not up yet: {error}"))
+        })?;
+        Ok(show_report(&report))
+    }
+
+    /// Pauses the VM.
+    pub(crate) fn pause(&self) -> Result<(), Refused> {
+        let here = self.not_migrating("pause")?;
+        here.machine.machine().pause().map_err(|error| Refused(format!("it can't be paused: {error}")))
+    }
+
+    /// Resumes it.
+    pub(crate) fn resume(&self) -> Result<(), Refused> {
+        let here = self.not_migrating("resume")?;
+        if here.machine.machine().status() == MachineStatus::Running {
+            return Ok(());
+        }
+        here.machine.machine().run().map_err(|error| Refused(format!("it can't be resumed: {error}")))
+    }
+
+    fn not_migrating(&self, what: &str) -> Result<Here, Refused> {
+        let here = self.here()?;
+        match &here.migration {
+            Some(migration) if !migration.is_over() => Err(Refused(format!(
+                "'{}' is migrating; {what} it afterwards, or cancel with 'ferry migrate {} --cancel'",
+                self.name, self.name
+            ))),
+            Some(_) | None => Ok(here),
+        }
+    }
+
+    /// Ends the VM, or the waiting for one. Blocks until its threads are gone.
+    pub(crate) fn stop(&self, reason: &str) -> Result<(), Refused> {
+        let life = self.life().clone();
+        match life {
+            Life::Waiting { .. } | Life::Receiving { .. } => {
+                self.stop_waiting.send_replace(true);
+                Ok(())
+            }
+            Life::Here(_) => {
+                let here = self.not_migrating("stop")?;
+                here.machine.machine().stop();
+                self.record(&here, Standing::Stopped);
+                self.set_life(Life::Ended { reason: reason.to_owned(), failed: false });
+                Ok(())
+            }
+            Life::Gone { .. } | Life::Ended { .. } => Ok(()),
+        }
+    }
+
+    /// Writes down that the VM has ended here; if that fails the old record only says that it ran.
+    fn record(&self, here: &Here, standing: Standing) {
+        let record = Record { vm: here.vm, name: self.name.clone(), epoch: here.epoch, standing };
+        if let Err(error) = self.records.store(&record) {
+            tracing::warn!("the record of '{}' can't be brought up to date: {error}", self.name);
+        }
+    }
+
+    /// Watches the machine on a thread of its own, and ends the process when the guest does.
+    pub(crate) fn watch(self: &Arc<Self>, machine: &MigratableMachine) {
+        let (host, machine) = (Arc::clone(self), Arc::clone(machine.machine()));
+        std::thread::spawn(move || {
+            while !matches!(machine.status(), MachineStatus::Stopped) {
+                let Some(event) = machine.next_event(Duration::from_millis(200)) else { continue };
+                let (reason, failed) = match event {
+                    MachineEvent::Shutdown => ("the guest has shut down".to_owned(), false),
+                    MachineEvent::Reset => ("the guest has reset itself".to_owned(), false),
+                    MachineEvent::Fault { vcpu, reason } => {
+                        (format!("vCPU {vcpu} can't go on: {reason}"), true)
+                    }
+                };
+                machine.stop();
+                if let Ok(here) = host.here() {
+                    host.record(&here, Standing::Stopped);
+                    host.set_life(Life::Ended { reason, failed });
+                }
+                return;
+            }
+        });
+    }
+}
+
+fn describe(here: &Here, info: &mut VmInfo) {
+    let machine = here.machine.machine();
+    let migrating = here.migration.as_ref().filter(|migration| !migration.is_over());
+    info.state = match (machine.status(), migrating) {
+        (_, Some(migration)) if migration.in_doubt() => VmState::InDoubt,
+        (_, Some(_)) => VmState::Migrating,
+        (MachineStatus::Running, None) => VmState::Running,
+        (MachineStatus::Stopped | MachineStatus::Faulted { .. }, None) => VmState::Stopped,
+        (MachineStatus::Created | MachineStatus::Paused, None) => VmState::Paused,
+    };
+    info.id = Some(here.vm.to_string());
+    info.epoch = Some(here.epoch.number());
+    info.memory_bytes = Some(machine.ram().regions().iter().map(|region| region.bytes).sum());
+    info.cpus = Some(machine.config().cpus);
+    info.note = here.migration.as_ref().and_then(|migration| migration.note());
+    if let (Some(mac), Some(tap)) = (machine.mac(), &here.tap) {
+        let network = here.machine.network();
+        let ipv4 = network.ipv4.into_iter().map(std::net::IpAddr::from);
+        let ipv6 = network.ipv6.into_iter().map(std::net::IpAddr::from);
+        info.network = Some(NetworkInfo {
+            tap: tap.clone(),
+            mac: mac.map(|byte| format!("{byte:02x}")).join(":"),
+            addresses: ipv4.chain(ipv6).collect(),
+        });
+    }
+}
+
+fn show_report(report: &Report) -> GuestReport {
+    let ms = |ticks| report.gap_ms(ticks).unwrap_or_default();
+    GuestReport {
+        ready: report.stage == Stage::Ready,
+        mode: format!("{:?}", report.mode).to_lowercase(),
+        heartbeats: report.heartbeat_count,
+        heartbeat_tsc: report.heartbeat_tsc,
+        tsc_khz: report.tsc_khz,
+        largest_gap_ms: ms(report.largest_gap.length_ticks),
+        gaps: report
+            .gaps()
+            .iter()
+            .map(|gap| GuestGap { start_tsc: gap.start_tsc, ms: ms(gap.length_ticks) })
+            .collect(),
+        pages_written: report.pages_written,
+        pages_checked: report.pages_checked,
+        errors: report.errors,
+        http_requests: report.http_requests,
+        udp_echoes: report.udp_echoes,
+        fault: match report.stage {
+            Stage::Failed => Some(report.text().to_owned()),
+            Stage::Faulted => report.fault.map(|fault| format!("{fault:x?}")),
+            Stage::Booting | Stage::Filling | Stage::Ready => None,
+        },
+    }
+}

@@ -1,0 +1,184 @@
+//! What a machine is made of, and what it boots: plain values, checked before anything is built.
+//!
+//! Nothing here opens a file or a device.
+
+use std::path::PathBuf;
+
+use crate::memory::{MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, PAGE_BYTES};
+
+/// The most vCPUs of a machine. APIC ids are 8 bits wide without x2APIC, and 255 is a broadcast; the
+/// bound stays well below, where one thread a vCPU still makes sense.
+pub const CPUS_MAX: u8 = 64;
+
+/// What to build with [`Machine::build`](crate::Machine::build).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// The guest's memory.
+    pub memory: MemoryConfig,
+    /// How many vCPUs, 1 to [`CPUS_MAX`].
+    pub cpus: u8,
+    /// The network interface, if there is one.
+    pub net: Option<NetConfig>,
+    /// Where the first serial port's output goes. It is local to a host and never migrates.
+    pub serial: SerialTarget,
+}
+
+/// The guest's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// A multiple of 4096 between [`MEMORY_BYTES_MIN`] and [`MEMORY_BYTES_MAX`].
+    pub size_bytes: u64,
+    /// What holds the bytes on the host.
+    pub backing: Backing,
+}
+
+/// What holds guest memory on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// Private anonymous memory, with huge pages where the host has them.
+    PrivateAnonymous,
+    /// A memfd, which other processes can map.
+    SharedMemfd,
+}
+
+/// A virtio network interface on a tap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// The name of an existing tap in the calling thread's network namespace.
+    pub tap: String,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+}
+
+/// Where the first serial port's output goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialTarget {
+    /// Nowhere.
+    Null,
+    /// This process's standard output.
+    Stdio,
+    /// A file, which is created, or appended to.
+    File(PathBuf),
+}
+
+/// What a machine starts with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootSource {
+    /// The kernel, a 64-bit ELF file with a PVH entry note.
+    pub kernel: Kernel,
+    /// An initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line; the machine appends its virtio-mmio devices.
+    pub cmdline: String,
+}
+
+/// Where the kernel's ELF image is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// In a file.
+    File(PathBuf),
+    /// In this program.
+    Image {
+        /// What to call it in messages.
+        name: &'static str,
+        /// The ELF image.
+        bytes: &'static [u8],
+    },
+}
+
+/// What a target decides for itself when it takes over a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalChoices {
+    /// The tap for the machine's network interface; needed if it has one.
+    pub tap: Option<String>,
+    /// Where the serial output goes on this host.
+    pub serial: SerialTarget,
+}
+
+/// Why a [`MachineConfig`] can't be built by any host.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// The memory size is out of bounds or no whole number of pages.
+    #[error(
+        "a machine can't have {size_bytes} bytes of memory; give a multiple of {PAGE_BYTES} from \
+         {MEMORY_BYTES_MIN} to {MEMORY_BYTES_MAX}"
+    )]
+    MemorySize {
+        /// What was asked for.
+        size_bytes: u64,
+    },
+    /// The number of vCPUs is out of bounds.
+    #[error("a machine can't have {cpus} vCPUs; give 1 to {CPUS_MAX}")]
+    Cpus {
+        /// What was asked for.
+        cpus: u8,
+    },
+    /// The MAC address is a group address or all zeroes.
+    #[error("{} can't be an interface's MAC address: it must be a unicast address", format_mac(.mac))]
+    Mac {
+        /// What was asked for.
+        mac: [u8; 6],
+    },
+}
+
+impl MachineConfig {
+    /// Checks everything that needs no host.
+    ///
+    /// # Errors
+    /// Names the first field that can't be.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let Self { memory: MemoryConfig { size_bytes, backing: _ }, cpus, net, serial: _ } = self;
+        let page_bytes = PAGE_BYTES as u64;
+        if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(size_bytes) || size_bytes % page_bytes != 0 {
+            return Err(ConfigError::MemorySize { size_bytes: *size_bytes });
+        }
+        if !(1..=CPUS_MAX).contains(cpus) {
+            return Err(ConfigError::Cpus { cpus: *cpus });
+        }
+        if let Some(NetConfig { tap: _, mac }) = net
+            && (mac[0] & 1 != 0 || *mac == [0; 6])
+        {
+            return Err(ConfigError::Mac { mac: *mac });
+        }
+        Ok(())
+    }
+}
+
+fn format_mac(mac: &[u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> MachineConfig {
+        MachineConfig {
+            memory: MemoryConfig { size_bytes: 64 << 20, backing: Backing::PrivateAnonymous },
+            cpus: 2,
+            net: Some(NetConfig { tap: "tap0".into(), mac: [0x02, 0, 0, 0, 0, 1] }),
+            serial: SerialTarget::Null,
+        }
+    }
+
+    #[test]
+    fn what_no_host_can_build_is_refused_by_name() {
+        assert_eq!(config().check(), Ok(()));
+        for size_bytes in [0, MEMORY_BYTES_MIN - 4096, MEMORY_BYTES_MIN + 1, MEMORY_BYTES_MAX + 4096] {
+            let mut bad = config();
+            bad.memory.size_bytes = size_bytes;
+            assert_eq!(bad.check(), Err(ConfigError::MemorySize { size_bytes }));
+        }
+        for cpus in [0, CPUS_MAX + 1] {
+            let mut bad = config();
+            bad.cpus = cpus;
+            assert_eq!(bad.check(), Err(ConfigError::Cpus { cpus }));
+        }
+        for mac in [[0; 6], [0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
+            let mut bad = config();
+            bad.net.as_mut().unwrap().mac = mac;
+            let error = bad.check().unwrap_err();
+            assert!(error.to_string().contains(&format_mac(&mac)), "{error}");
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! The interface against hand-made virtqueues.

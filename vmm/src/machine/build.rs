@@ -1,0 +1,168 @@
+//! Building a machine: everything is opened, nothing runs.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Machine, Phase};
+use crate::capability::{self, Capabilities, KvmCallError, KvmError};
+use crate::config::{ConfigError, MachineConfig, NetConfig};
+use crate::devices::virtio::mmio::{NOTIFY_OFFSET, WINDOW_BYTES};
+use crate::devices::virtio::net::Net;
+use crate::devices::{Bus, MMIO_INTERRUPT_FIRST, MMIO_START, SERIAL_INTERRUPT, SerialError, SerialPort};
+use crate::memory::dirty_log::DirtyLog;
+use crate::memory::{self, GuestRam, MemoryError};
+use crate::parking::{Control, Kick};
+use crate::tap::{Tap, TapError};
+use crate::vcpu::{Vcpu, install_signal_handler};
+
+/// Three pages for Intel's real-mode emulation, in the hole for devices, where no guest looks.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// A page for the same purpose, before them.
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// Why a machine can't be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// No host could build it.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// KVM can't be used here.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Its memory can't be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Its tap can't be had.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// Its serial port can't be had.
+    #[error(transparent)]
+    Serial(#[from] SerialError),
+    /// KVM allows fewer vCPUs.
+    #[error("this host's KVM allows {max} vCPUs a machine, and {wanted} were asked for")]
+    TooManyCpus {
+        /// How many were asked for.
+        wanted: u8,
+        /// How many are allowed.
+        max: usize,
+    },
+    /// A thread or an eventfd could not be made.
+    #[error("can't make {what}")]
+    Resource {
+        /// What was to be made.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl From<KvmCallError> for BuildError {
+    fn from(error: KvmCallError) -> Self {
+        Self::Kvm(error.into())
+    }
+}
+
+impl Machine {
+    /// Opens everything that the machine consists of, and its threads, which wait.
+    ///
+    /// # Errors
+    /// Says what can't be had and what to do; nothing is left behind.
+    pub fn build(config: &MachineConfig) -> Result<Self, BuildError> {
+        config.check()?;
+        let (kvm, capabilities) = capability::open()?;
+        if usize::from(config.cpus) > capabilities.vcpus_max {
+            return Err(BuildError::TooManyCpus { wanted: config.cpus, max: capabilities.vcpus_max });
+        }
+        install_signal_handler().map_err(KvmCallError::new("have its vCPUs interrupted by a signal"))?;
+        let ram = memory::allocate(&config.memory)?;
+        let vm = kvm.create_vm().map_err(KvmCallError::new("create a machine"))?;
+        create_interrupt_controllers(&vm, &capabilities)?;
+        let dirty_log = DirtyLog::register(&vm, &ram, capability::enable_dirty_log_modes(&vm))?;
+        let vcpus = (0..config.cpus).map(|index| Vcpu::create(&vm, index).map(Arc::new));
+        let vcpus: Vec<_> = vcpus.collect::<Result<_, _>>()?;
+        let net = config.net.as_ref().map(|net| open_net(net, &ram)).transpose()?.map(Arc::new);
+        let virtio = net.iter().map(|net| Arc::clone(net.transport())).collect();
+        let bus = Bus { serial: SerialPort::open(&config.serial)?, virtio };
+        connect(&vm, &bus)?;
+
+        let control = Arc::new(Control::new());
+        let kicks = vcpus.iter().map(|vcpu| Arc::clone(&vcpu.kick) as Arc<dyn Kick>);
+        control.set_kicks(kicks.chain(net.iter().map(|net| net.kick())).collect());
+        let tsc_khz = vcpus[0].lock().get_tsc_khz().ok();
+        let machine = Self {
+            config: config.clone(),
+            xsave_bytes: capability::xsave_bytes(&vm),
+            capabilities,
+            tsc_khz,
+            vcpus,
+            bus: Arc::new(bus),
+            net,
+            control,
+            threads: Mutex::new(Vec::new()),
+            dirty_log,
+            vm,
+            ram,
+            phase: Mutex::new(Phase::Created),
+            operation: Mutex::new(()),
+        };
+        machine.spawn_threads()?;
+        Ok(machine)
+    }
+
+    /// Starts the threads, parked. If one can't be had, dropping the machine ends the others.
+    fn spawn_threads(&self) -> Result<(), BuildError> {
+        let error = |what| move |source| BuildError::Resource { what, source };
+        let mut threads = self.threads.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for vcpu in &self.vcpus {
+            let thread = Arc::clone(vcpu).spawn(Arc::clone(&self.control), Arc::clone(&self.bus));
+            threads.push(thread.map_err(error("a vCPU's thread"))?);
+        }
+        if let Some(net) = &self.net {
+            let thread = Arc::clone(net).spawn(Arc::clone(&self.control));
+            threads.push(thread.map_err(error("the network interface's thread"))?);
+        }
+        Ok(())
+    }
+}
+
+fn create_interrupt_controllers(vm: &VmFd, capabilities: &Capabilities) -> Result<(), KvmCallError> {
+    vm.set_tss_address(TSS_ADDRESS).map_err(KvmCallError::new("set its task segment's address"))?;
+    if capabilities.identity_map_address {
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .map_err(KvmCallError::new("set its identity map's address"))?;
+    }
+    vm.create_irq_chip().map_err(KvmCallError::new("create the interrupt controllers"))?;
+    // The dummy speaker port keeps guests that time by it from exiting.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+    vm.create_pit2(pit).map_err(KvmCallError::new("create the timer"))
+}
+
+fn open_net(config: &NetConfig, ram: &GuestRam) -> Result<Net, BuildError> {
+    let tap = Tap::attach(&config.tap)?;
+    Net::new(0, config.mac, tap, ram.clone())
+        .map_err(|source| BuildError::Resource { what: "the network interface's eventfds", source })
+}
+
+/// Connects interrupts and queue notifications with KVM.
+fn connect(vm: &VmFd, bus: &Bus) -> Result<(), KvmCallError> {
+    let interrupt = |file: &EventFd, line| {
+        vm.register_irqfd(file, line).map_err(KvmCallError::new("connect a device's interrupt"))
+    };
+    interrupt(bus.serial.interrupt(), SERIAL_INTERRUPT)?;
+    let mut address = MMIO_START;
+    for (line, transport) in (MMIO_INTERRUPT_FIRST..).zip(&bus.virtio) {
+        interrupt(transport.interrupt(), line)?;
+        for (queue, notify) in (0_u32..).zip(transport.notifiers()) {
+            vm.register_ioevent(notify, &IoEventAddress::Mmio(address + NOTIFY_OFFSET), queue)
+                .map_err(KvmCallError::new("connect a queue's notification"))?;
+        }
+        address += WINDOW_BYTES;
+    }
+    Ok(())
+}

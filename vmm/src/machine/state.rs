@@ -1,0 +1,272 @@
+//! A machine's state as bytes, and back.
+//!
+//! Restoring goes through KVM in an order that it accepts: interrupt controllers first, so that local
+//! APICs find them; then the clock, because each vCPU's TSC is set by how far it went on; then the
+//! vCPUs; devices last, because they may raise an interrupt.
+
+use kvm_bindings::{
+    KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+};
+use kvm_ioctls::Cap;
+
+use super::{Machine, Phase};
+use crate::capability::KvmCallError;
+use crate::config::{Backing, LocalChoices, MachineConfig, MemoryConfig, NetConfig};
+use crate::saved::sections::{
+    Clock, HostInstant, Irqchip, MachineShape, Pit, Serial as SavedSerial, Vcpu as SavedVcpu,
+    VirtioMmio as SavedVirtio,
+};
+use crate::saved::{Reader, StateError, Writer, from_abi_bytes, to_abi_bytes};
+use crate::vcpu::{self, StateContext, TscPlan};
+
+/// A whole saved state, decoded.
+#[derive(Debug)]
+struct Saved {
+    irqchip: Irqchip,
+    pit: Pit,
+    clock: Clock,
+    vcpus: Vec<SavedVcpu>,
+    serial: SavedSerial,
+    virtio: Vec<SavedVirtio>,
+}
+
+impl Machine {
+    /// What a target must build before it can take this machine's memory and state.
+    #[must_use]
+    pub fn description(&self) -> Vec<u8> {
+        let mut writer = Writer::new();
+        let written = writer.add(&self.shape()).and_then(|()| writer.finish());
+        written.expect("a machine's shape is a few bytes of plain values")
+    }
+
+    /// The configuration for a described machine on this host.
+    ///
+    /// # Errors
+    /// The bytes are damaged or of another version, the machine can't be built by anybody, or a
+    /// tap is missing.
+    pub fn config_from_description(bytes: &[u8], local: LocalChoices) -> Result<MachineConfig, StateError> {
+        let shape: MachineShape = Reader::new(bytes)?.one()?;
+        let MachineShape { memory_bytes, shared_memory, cpus, net_mac } = shape;
+        let LocalChoices { tap, serial } = local;
+        let net = match (net_mac, tap) {
+            (Some(mac), Some(tap)) => Some(NetConfig { tap, mac }),
+            (Some(mac), None) => {
+                let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+                return Err(StateError::NeedsTap { mac });
+            }
+            (None, Some(tap)) => return Err(StateError::NoUseForTap { tap }),
+            (None, None) => None,
+        };
+        let backing = if shared_memory { Backing::SharedMemfd } else { Backing::PrivateAnonymous };
+        let memory = MemoryConfig { size_bytes: memory_bytes, backing };
+        let config = MachineConfig { memory, cpus, net, serial };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Saves everything but memory. The machine must be paused.
+    ///
+    /// # Errors
+    /// It is not paused, or KVM refuses.
+    pub fn save_state(&self) -> Result<Vec<u8>, StateError> {
+        let _operation = self.operate();
+        let phase = self.phase();
+        if phase != Phase::Paused {
+            let action = "save the machine's state";
+            return Err(StateError::WrongStatus { action, status: phase.name(), needed: "paused" });
+        }
+        let mut writer = Writer::new();
+        writer.add(&self.shape())?;
+        writer.add(&self.save_irqchip()?)?;
+        let pit = self.vm.get_pit2().map_err(KvmCallError::new("get the timer's state"))?;
+        writer.add(&Pit { state: to_abi_bytes(&pit) })?;
+        writer.add(&self.save_clock()?)?;
+        for vcpu in &self.vcpus {
+            writer.add(&vcpu::save(vcpu.index, &vcpu.lock(), self.state_context())?)?;
+        }
+        writer.add(&self.bus.serial.save())?;
+        for transport in &self.bus.virtio {
+            writer.add(&transport.save())?;
+        }
+        writer.finish()
+    }
+
+    /// Takes on a saved state. The machine must have been built just now, and its memory must be
+    /// complete.
+    ///
+    /// # Errors
+    /// Damaged, unknown or foreign bytes are refused before anything changes. If KVM or a device
+    /// refuses a part, the machine stays unable to run and should be dropped.
+    pub fn restore_state(&self, bytes: &[u8]) -> Result<(), StateError> {
+        let _operation = self.operate();
+        let phase = self.phase();
+        if phase != Phase::Created {
+            let action = "restore a state";
+            return Err(StateError::WrongStatus { action, status: phase.name(), needed: "just built" });
+        }
+        let Saved { irqchip, pit, clock, vcpus, serial, virtio } = self.decode(bytes)?;
+        self.restore_irqchip(&irqchip)?;
+        let Pit { state } = pit;
+        let pit = from_abi_bytes("pit", &state)?;
+        self.vm.set_pit2(&pit).map_err(KvmCallError::new("set the timer's state"))?;
+        let tsc = self.restore_clock(&clock, vcpus[0].tsc_khz)?;
+        for (vcpu, saved) in self.vcpus.iter().zip(&vcpus) {
+            vcpu::restore(&vcpu.lock(), saved, self.state_context(), tsc)?;
+        }
+        self.bus.serial.restore(&serial)?;
+        for (transport, saved) in self.bus.virtio.iter().zip(&virtio) {
+            transport.restore(saved, self.ram.tracked())?;
+        }
+        self.set_phase(Phase::Ready);
+        Ok(())
+    }
+
+    /// Decodes a state and checks that it is of a machine like this one.
+    fn decode(&self, bytes: &[u8]) -> Result<Saved, StateError> {
+        let reader = Reader::new(bytes)?;
+        let shape: MachineShape = reader.one()?;
+        if shape != self.shape() {
+            let what = format!("it has {shape:?}, and this one has {:?}", self.shape());
+            return Err(StateError::OtherMachine { what });
+        }
+        let vcpus: Vec<SavedVcpu> = reader.all()?;
+        if vcpus.len() != self.vcpus.len() {
+            let (found, expected) = (vcpus.len(), self.vcpus.len());
+            return Err(StateError::SectionCount { section: "vcpu", found, expected });
+        }
+        if let Some(strange) = vcpus.iter().zip(0_u8..).find(|(saved, index)| saved.index != *index) {
+            let what = format!("vCPU {} comes where {} belongs", strange.0.index, strange.1);
+            return Err(StateError::Invalid { section: "vcpu", what });
+        }
+        let virtio: Vec<SavedVirtio> = reader.all()?;
+        if virtio.len() != self.bus.virtio.len() {
+            let (found, expected) = (virtio.len(), self.bus.virtio.len());
+            return Err(StateError::SectionCount { section: "virtio-mmio", found, expected });
+        }
+        Ok(Saved {
+            irqchip: reader.one()?,
+            pit: reader.one()?,
+            clock: reader.one()?,
+            vcpus,
+            serial: reader.one()?,
+            virtio,
+        })
+    }
+
+    fn shape(&self) -> MachineShape {
+        let MachineConfig { memory: MemoryConfig { size_bytes, backing }, cpus, net, serial: _ } =
+            &self.config;
+        MachineShape {
+            memory_bytes: *size_bytes,
+            shared_memory: match backing {
+                Backing::PrivateAnonymous => false,
+                Backing::SharedMemfd => true,
+            },
+            cpus: *cpus,
+            net_mac: net.as_ref().map(|net| net.mac),
+        }
+    }
+
+    fn state_context(&self) -> StateContext<'_> {
+        StateContext { xsave_bytes: self.xsave_bytes, msr_indices: &self.capabilities.msr_indices }
+    }
+
+    fn save_irqchip(&self) -> Result<Irqchip, StateError> {
+        let get = |chip_id| -> Result<Vec<u8>, StateError> {
+            let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };
+            self.vm
+                .get_irqchip(&mut chip)
+                .map_err(KvmCallError::new("get an interrupt controller's state"))?;
+            Ok(to_abi_bytes(&chip))
+        };
+        Ok(Irqchip {
+            pic_master: get(KVM_IRQCHIP_PIC_MASTER)?,
+            pic_slave: get(KVM_IRQCHIP_PIC_SLAVE)?,
+            ioapic: get(KVM_IRQCHIP_IOAPIC)?,
+        })
+    }
+
+    fn restore_irqchip(&self, saved: &Irqchip) -> Result<(), StateError> {
+        let Irqchip { pic_master, pic_slave, ioapic } = saved;
+        for (chip_id, bytes) in [
+            (KVM_IRQCHIP_PIC_MASTER, pic_master),
+            (KVM_IRQCHIP_PIC_SLAVE, pic_slave),
+            (KVM_IRQCHIP_IOAPIC, ioapic),
+        ] {
+            let chip: kvm_irqchip = from_abi_bytes("irqchip", bytes)?;
+            if chip.chip_id != chip_id {
+                let what = format!("controller {} comes where {chip_id} belongs", chip.chip_id);
+                return Err(StateError::Invalid { section: "irqchip", what });
+            }
+            self.vm.set_irqchip(&chip).map_err(KvmCallError::new("set an interrupt controller's state"))?;
+        }
+        Ok(())
+    }
+
+    fn save_clock(&self) -> Result<Clock, StateError> {
+        let now = self.vm.get_clock().map_err(KvmCallError::new("read its clock"))?;
+        Ok(Clock { guest_ns: now.clock, host: host_instant(&now) })
+    }
+
+    /// Sets the guest's clock to what it was plus the real time since, and says how TSCs follow.
+    ///
+    /// The time since is taken from the two hosts' wall clocks, so they should be synchronised; KVM
+    /// never sets the guest's clock back.
+    fn restore_clock(&self, saved: &Clock, tsc_khz: Option<u32>) -> Result<TscPlan, StateError> {
+        let Clock { guest_ns, host } = saved;
+        let flags = u32::try_from(self.vm.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
+        let realtime = host.filter(|_| flags & KVM_CLOCK_REALTIME != 0);
+        let clock = kvm_clock_data {
+            clock: *guest_ns,
+            flags: if realtime.is_some() { KVM_CLOCK_REALTIME } else { 0 },
+            realtime: realtime.map_or(0, |instant| instant.realtime_ns),
+            ..kvm_clock_data::default()
+        };
+        self.vm.set_clock(&clock).map_err(KvmCallError::new("set its clock"))?;
+        let now = self.vm.get_clock().map_err(KvmCallError::new("read its clock"))?;
+        let (Some(then), Some(here), Some(khz)) = (realtime, host_instant(&now), tsc_khz) else {
+            return Ok(TscPlan::Value);
+        };
+        Ok(TscPlan::Offset { add: tsc_offset_change(*guest_ns, now.clock, then.tsc, here.tsc, khz) })
+    }
+}
+
+/// The host's clocks, where KVM gave both.
+fn host_instant(clock: &kvm_clock_data) -> Option<HostInstant> {
+    let both = KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
+    (clock.flags & both == both).then_some(HostInstant { realtime_ns: clock.realtime, tsc: clock.host_tsc })
+}
+
+/// What to add to a vCPU's TSC offset so that its TSC goes on by as much time as its clock did: off₁ =
+/// off₀ + (k₁ − k₀) · freq + (t₀ − t₁), from the kernel's Documentation/virt/kvm/devices/vcpu.rst. All
+/// modulo 2^64.
+fn tsc_offset_change(
+    guest_before_ns: u64,
+    guest_after_ns: u64,
+    tsc_before: u64,
+    tsc_after: u64,
+    khz: u32,
+) -> u64 {
+    let passed_ns = i128::from(guest_after_ns) - i128::from(guest_before_ns);
+    let cycles = passed_ns * i128::from(khz) / 1_000_000;
+    let change = cycles + i128::from(tsc_before) - i128::from(tsc_after);
+    // Reducing modulo 2^64 is what the hardware does with the offset.
+    u64::try_from(change.rem_euclid(1 << 64)).expect("reduced modulo 2^64")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tsc_goes_on_by_the_time_that_passed() {
+        // 2 s passed at 3 GHz; the target's TSC is 10^12 ahead.
+        let (before, after) = (5_000_000_u64, 1_000_005_000_000_u64 + 123);
+        let change = tsc_offset_change(1_000, 2_000_001_000, before, after, 3_000_000);
+        let offset_before = 42_u64.wrapping_neg();
+        let guest_before = before.wrapping_add(offset_before);
+        let guest_after = after.wrapping_add(offset_before).wrapping_add(change);
+        assert_eq!(guest_after - guest_before, 6_000_000_000);
+    }
+}

@@ -1,0 +1,333 @@
+//! The envelope of saved state: sections that say what they are, so that another version of this
+//! program can take, skip or refuse each by name.
+//!
+//! ```text
+//!  0        4        6        8               12
+//! ┌────────┬────────┬────────┬────────────────┐
+//! │ "FVMS" │ format │ count  │ total bytes    │  once; total includes this header
+//! ├────────┴┬───────┴┬───────┴────────┬───────┴────────┬─────────────┐
+//! │ kind    │ version│ length         │ crc32c (bytes) │ bytes       │  `count` times
+//! └─────────┴────────┴────────────────┴────────────────┴─────────────┘
+//!   u16       u16      u32              u32               little-endian throughout
+//! ```
+//!
+//! A kind with its top bit set is optional: who does not know it skips it. Any other unknown kind is
+//! refused. The bytes of a section are postcard, with a type of its own in [`sections`].
+//! Encryption and compression are not its business.
+
+mod abi;
+pub(crate) mod sections;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+pub(crate) use abi::{from_abi_bytes, to_abi_bytes};
+
+use crate::capability::KvmCallError;
+use crate::config::ConfigError;
+
+/// The most that saved state may take: 64 vCPUs with 12 KiB of extended state each stay far below.
+pub const STATE_BYTES_MAX: usize = 16 << 20;
+
+const MAGIC: [u8; 4] = *b"FVMS";
+const FORMAT: u16 = 1;
+const HEADER_BYTES: usize = 12;
+const OPTIONAL: u16 = 0x8000;
+
+/// Why state can't be saved, read or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The machine is not in the right status.
+    #[error("can't {action}: the machine is {status}, and must be {needed}")]
+    WrongStatus {
+        /// What was asked for.
+        action: &'static str,
+        /// What it is.
+        status: &'static str,
+        /// What it must be.
+        needed: &'static str,
+    },
+    /// The bytes are no saved state of this program.
+    #[error("this is not saved machine state: it does not start with {MAGIC:?}")]
+    Magic,
+    /// The envelope has another format.
+    #[error("saved machine state of format {found}; this version reads format {FORMAT}")]
+    Format {
+        /// The format found.
+        found: u16,
+    },
+    /// The bytes end early, go on too long, or a length is impossible.
+    #[error("saved machine state is damaged: {what}")]
+    Damaged {
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// A section's bytes don't match their checksum.
+    #[error("saved machine state is damaged: the checksum of the {section} section is wrong")]
+    Checksum {
+        /// Which section.
+        section: String,
+    },
+    /// A mandatory section that this version does not know.
+    #[error(
+        "saved machine state has a {section} section, which this version doesn't know and can't leave out"
+    )]
+    UnknownSection {
+        /// Which section.
+        section: String,
+    },
+    /// A section in a version that this program does not read.
+    #[error("the {section} section has version {found}, and this version reads {known}; update ferry here")]
+    SectionVersion {
+        /// Which section.
+        section: &'static str,
+        /// Its version.
+        found: u16,
+        /// The version that this program reads.
+        known: u16,
+    },
+    /// A section that is needed is missing, or there are too many of it.
+    #[error("saved machine state has {found} {section} sections where {expected} belong")]
+    SectionCount {
+        /// Which section.
+        section: &'static str,
+        /// How many were found.
+        found: usize,
+        /// How many belong there.
+        expected: usize,
+    },
+    /// A section's bytes don't decode.
+    #[error("the {section} section can't be decoded")]
+    Decode {
+        /// Which section.
+        section: &'static str,
+        /// What the decoder said.
+        #[source]
+        source: postcard::Error,
+    },
+    /// A section decodes to something impossible.
+    #[error("the {section} section is impossible: {what}")]
+    Invalid {
+        /// Which section.
+        section: &'static str,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The state is of a machine with another shape.
+    #[error("the saved state is of another machine: {what}")]
+    OtherMachine {
+        /// What differs.
+        what: String,
+    },
+    /// The described machine can't be built.
+    #[error("the described machine can't be built")]
+    Config(#[from] ConfigError),
+    /// The machine has a network interface, and no tap was given for it.
+    #[error(
+        "the machine has a network interface with MAC address {mac} and needs a tap on this host; \
+         give one with --net tap=NAME"
+    )]
+    NeedsTap {
+        /// Its address.
+        mac: String,
+    },
+    /// A tap was given for a machine without a network interface.
+    #[error("the machine has no network interface, so it has no use for tap '{tap}'; leave it out")]
+    NoUseForTap {
+        /// The tap that was given.
+        tap: String,
+    },
+    /// KVM refused a call.
+    #[error(transparent)]
+    Kvm(#[from] KvmCallError),
+    /// KVM refused an MSR's value, and the vCPU has another.
+    #[error(
+        "vCPU {vcpu} can't take {value:#x} in MSR {index:#x}: this host's processor or KVM lacks the feature"
+    )]
+    Msr {
+        /// Which vCPU.
+        vcpu: u8,
+        /// Which MSR.
+        index: u32,
+        /// The value that it should have.
+        value: u64,
+    },
+    /// A device could not take its state.
+    #[error("the {device} can't take its saved state: {what}")]
+    Device {
+        /// Which device.
+        device: &'static str,
+        /// Why not.
+        what: String,
+    },
+}
+
+/// A type of section: what it is called and which version is written.
+pub(crate) trait Section: Serialize + DeserializeOwned {
+    const KIND: u16;
+    const VERSION: u16;
+    const NAME: &'static str;
+}
+
+/// Collects sections into an envelope.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    bytes: Vec<u8>,
+    count: u16,
+}
+
+impl Writer {
+    pub(crate) fn new() -> Self {
+        Self { bytes: vec![0; HEADER_BYTES], count: 0 }
+    }
+
+    pub(crate) fn add<S: Section>(&mut self, section: &S) -> Result<(), StateError> {
+        let decode_error = |source| StateError::Decode { section: S::NAME, source };
+        let body = postcard::to_stdvec(section).map_err(decode_error)?;
+        let length = u32::try_from(body.len()).map_err(|_| StateError::Damaged { what: "it is too long" })?;
+        self.bytes.extend(S::KIND.to_le_bytes());
+        self.bytes.extend(S::VERSION.to_le_bytes());
+        self.bytes.extend(length.to_le_bytes());
+        self.bytes.extend(crc32c::crc32c(&body).to_le_bytes());
+        self.bytes.extend(body);
+        self.count += 1;
+        Ok(())
+    }
+
+    pub(crate) fn finish(mut self) -> Result<Vec<u8>, StateError> {
+        if self.bytes.len() > STATE_BYTES_MAX {
+            return Err(StateError::Damaged { what: "it is too long" });
+        }
+        let total = u32::try_from(self.bytes.len()).expect("STATE_BYTES_MAX fits");
+        self.bytes[0..4].copy_from_slice(&MAGIC);
+        self.bytes[4..6].copy_from_slice(&FORMAT.to_le_bytes());
+        self.bytes[6..8].copy_from_slice(&self.count.to_le_bytes());
+        self.bytes[8..12].copy_from_slice(&total.to_le_bytes());
+        Ok(self.bytes)
+    }
+}
+
+/// A section as it lies in the envelope, its checksum verified.
+#[derive(Clone, Copy, Debug)]
+struct RawSection<'a> {
+    kind: u16,
+    version: u16,
+    body: &'a [u8],
+}
+
+/// An envelope whose sections are known and intact.
+#[derive(Debug)]
+pub(crate) struct Reader<'a> {
+    sections: Vec<RawSection<'a>>,
+}
+
+impl<'a> Reader<'a> {
+    /// Checks the whole envelope.
+    pub(crate) fn new(bytes: &'a [u8]) -> Result<Self, StateError> {
+        let damaged = |what| StateError::Damaged { what };
+        if bytes.len() < MAGIC.len() || bytes[..MAGIC.len()] != MAGIC {
+            return Err(StateError::Magic);
+        }
+        if bytes.len() > STATE_BYTES_MAX {
+            return Err(damaged("it is longer than any machine's state"));
+        }
+        let mut rest = Cursor(&bytes[MAGIC.len()..]);
+        let found = rest.u16()?;
+        if found != FORMAT {
+            return Err(StateError::Format { found });
+        }
+        let count = rest.u16()?;
+        let total = rest.u32()? as usize;
+        if total != bytes.len() {
+            return Err(damaged("its length is not what its header says"));
+        }
+        let mut sections = Vec::new();
+        for _ in 0..count {
+            let (kind, version) = (rest.u16()?, rest.u16()?);
+            let (length, checksum) = (rest.u32()? as usize, rest.u32()?);
+            let body = rest.take(length)?;
+            if crc32c::crc32c(body) != checksum {
+                return Err(StateError::Checksum { section: name_of(kind) });
+            }
+            if sections::is_known(kind) {
+                sections.push(RawSection { kind, version, body });
+            } else if kind & OPTIONAL == 0 {
+                return Err(StateError::UnknownSection { section: name_of(kind) });
+            }
+        }
+        if !rest.0.is_empty() {
+            return Err(damaged("there are bytes after its last section"));
+        }
+        Ok(Self { sections })
+    }
+
+    /// Every section of one type, in order.
+    pub(crate) fn all<S: Section>(&self) -> Result<Vec<S>, StateError> {
+        let of_kind = self.sections.iter().filter(|section| section.kind == S::KIND);
+        of_kind.map(RawSection::decode).collect()
+    }
+
+    /// The one section of a type.
+    pub(crate) fn one<S: Section>(&self) -> Result<S, StateError> {
+        let mut all = self.all::<S>()?;
+        match (all.pop(), all.len()) {
+            (Some(section), 0) => Ok(section),
+            (last, others) => Err(StateError::SectionCount {
+                section: S::NAME,
+                found: others + usize::from(last.is_some()),
+                expected: 1,
+            }),
+        }
+    }
+}
+
+impl RawSection<'_> {
+    fn decode<S: Section>(&self) -> Result<S, StateError> {
+        if self.version != S::VERSION {
+            return Err(StateError::SectionVersion {
+                section: S::NAME,
+                found: self.version,
+                known: S::VERSION,
+            });
+        }
+        let (section, rest) = postcard::take_from_bytes(self.body)
+            .map_err(|source| StateError::Decode { section: S::NAME, source })?;
+        if !rest.is_empty() {
+            return Err(StateError::Invalid {
+                section: S::NAME,
+                what: format!("{} bytes too many", rest.len()),
+            });
+        }
+        Ok(section)
+    }
+}
+
+fn name_of(kind: u16) -> String {
+    sections::name_of(kind).map_or_else(|| format!("{kind:#06x}"), str::to_owned)
+}
+
+/// Takes little-endian numbers off the front.
+#[derive(Debug)]
+struct Cursor<'a>(&'a [u8]);
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, bytes: usize) -> Result<&'a [u8], StateError> {
+        let (taken, rest) =
+            self.0.split_at_checked(bytes).ok_or(StateError::Damaged { what: "it ends early" })?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    fn u16(&mut self) -> Result<u16, StateError> {
+        let bytes = self.take(2)?.try_into().expect("two bytes were taken");
+        Ok(u16::from_le_bytes(bytes))
+    }
+
+    fn u32(&mut self) -> Result<u32, StateError> {
+        let bytes = self.take(4)?.try_into().expect("four bytes were taken");
+        Ok(u32::from_le_bytes(bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests;

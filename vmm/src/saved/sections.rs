@@ -1,0 +1,144 @@
+//! The sections of saved state. These types are the format: they are apart from the runtime types, so
+//! a change there never changes the format unnoticed. Changing one means a new version of its section.
+
+use serde::{Deserialize, Serialize};
+
+use super::{OPTIONAL, Section};
+
+/// What a target must build.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MachineShape {
+    pub(crate) memory_bytes: u64,
+    pub(crate) shared_memory: bool,
+    pub(crate) cpus: u8,
+    /// MAC address of the network interface, if there is one.
+    pub(crate) net_mac: Option<[u8; 6]>,
+}
+
+/// One vCPU. Byte vectors are kernel structures of the name; see [`super::abi`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Vcpu {
+    pub(crate) index: u8,
+    /// kvm_cpuid_entry2, in order.
+    pub(crate) cpuid: Vec<Vec<u8>>,
+    pub(crate) mp_state: u32,
+    pub(crate) regs: Vec<u8>,
+    pub(crate) sregs: Vec<u8>,
+    /// As KVM_GET_XSAVE or, if longer than 4096 bytes, KVM_GET_XSAVE2 give it.
+    pub(crate) xsave: Vec<u8>,
+    pub(crate) xcrs: Vec<u8>,
+    pub(crate) debugregs: Vec<u8>,
+    pub(crate) lapic: Vec<u8>,
+    pub(crate) events: Vec<u8>,
+    /// Index and value.
+    pub(crate) msrs: Vec<(u32, u64)>,
+    pub(crate) tsc_khz: Option<u32>,
+    /// What KVM adds to the host's TSC, where KVM tells.
+    pub(crate) tsc_offset: Option<u64>,
+}
+
+/// The interrupt controllers: kvm_irqchip of both PICs and the I/O APIC.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Irqchip {
+    pub(crate) pic_master: Vec<u8>,
+    pub(crate) pic_slave: Vec<u8>,
+    pub(crate) ioapic: Vec<u8>,
+}
+
+/// The timer: kvm_pit_state2.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Pit {
+    pub(crate) state: Vec<u8>,
+}
+
+/// KVM's clock at the moment of saving. Times in ns since boot of the guest and since 1970.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Clock {
+    pub(crate) guest_ns: u64,
+    /// Host's wall clock and TSC at the same moment, where KVM gave them.
+    pub(crate) host: Option<HostInstant>,
+}
+
+/// A moment by two clocks of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct HostInstant {
+    pub(crate) realtime_ns: u64,
+    pub(crate) tsc: u64,
+}
+
+/// The first serial port, a 16550.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Serial {
+    pub(crate) baud_divisor_low: u8,
+    pub(crate) baud_divisor_high: u8,
+    pub(crate) interrupt_enable: u8,
+    pub(crate) interrupt_identification: u8,
+    pub(crate) line_control: u8,
+    pub(crate) line_status: u8,
+    pub(crate) modem_control: u8,
+    pub(crate) modem_status: u8,
+    pub(crate) scratch: u8,
+    pub(crate) in_buffer: Vec<u8>,
+}
+
+/// A virtio device behind its virtio-mmio window.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VirtioMmio {
+    /// Which window, from the first one on.
+    pub(crate) slot: u8,
+    pub(crate) device_type: u32,
+    pub(crate) status: u32,
+    pub(crate) interrupt_status: u32,
+    pub(crate) device_features_select: u32,
+    pub(crate) driver_features_select: u32,
+    pub(crate) driver_features: u64,
+    pub(crate) queue_select: u32,
+    pub(crate) config_generation: u32,
+    pub(crate) queues: Vec<Virtqueue>,
+}
+
+/// A split virtqueue.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Virtqueue {
+    pub(crate) size: u16,
+    pub(crate) ready: bool,
+    pub(crate) next_avail: u16,
+    pub(crate) next_used: u16,
+    pub(crate) event_idx: bool,
+    pub(crate) descriptors: u64,
+    pub(crate) available: u64,
+    pub(crate) used: u64,
+}
+
+macro_rules! sections {
+    ($($type:ty = $kind:literal, version $version:literal, $name:literal;)*) => {
+        $(impl Section for $type {
+            const KIND: u16 = $kind;
+            const VERSION: u16 = $version;
+            const NAME: &'static str = $name;
+        })*
+
+        pub(super) fn name_of(kind: u16) -> Option<&'static str> {
+            match kind {
+                $($kind => Some($name),)*
+                _ => None,
+            }
+        }
+    };
+}
+
+sections! {
+    MachineShape = 1, version 1, "machine";
+    Vcpu = 16, version 1, "vcpu";
+    Irqchip = 17, version 1, "irqchip";
+    Pit = 18, version 1, "pit";
+    Clock = 19, version 1, "clock";
+    Serial = 32, version 1, "serial";
+    VirtioMmio = 33, version 1, "virtio-mmio";
+}
+
+pub(super) fn is_known(kind: u16) -> bool {
+    // The optional bit is part of the kind: an optional section never collides with a mandatory one.
+    const { assert!(OPTIONAL == 0x8000) };
+    name_of(kind).is_some()
+}

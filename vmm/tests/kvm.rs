@@ -1,0 +1,223 @@
+//! Machines on this host's KVM, with guests of a few instructions: life cycle, state, dirty log.
+
+mod support;
+
+use std::time::Duration;
+
+use ferry_vmm::{Backing, Machine, MachineEvent, MachineStatus, RunError, SerialTarget, StateError};
+use support::*;
+
+const MEMORY_BYTES: u64 = 16 << 20;
+
+/// The first of the pages that the counting guest touches in turn.
+const TOUCHED_ADDRESS: u64 = 0x30_0000;
+const TOUCHED_PAGES: u64 = 256;
+
+#[test]
+fn a_guest_prints_counts_pauses_and_resumes() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let console = directory.path().join("console");
+    let mut config = config(MEMORY_BYTES);
+    config.serial = SerialTarget::File(console.clone());
+    let machine = machine_with(&config, COUNTING);
+    assert_eq!(machine.status(), MachineStatus::Created);
+    machine.run().unwrap();
+    let_count(&machine, 1000);
+    assert_eq!(std::fs::read(&console).unwrap(), b"A");
+    for _ in 0..50 {
+        machine.pause().unwrap();
+        let count = counter(&machine);
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(counter(&machine), count, "a paused guest went on");
+        assert_eq!(machine.status(), MachineStatus::Paused);
+        machine.run().unwrap();
+        let_count(&machine, 10);
+    }
+    assert_eq!(std::fs::read(&console).unwrap(), b"A", "the guest started again");
+    machine.stop();
+    machine.stop();
+    assert_eq!(machine.status(), MachineStatus::Stopped);
+    assert!(matches!(machine.run(), Err(RunError::WrongStatus { .. })));
+}
+
+#[test]
+fn a_saved_guest_continues_in_another_machine() {
+    if !kvm_or_skip() {
+        return;
+    }
+    for backing in [Backing::PrivateAnonymous, Backing::SharedMemfd] {
+        let mut config = config(MEMORY_BYTES);
+        config.memory.backing = backing;
+        let source = machine_with(&config, COUNTING);
+        source.run().unwrap();
+        let_count(&source, 5000);
+        source.pause().unwrap();
+        let state = source.save_state().unwrap();
+
+        let target = Machine::build(&config).unwrap();
+        copy_memory(&source.ram(), &target.ram());
+        target.restore_state(&state).unwrap();
+        assert_eq!(target.status(), MachineStatus::Created);
+        target.run().unwrap();
+        let count = counter(&source);
+        let_count(&target, 5000);
+        assert_eq!(counter(&source), count, "the source went on");
+        target.pause().unwrap();
+        // What the guest does is determined by its registers and memory: counts per page add up.
+        let ram = target.ram();
+        let touched = (0..TOUCHED_PAGES).map(|page| read_u32(&ram, TOUCHED_ADDRESS + page * 4096));
+        let sum: u32 = touched.sum();
+        assert!(counter(&target) - sum <= 1, "{} counted, {sum} in pages", counter(&target));
+    }
+}
+
+#[test]
+fn restoring_and_saving_again_gives_the_same_state() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut config = config(MEMORY_BYTES);
+    config.cpus = 2;
+    let source = machine_with(&config, COUNTING);
+    source.run().unwrap();
+    let_count(&source, 5000);
+    source.pause().unwrap();
+    let state = source.save_state().unwrap();
+    let target = Machine::build(&config).unwrap();
+    copy_memory(&source.ram(), &target.ram());
+    target.restore_state(&state).unwrap();
+    target.run().unwrap();
+    target.pause().unwrap();
+    target.save_state().unwrap();
+}
+
+#[test]
+fn the_dirty_log_reports_everything_once_and_then_what_changed() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let machine = machine_with(&config(MEMORY_BYTES), COUNTING);
+    let ram = machine.ram();
+    let pages = ram.page_count();
+    let mut dirty = vec![0_u64; usize::try_from(pages.div_ceil(64)).unwrap()];
+    machine.run().unwrap();
+    let_count(&machine, 1000);
+    assert!(machine.collect_dirty(&mut dirty).is_err(), "it was not started");
+    machine.start_dirty_log().unwrap();
+    assert!(machine.start_dirty_log().is_err(), "it is in use");
+    assert_eq!(machine.collect_dirty(&mut dirty).unwrap(), pages);
+    assert_eq!(machine.collect_dirty(&mut dirty).unwrap(), 0, "set bits count once");
+
+    let mut rounds = 0;
+    let mut seen = 0;
+    while seen < 257 && rounds < 20 {
+        dirty.fill(0);
+        let_count(&machine, 1000);
+        machine.collect_dirty(&mut dirty).unwrap();
+        seen = dirty.iter().map(|word| word.count_ones()).sum();
+        rounds += 1;
+    }
+    let first = TOUCHED_ADDRESS / 4096;
+    let expected = (first..first + TOUCHED_PAGES).chain([COUNTER_ADDRESS / 4096]);
+    for page in expected {
+        let word = usize::try_from(page / 64).unwrap();
+        assert!(dirty[word] >> (page % 64) & 1 == 1, "page {page} is missing");
+    }
+    assert_eq!(seen, 257, "pages that nobody wrote were reported");
+
+    machine.pause().unwrap();
+    machine.collect_dirty(&mut dirty).unwrap();
+    dirty.fill(0);
+    assert_eq!(machine.collect_dirty(&mut dirty).unwrap(), 0, "a paused guest dirtied pages");
+    machine.stop_dirty_log().unwrap();
+    assert!(machine.stop_dirty_log().is_err());
+}
+
+#[test]
+fn guests_end_themselves_in_every_way() {
+    if !kvm_or_skip() {
+        return;
+    }
+    // out 0xf4; keyboard reset; triple fault (an interrupt without a table).
+    let switch_off: &[u8] = &[0xb0, 0, 0xe6, 0xf4, 0xf4];
+    let keyboard: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4];
+    let triple_fault: &[u8] = &[0x0f, 0x0b];
+    for (code, event) in [
+        (switch_off, MachineEvent::Shutdown),
+        (keyboard, MachineEvent::Reset),
+        (triple_fault, MachineEvent::Reset),
+    ] {
+        let mut config = config(MEMORY_BYTES);
+        config.cpus = 2;
+        let machine = machine_with(&config, code);
+        machine.run().unwrap();
+        assert_eq!(machine.next_event(Duration::from_secs(10)), Some(event));
+        assert_eq!(machine.status(), MachineStatus::Stopped);
+        assert!(matches!(machine.pause(), Err(RunError::Ended { .. })));
+        assert!(matches!(machine.run(), Err(RunError::WrongStatus { .. })));
+    }
+}
+
+#[test]
+fn a_guest_that_kvm_cannot_run_is_a_fault_with_its_address() {
+    if !kvm_or_skip() {
+        return;
+    }
+    // Jumps to where there is no memory.
+    let machine = machine_with(&config(MEMORY_BYTES), &[0xb8, 0, 0, 0, 0xd8, 0xff, 0xe0]);
+    machine.run().unwrap();
+    let event = machine.next_event(Duration::from_secs(10)).unwrap();
+    let MachineEvent::Fault { vcpu: 0, reason } = event else { panic!("{event:?}") };
+    assert!(reason.contains("RIP 0xd8000000"), "{reason}");
+    assert!(matches!(machine.status(), MachineStatus::Faulted { vcpu: 0, .. }));
+}
+
+#[test]
+fn a_halted_guest_pauses_at_once_and_stays_halted() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let machine = machine_with(&config(MEMORY_BYTES), &[0xf4, 0xeb, 0xfd]);
+    machine.run().unwrap();
+    for _ in 0..20 {
+        std::thread::sleep(Duration::from_millis(1));
+        machine.pause().unwrap();
+        let state = machine.save_state().unwrap();
+        assert!(!state.is_empty());
+        machine.run().unwrap();
+    }
+}
+
+#[test]
+fn state_only_moves_between_the_right_machines_at_the_right_time() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let source = machine_with(&config(MEMORY_BYTES), COUNTING);
+    assert!(matches!(source.save_state(), Err(StateError::WrongStatus { .. })));
+    source.run().unwrap();
+    assert!(matches!(source.save_state(), Err(StateError::WrongStatus { .. })));
+    source.pause().unwrap();
+    let state = source.save_state().unwrap();
+    assert!(matches!(source.restore_state(&state), Err(StateError::WrongStatus { .. })));
+
+    let bigger = Machine::build(&config(2 * MEMORY_BYTES)).unwrap();
+    assert!(matches!(bigger.restore_state(&state), Err(StateError::OtherMachine { .. })));
+    let target = Machine::build(&config(MEMORY_BYTES)).unwrap();
+    assert!(matches!(target.run(), Err(RunError::NothingLoaded)));
+    for length in [0, 3, 12, state.len() / 2, state.len() - 1] {
+        assert!(target.restore_state(&state[..length]).is_err());
+    }
+    let mut damaged = state.clone();
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 1;
+    assert!(matches!(target.restore_state(&damaged), Err(StateError::Checksum { .. })));
+    assert_eq!(target.status(), MachineStatus::Created);
+    copy_memory(&source.ram(), &target.ram());
+    target.restore_state(&state).unwrap();
+    target.run().unwrap();
+    let_count(&target, 100);
+}
