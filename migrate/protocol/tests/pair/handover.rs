@@ -63,6 +63,9 @@ fn a_link_that_breaks_while_the_commit_is_recorded_is_made_again() {
     pair.cut_control(Duration::from_millis(20));
     pair.run_to_end();
     assert!(moved(&pair), "{:?}", pair.source_outcome);
+    let Some(Outcome::Moved(summary)) = &pair.source_outcome else { unreachable!("checked above") };
+    let downtime = summary.downtime.total();
+    assert!(downtime < Duration::from_millis(100), "no waiting for an answer that can't come: {downtime:?}");
 }
 
 #[test]
