@@ -101,6 +101,7 @@ impl Recording {
             | Event::StateSaved { .. }
             | Event::VmFailed(_)
             | Event::VmResumed
+            | Event::ResumeFailed(_)
             | Event::Timeout => Phase::Recording(self),
         }
     }
@@ -140,6 +141,7 @@ impl Committed {
             | Event::RecordFailed(_)
             | Event::VmFailed(_)
             | Event::VmResumed
+            | Event::ResumeFailed(_)
             | Event::Cancel => Phase::Committed(self),
         }
     }

@@ -156,10 +156,12 @@ pub enum Event {
     },
     /// The record could not be written.
     RecordFailed(String),
-    /// An action on the VM failed, or the guest ended by itself.
+    /// An action on the VM other than resuming failed, or the guest ended by itself.
     VmFailed(String),
     /// The guest runs again (or is as it was before the migration).
     VmResumed,
+    /// It could not be resumed.
+    ResumeFailed(String),
     /// The operator wants it cancelled.
     Cancel,
     /// [`Source::poll_timeout`]'s time has come.
@@ -566,7 +568,9 @@ fn interruption(event: &Event) -> Option<Failure> {
     match event {
         Event::Cancel => Some(Failure::Cancelled),
         Event::Disconnected(reason) | Event::StreamFailed(reason) => Some(Failure::Link(reason.clone())),
-        Event::VmFailed(reason) | Event::RecordFailed(reason) => Some(Failure::Local(reason.clone())),
+        Event::VmFailed(reason) | Event::ResumeFailed(reason) | Event::RecordFailed(reason) => {
+            Some(Failure::Local(reason.clone()))
+        }
         Event::Message(Message::Abort(abort)) => Some(Failure::Refused(abort.clone())),
         Event::Connected
         | Event::Message(_)

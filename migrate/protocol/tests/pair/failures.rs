@@ -240,3 +240,25 @@ fn a_guest_that_stands_still_too_long_goes_on() {
     assert!(failure.to_string().contains("far beyond its budget"), "{failure}");
     assert!(pair.now.since(ferry_protocol::Timestamp::default()) < Duration::from_secs(5));
 }
+
+#[test]
+fn an_attempt_ends_only_when_the_guest_runs_again() {
+    let mut pair = Pair::new(config());
+    pair.run_to_source_phase("preparing");
+    pair.tell_source(source::Event::Cancel);
+    // The late end of something else on the VM says nothing of resuming.
+    pair.tell_source(source::Event::VmFailed("KVM said no".to_owned()));
+    assert_eq!(pair.source_outcome, None);
+    pair.run_to_end();
+    assert_eq!(stayed(&pair, 1), &Failure::Cancelled);
+}
+
+#[test]
+fn a_guest_that_can_not_be_resumed_is_reported() {
+    let mut pair = Pair::new(config());
+    pair.run_to_source_phase("preparing");
+    pair.tell_source(source::Event::Cancel);
+    pair.tell_source(source::Event::ResumeFailed("KVM said no".to_owned()));
+    let Some(Outcome::Stayed { failure, .. }) = &pair.source_outcome else { panic!("it ends") };
+    assert!(failure.to_string().contains("KVM said no"), "{failure}");
+}
