@@ -72,15 +72,19 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
     let outdated = |record: &Record| match record.standing {
         // An attempt that was given up leaves the source in the epoch before.
         Standing::Receiving { .. } | Standing::Discarded => record.epoch > hello.epoch.next(),
-        Standing::Running | Standing::Stopped | Standing::Committed { .. } | Standing::Released { .. } => {
-            record.epoch > hello.epoch
-        }
+        // What this host gave away may come back from whoever runs it now.
+        Standing::Committed { .. } | Standing::Released { .. } => record.epoch > hello.epoch,
+        // An epoch has one owner: what ran here in it can't run at the source.
+        Standing::Running | Standing::Stopped => record.epoch >= hello.epoch,
     };
-    if let Some(known) = known.filter(|record| outdated(record)).map(|record| record.epoch) {
+    if let Some(known) = known.filter(|record| outdated(record)) {
         let text = format!(
-            "this host's record of VM '{}' speaks of epoch {known}, the source runs only {}: \
-             the source's copy is outdated",
-            hello.name, hello.epoch
+            "this host's record says that VM '{}' is {} here in epoch {}: what the source runs as epoch {} is \
+             outdated or a second copy",
+            hello.name,
+            known.standing.word(),
+            known.epoch,
+            hello.epoch
         );
         return refuse(Some(AbortCode::Epoch), &text, context);
     }
@@ -100,9 +104,16 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
 /// discarded, or this host was restarted. Only what is on disk can answer.
 fn answer_from_record(hello: &Hello, context: &mut Context) -> Phase {
     let epoch = hello.epoch.next();
-    let record = context.config.record.take().filter(|r| r.vm == hello.vm && r.epoch == epoch);
+    let record = context.config.record.take().filter(|r| r.vm == hello.vm && r.epoch >= epoch);
     let guest =
         |standing| Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
+    let lived_on = |record: &Record| record.epoch > epoch;
+    if record.as_ref().is_some_and(lived_on) {
+        // A later epoch exists only because this host ran the one that its source asks after: the source, which
+        // still asks, can't have taken it back.
+        context.send(Message::Running(Running { epoch, record_us: 0, run_us: 0 }));
+        return refuse(None, "its source was told that the guest has lived on here", context);
+    }
     match record.map(|record| record.standing) {
         // Received here, never recorded as running, and its memory is gone: it never will run here.
         Some(Standing::Receiving { .. } | Standing::Discarded) => {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ferry_protocol::message::{Hello, MessageType};
 use ferry_protocol::negotiation::Features;
+use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::source::{self, Outcome};
 use ferry_protocol::{Epoch, MigrationId, VmId, target};
 
@@ -62,6 +63,9 @@ fn a_link_that_breaks_while_the_commit_is_recorded_is_made_again() {
     pair.cut_control(Duration::from_millis(20));
     pair.run_to_end();
     assert!(moved(&pair), "{:?}", pair.source_outcome);
+    let Some(Outcome::Moved(summary)) = &pair.source_outcome else { unreachable!("checked above") };
+    let downtime = summary.downtime.total();
+    assert!(downtime < Duration::from_millis(100), "no waiting for an answer that can't come: {downtime:?}");
 }
 
 #[test]
@@ -133,6 +137,33 @@ fn a_target_whose_disk_fails_for_a_while_leaves_the_source_in_doubt_not_in_two()
     pair.run_to_end();
     assert!(reclaimed(&pair), "{:?} {:?}", pair.source_outcome, pair.target_disk.standing());
     assert!(doubted(&pair));
+}
+
+#[test]
+fn a_source_whose_guest_has_lived_on_is_told_so() {
+    let mut pair = Pair::new(config());
+    pair.cut_at = Some(MessageType::Running);
+    pair.run_to_target_phase("running");
+    // By the time the source can ask again, the guest has moved on to a third host.
+    pair.target = None;
+    let record = pair.target_disk.record.as_mut().unwrap();
+    record.epoch = Epoch::new(3);
+    record.standing = Standing::Released { target: "c:4444".to_owned() };
+    pair.run_to_end();
+    assert!(matches!(pair.source_outcome, Some(Outcome::Moved(_))), "{:?}", pair.source.phase());
+    assert_eq!(pair.source_disk.standing(), Some(("released", 2)));
+}
+
+#[test]
+fn an_epoch_that_ran_here_is_not_taken_from_another_host() {
+    for epoch in [1, 2] {
+        let mut pair = Pair::new(config());
+        let record = pair.source_disk.record.clone().unwrap();
+        pair.target_disk.record = Some(Record { epoch: Epoch::new(epoch), ..record });
+        pair.run_to_end();
+        assert!(!moved(&pair), "running here in epoch {epoch}, at the source in 1");
+        assert!(pair.source_guest.runs);
+    }
 }
 
 #[test]
