@@ -2,17 +2,23 @@
 //! downtime budget.
 //!
 //! ```text
+//!  Rehearsing --RecordWritten--> Starting
+//!
 //!  Starting --DirtyLogStarted--> Reading --DirtyLogRead--> decide --> Sending --RoundSent, FenceReached--.
 //!                                   ^                        |                                          |
 //!                                   |                        '--> Stopping (stop.rs)                    |
 //!                                   '------------------- Resting (short rounds) <----------------------'
 //! ```
+//!
+//! The rehearsal writes the record that stands already once more: it measures what the commit's record will cost
+//! within the downtime, and finds a full disk while that costs nothing.
 
 use std::time::Duration;
 
 use crate::bitmap::PageBitmap;
 use crate::message::{FenceReached, Message};
 use crate::policy::{Decision, Estimate, Forecast, decide};
+use crate::record::Standing;
 use crate::time::Timestamp;
 
 use super::negotiate::stay_or_undo;
@@ -37,6 +43,7 @@ pub(super) struct PreCopy {
 
 #[derive(Debug)]
 enum Step {
+    Rehearsing,
     Starting,
     /// The log is being read; `last` is the round that has just arrived.
     Reading {
@@ -63,8 +70,9 @@ struct Arrived {
 }
 
 pub(super) fn begin(context: &mut Context, now: Timestamp) -> Phase {
-    context.act(Action::StartDirtyLog);
-    Phase::PreCopy(PreCopy { step: Step::Starting, log_read_at: now, best_forecast: None, ping: None })
+    let standing = Standing::Running;
+    context.act(Action::WriteRecord(context.record(context.config.epoch, standing)));
+    Phase::PreCopy(PreCopy { step: Step::Rehearsing, log_read_at: now, best_forecast: None, ping: None })
 }
 
 impl PreCopy {
@@ -73,10 +81,8 @@ impl PreCopy {
     pub(super) fn wake(&self, context: &Context) -> Option<Timestamp> {
         match (&self.step, context.config.on_timeout) {
             (Step::Resting { until, .. }, _) => Some((*until).min(context.deadline())),
-            (Step::Starting | Step::Reading { .. } | Step::Sending { .. }, OnTimeout::Cancel) => {
-                Some(context.deadline())
-            }
-            (Step::Starting | Step::Reading { .. } | Step::Sending { .. }, OnTimeout::Stop) => None,
+            (_, OnTimeout::Cancel) => Some(context.deadline()),
+            (_, OnTimeout::Stop) => None,
         }
     }
 
@@ -88,6 +94,12 @@ impl PreCopy {
             return undo(self.not_converged(context), context);
         }
         match (std::mem::replace(&mut self.step, Step::Starting), event) {
+            (Step::Rehearsing, Event::RecordWritten { took }) => {
+                context.costs.source_record = Estimate::new(took, took / 2);
+                context.act(Action::StartDirtyLog);
+                self.step = Step::Starting;
+                Phase::PreCopy(self)
+            }
             (Step::Starting, Event::DirtyLogStarted) => {
                 context.act(Action::ReadDirtyLog);
                 self.step = Step::Reading { last: None };

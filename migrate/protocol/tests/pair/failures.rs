@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use ferry_protocol::message::AbortCode;
-use ferry_protocol::source::{self, Failure, OnTimeout, Outcome};
+use ferry_protocol::source::{self, Failure, OnTimeout, Outcome, Progress};
 use ferry_protocol::target;
 
 use crate::world::{DiskFault, MS, PAGES, Pair, config};
@@ -201,11 +201,22 @@ fn a_guest_that_dirties_too_fast_is_stopped_if_the_caller_wants_that() {
 fn a_commit_that_can_not_be_recorded_leaves_the_guest_at_the_source_in_a_fresh_epoch() {
     for fault in [DiskFault::Lost, DiskFault::Landed] {
         let mut pair = Pair::new(config());
-        pair.source_disk.faults.push_back(fault);
+        // The rehearsal works.
+        pair.source_disk.faults.extend([DiskFault::None, fault]);
         pair.run_to_end();
         // Epoch 2 was almost given away, so it is skipped.
         assert!(matches!(stayed(&pair, 3), Failure::Local(_)), "{fault:?}");
     }
+}
+
+#[test]
+fn a_source_that_can_not_write_records_finds_out_before_the_guest_is_stopped() {
+    let mut pair = Pair::new(config());
+    pair.source_disk.faults.push_back(DiskFault::Lost);
+    pair.run_to_end();
+    // No commit was tried, so no epoch is skipped.
+    assert!(matches!(pair.source_outcome, Some(Outcome::Stayed { failure: Failure::Local(_), .. })));
+    assert!(pair.source_guest.runs && !pair.source_progress.contains(&Progress::Paused));
 }
 
 #[test]

@@ -84,6 +84,6 @@ fn a_late_pong_does_not_shorten_the_round_trip() {
     assert!(pair.run_until(|pair| pair.source_progress.iter().any(second)));
     pair.tell_source(source::Event::Message(Message::Pong(1)));
     pair.run_to_end();
-    // Half of the state's 4 ms and a round trip of twice 0.5 ms.
-    assert_eq!(moved(&pair).forecast.prepare.expected, 3 * MS, "{:?}", moved(&pair).forecast);
+    // Half of the state's 2 ms and a round trip of twice 0.5 ms.
+    assert_eq!(moved(&pair).forecast.prepare.expected, 2 * MS, "{:?}", moved(&pair).forecast);
 }

@@ -152,6 +152,7 @@ fn way() -> Vec<(&'static str, Event)> {
         ("Hello is sent", welcome(1, Features::OURS)),
         ("Describe is sent", ready),
         ("", Event::StreamsOpened),
+        ("the record is being rehearsed", Event::RecordWritten { took: MS }),
         ("the log is being switched on", Event::DirtyLogStarted),
         ("the first log is being read", log(0)),
         ("round 1 is being sent", Event::RoundSent(RoundSent::default())),
@@ -175,16 +176,16 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
     let discarded = Event::Message(Message::Discarded(at(2)));
     vec![
         (
-            8,
+            9,
             vec![log(PAGES), Event::RoundSent(RoundSent::default()), fence(2)],
             "round 2 was quick, so it rests",
         ),
-        (11, vec![saved()], "the state is sent, the last pages are not written"),
-        (15, vec![lost()], "the connection is lost, another is being made"),
-        (15, vec![lost(), Event::Connected], "Commit is sent again"),
-        (15, vec![discarded], "the target had discarded it"),
-        (6, vec![Event::Cancel], "it was cancelled while the guest ran"),
-        (14, vec![Event::RecordFailed("full".to_owned())], "the commit could not be recorded"),
+        (12, vec![saved()], "the state is sent, the last pages are not written"),
+        (16, vec![lost()], "the connection is lost, another is being made"),
+        (16, vec![lost(), Event::Connected], "Commit is sent again"),
+        (16, vec![discarded], "the target had discarded it"),
+        (7, vec![Event::Cancel], "it was cancelled while the guest ran"),
+        (15, vec![Event::RecordFailed("full".to_owned())], "the commit could not be recorded"),
     ]
 }
 
@@ -277,7 +278,7 @@ pub(super) fn table() -> String {
     }
     let timeout = [("Timeout".to_owned(), Event::Timeout)];
     let quick = [log(PAGES), Event::RoundSent(RoundSent::default()), fence(2)];
-    text += &part("round 1 is being sent, on-timeout stop", || along(6, &[], OnTimeout::Stop), &timeout);
-    text += &part("it rests, on-timeout stop", || along(8, &quick, OnTimeout::Stop), &timeout);
+    text += &part("round 1 is being sent, on-timeout stop", || along(7, &[], OnTimeout::Stop), &timeout);
+    text += &part("it rests, on-timeout stop", || along(9, &quick, OnTimeout::Stop), &timeout);
     text
 }
