@@ -113,11 +113,11 @@ impl Scenario {
             streams: u16::try_from(random.within(1, 5)).expect("a small number"),
             compression: random.pick(&[Compression::None, Compression::Lz4]),
             link: LinkSpec {
-                bytes_per_s: random.within(20, 400) * 1_000_000,
+                bytes_per_s: random.pick(&[10, 30, 100, 400]) * random.within(700_000, 1_300_000),
                 latency: Duration::from_micros(random.within(20, 3_000)),
             },
             budget: Duration::from_millis(random.within(20, 300)),
-            timeout: Duration::from_millis(random.within(800, 4_000)),
+            timeout: Duration::from_millis(random.within(200, 3_000)),
             on_timeout: random.pick(&[OnTimeout::Cancel, OnTimeout::Stop]),
             troubles,
         }

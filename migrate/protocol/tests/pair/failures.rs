@@ -174,7 +174,7 @@ fn a_guest_that_dirties_too_fast_is_left_alone_when_the_time_is_over() {
     for part in ["3 s", "downtime budget of 50 ms", "--on-timeout stop"] {
         assert!(failure.to_string().contains(part), "{failure}");
     }
-    assert!(!pair.source_progress.iter().any(|p| matches!(p, source::Progress::Paused)));
+    assert!(!pair.source_progress.iter().any(|p| matches!(p, Progress::Paused)));
 }
 
 #[test]
@@ -192,7 +192,7 @@ fn a_guest_that_dirties_too_fast_is_stopped_if_the_caller_wants_that() {
     let forced = pair
         .source_progress
         .iter()
-        .any(|p| matches!(p, source::Progress::Stopping { forced: true, pages: PAGES, .. }));
+        .any(|p| matches!(p, Progress::Stopping { forced: true, pages: PAGES, .. }));
     assert!(forced, "the caller is told that the budget was given up");
     assert!(summary.downtime.total() > 40 * MS);
 }
