@@ -1,11 +1,9 @@
-//! Machines on this host's KVM, with guests of a few instructions: life cycle, state, dirty log.
-
-mod support;
+//! Life cycle, state and dirty log.
 
 use std::time::Duration;
 
+use crate::support::*;
 use ferry_vmm::{Backing, Machine, MachineEvent, MachineStatus, RunError, SerialTarget, StateError};
-use support::*;
 
 const MEMORY_BYTES: u64 = 16 << 20;
 
