@@ -24,6 +24,7 @@ const FEATURES: u64 = (1 << 32) | (1 << 29) | (1 << 5);
 const QUEUE_BASES: [u64; 2] = [0x1_0000, 0x2_0000];
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
+const MEMORY_END: u32 = 16 << 20;
 const BUFFERS: u64 = 0x10_0000;
 const BUFFER_BYTES: u32 = 2048;
 const DESCRIPTOR_NEXT: u16 = 1;
@@ -94,7 +95,7 @@ struct Driver {
 
 impl Driver {
     fn new(tap: Tap) -> Self {
-        let config = MemoryConfig { size_bytes: 16 << 20, backing: Backing::PrivateAnonymous };
+        let config = MemoryConfig { size_bytes: MEMORY_END.into(), backing: Backing::PrivateAnonymous };
         let memory = memory::allocate(&config).unwrap();
         Self { net: Arc::new(Net::new(0, MAC, tap, memory.clone()).unwrap()), memory }
     }
@@ -365,6 +366,17 @@ fn a_driver_that_breaks_a_queue_must_reset_and_can_go_on() {
             }),
         ),
         ("a head outside the table", Box::new(|driver| driver.offer(TRANSMIT, 999))),
+        (
+            "a ring that ends outside memory",
+            Box::new(|driver| {
+                driver.set(STATUS, 0);
+                assert!(driver.negotiate(FEATURES));
+                driver.set_up_queue(1, QUEUE_BASES[TRANSMIT]);
+                driver.set(0x90, MEMORY_END - 4);
+                driver.put(u64::from(MEMORY_END) - 2, 1_u16);
+                driver.set(STATUS, STATUS_LIVE);
+            }),
+        ),
         (
             "a queue outside memory",
             Box::new(move |driver| {
