@@ -106,6 +106,9 @@ fn a_paused_guest_arrives_paused_and_runs_when_resumed() {
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(guest.healthy().heartbeat_count, count, "nobody resumed it");
     assert!(!matches!(guest.machine.machine().status(), MachineStatus::Running));
+    // Once more without having run here.
+    let (guest, _) = runtime().block_on(move_guest(guest, |_| {}));
+    assert_eq!(guest.healthy().heartbeat_count, count, "nobody resumed it");
     guest.machine.machine().run().expect("resumed");
     guest.goes_on();
     let (guest, _) = runtime().block_on(move_guest(guest, |_| {}));

@@ -65,14 +65,15 @@ impl Machine {
         Ok(config)
     }
 
-    /// Saves everything but memory. The machine must be paused.
+    /// Saves everything but memory. The machine must be paused, or ready to run but never started, as one that arrived
+    /// paused is.
     ///
     /// # Errors
-    /// It is not paused, or KVM refuses.
+    /// It is neither, or KVM refuses.
     pub fn save_state(&self) -> Result<Vec<u8>, StateError> {
         let _operation = self.operate();
         let phase = self.phase();
-        if phase != Phase::Paused {
+        if !matches!(phase, Phase::Paused | Phase::Ready) {
             let action = "save the machine's state";
             return Err(StateError::WrongStatus { action, status: phase.name(), needed: "paused" });
         }

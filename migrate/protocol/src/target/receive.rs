@@ -268,10 +268,12 @@ pub(super) struct Receiving {
     pages_complete_at: Option<Timestamp>,
 }
 
+/// The state is restored only once memory is complete and equal: restoring reads guest memory (page tables) and may
+/// write to it (the clock that KVM shows the guest), and must do neither to pages that are still arriving.
 #[derive(Debug)]
 enum StateStep {
+    Arrived(State),
     Restoring { network: NetworkIdentity, runs: bool },
-    Restored { network: NetworkIdentity, runs: bool, took: Duration },
 }
 
 /// More fences under way than this means that a peer sends them without any order.
@@ -302,13 +304,9 @@ impl Receiving {
             }
             (Event::Message(Message::Stopping(_)), _) => context.act(Action::DropStaleFrames),
             (Event::Message(Message::Ping(token)), _) => context.send(Message::Pong(token)),
-            (Event::Message(Message::State(State { state, network, runs })), None) => {
-                context.act(Action::RestoreState(state));
-                self.state = Some(StateStep::Restoring { network, runs });
-            }
-            (Event::StateRestored { took }, Some(StateStep::Restoring { network, runs })) => {
-                let (network, runs) = (network.clone(), *runs);
-                self.state = Some(StateStep::Restored { network, runs, took });
+            (Event::Message(Message::State(state)), None) => self.state = Some(StateStep::Arrived(state)),
+            (Event::StateRestored { took }, Some(StateStep::Restoring { .. })) => {
+                return self.prepared(took, context);
             }
             (Event::Message(Message::Prepare(prepare)), _) if self.prepare.is_none() => {
                 self.prepare = Some((prepare, now));
@@ -319,7 +317,7 @@ impl Receiving {
             }
             _ => {}
         }
-        self.prepared_if_complete(context)
+        self.restore_if_complete(context)
     }
 
     fn fence(
@@ -346,42 +344,49 @@ impl Receiving {
         Ok(())
     }
 
-    fn prepared_if_complete(self: Box<Self>, context: &mut Context) -> Phase {
-        let (Some((prepare, asked_at)), Some(StateStep::Restored { network, runs, took })) =
-            (&self.prepare, &self.state)
-        else {
+    /// Compares digests and restores the state, as soon as everything is here.
+    fn restore_if_complete(mut self: Box<Self>, context: &mut Context) -> Phase {
+        let (Some((prepare, _)), Some(StateStep::Arrived(_))) = (&self.prepare, &self.state) else {
             return Phase::Receiving(self);
         };
         if self.complete.0 < prepare.fence {
             return Phase::Receiving(self);
         }
-        let Prepare { epoch, digest, .. } = *prepare;
-        let own = self.complete.1;
-        if own != digest {
+        let (theirs, own) = (prepare.digest, self.complete.1);
+        if own != theirs {
             let text = format!(
-                "the two memories differ (digest {digest} at the source, {own} at the target); \
+                "the two memories differ (digest {theirs} at the source, {own} at the target); \
                  the guest goes on at the source"
             );
             return discard(self.guest, Some(AbortCode::DigestDiffers), &text, context);
         }
-        let standing = match self.guest.standing.prepared(epoch) {
-            Ok(standing) => standing,
-            Err(error) => {
-                return discard(self.guest, Some(AbortCode::Epoch), &error.to_string(), context);
-            }
+        if let Some(StateStep::Arrived(State { state, network, runs })) = self.state.take() {
+            context.act(Action::RestoreState(state));
+            self.state = Some(StateStep::Restoring { network, runs });
+        }
+        Phase::Receiving(self)
+    }
+
+    /// Everything is here, equal and restored.
+    fn prepared(self: Box<Self>, restore: Duration, context: &mut Context) -> Phase {
+        let Self { mut guest, state, prepare, complete, pages_complete_at, .. } = *self;
+        let (Some((prepare, asked_at)), Some(StateStep::Restoring { network, runs })) = (prepare, state)
+        else {
+            unreachable!("the state is restored only once all of it is here");
         };
-        let wait = self.pages_complete_at.map_or(Duration::ZERO, |at| at.since(*asked_at));
+        guest.standing = match guest.standing.prepared(prepare.epoch) {
+            Ok(standing) => standing,
+            Err(error) => return discard(guest, Some(AbortCode::Epoch), &error.to_string(), context),
+        };
+        let wait = pages_complete_at.map_or(Duration::ZERO, |at| at.since(asked_at));
         context.send(Message::Prepared(Prepared {
-            epoch,
-            digest: own,
+            epoch: prepare.epoch,
+            digest: complete.1,
             wait_us: micros(wait),
-            restore_us: micros(*took),
+            restore_us: micros(restore),
         }));
         context.act(Action::Report(Progress::Prepared));
-        let (network, runs) = (network.clone(), *runs);
-        let mut guest = self.guest;
-        guest.standing = standing;
-        handover::prepared(guest, network, runs, own)
+        handover::prepared(guest, network, runs, complete.1)
     }
 }
 

@@ -116,8 +116,8 @@ fn way() -> Vec<(&'static str, Event)> {
         ("the machine is being built", Event::MachineBuilt),
         ("nothing has arrived", fence(1)),
         ("fence 1 is reached", state(true)),
-        ("the state is being restored", Event::StateRestored { took: MS }),
-        ("the state is restored, Prepare is awaited", prepare(2, 1, MemoryDigest::ZERO)),
+        ("the state is here, Prepare is awaited", prepare(2, 1, MemoryDigest::ZERO)),
+        ("memory is equal, the state is being restored", Event::StateRestored { took: MS }),
         ("", commit(2)),
         ("", record()),
         ("", Event::VmRunning { took: MS }),
@@ -129,8 +129,8 @@ fn way() -> Vec<(&'static str, Event)> {
 fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
     let lost = || Event::Disconnected("reset".to_owned());
     vec![
-        (6, vec![prepare(2, 1, MemoryDigest::ZERO)], "Prepare is here, the state is being restored"),
-        (7, vec![prepare(2, 9, MemoryDigest::ZERO)], "everything but fence 9 is here"),
+        (5, vec![prepare(2, 1, MemoryDigest::ZERO)], "Prepare is here, the state is awaited"),
+        (6, vec![prepare(2, 9, MemoryDigest::ZERO)], "everything but fence 9 is here"),
         (8, vec![lost()], "the connection is lost"),
         (5, vec![Event::Cancel], "it was told to give up"),
     ]
