@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 use ferry_tests::guest::{
     Guest, Held, boot, config, has_kvm, move_guest, one_at_a_time, source, source_with, target_for,
 };
+use ferry_tests::proxy::CuttingProxy;
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime")
@@ -147,52 +148,6 @@ fn a_link_that_is_cut_in_pre_copy_leaves_the_guest_here_and_the_next_attempt_wor
     drop(target);
     let (guest, _) = runtime.block_on(move_guest(guest, |_| {}));
     guest.goes_on();
-}
-
-/// Forwards connections and cuts all of them after so many bytes.
-struct CuttingProxy {
-    address: String,
-}
-
-impl CuttingProxy {
-    fn start(to: &str, bytes_max: usize) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let to = to.to_owned();
-        std::thread::spawn(move || {
-            let budget = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(bytes_max));
-            let all: std::sync::Arc<std::sync::Mutex<Vec<TcpStream>>> = std::sync::Arc::default();
-            // Control, then one data stream; nobody comes after the cut.
-            for incoming in listener.incoming().take(2) {
-                let near = incoming.unwrap();
-                let far = TcpStream::connect(&to).unwrap();
-                all.lock().unwrap().extend([near.try_clone().unwrap(), far.try_clone().unwrap()]);
-                for (mut from, mut into) in [
-                    (near.try_clone().unwrap(), far.try_clone().unwrap()),
-                    (far.try_clone().unwrap(), near.try_clone().unwrap()),
-                ] {
-                    let (budget, all) = (budget.clone(), all.clone());
-                    std::thread::spawn(move || {
-                        let mut buffer = vec![0; 64 << 10];
-                        while let Ok(got @ 1..) = from.read(&mut buffer) {
-                            let left = budget.load(std::sync::atomic::Ordering::Relaxed);
-                            if left < got {
-                                for stream in &*all.lock().unwrap() {
-                                    let _ = stream.shutdown(Shutdown::Both);
-                                }
-                                return;
-                            }
-                            budget.store(left - got, std::sync::atomic::Ordering::Relaxed);
-                            if into.write_all(&buffer[..got]).is_err() {
-                                return;
-                            }
-                        }
-                    });
-                }
-            }
-        });
-        Self { address }
-    }
 }
 
 #[test]

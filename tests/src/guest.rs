@@ -1,7 +1,7 @@
 //! Boots guests, migrates them within this process, and counts what a process must not leak.
 
 use std::fs;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ferry_guest_abi::report::Stage;
@@ -18,24 +18,15 @@ use ferry_vmm::{
 };
 use tokio::sync::{mpsc, watch};
 
-/// Whether this tier can run; if not, says so by name.
+pub use crate::tier::one_at_a_time;
+
+/// Whether guests can run here; if not, says so by name.
 ///
 /// # Panics
-/// Under CI, where it must.
+/// Under CI, where they must.
 #[must_use]
 pub fn has_kvm() -> bool {
-    let open = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
-    if let Err(error) = &open {
-        assert!(std::env::var_os("CI").is_none(), "tier e2e needs /dev/kvm: {error}");
-        println!("SKIPPED tier e2e: /dev/kvm: {error}");
-    }
-    open.is_ok()
-}
-
-/// Two cores: guests that run at the same time would measure each other.
-pub fn one_at_a_time() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+    crate::tier::has_kvm("e2e")
 }
 
 /// The identity of every test's guest.

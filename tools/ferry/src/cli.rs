@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use ferry_migrate::protocol::VmName;
 use ferry_vmm::{Backing, MemoryConfig, SerialTarget};
 
@@ -56,12 +56,13 @@ pub(crate) struct NameArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("boot").required(true).args(["kernel", "guest"])))]
 pub(crate) struct RunArgs {
     /// The VM's name on this host
     #[arg(long)]
     pub(crate) name: VmName,
     /// Kernel to boot: an ELF with a PVH entry
-    #[arg(long, value_name = "FILE", conflicts_with = "guest", required_unless_present = "guest")]
+    #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
     /// Boot the built-in workload guest: 'idle', 'dirty rate=500 set=256', 'fill mib=512 zero=25 text=50',
     /// 'http ip=10.0.0.2/24'

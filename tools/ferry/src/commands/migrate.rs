@@ -8,6 +8,7 @@ use anyhow::{anyhow, bail};
 use ferry_migrate::report::{ForecastReport, MigrationReport, Round, ms};
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{self, Compress, MigrationEvent, MigrationRequest, OnTimeoutWord};
 use crate::cli::{CompressArg, MigrateArgs, OnTimeoutArg};
@@ -49,11 +50,13 @@ fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
 /// Shows events until the last one. Ctrl-C cancels the migration, and its end is still shown.
 async fn follow(args: &MigrateArgs, state: &StateDir, events: &mut Events) -> anyhow::Result<ExitCode> {
     let mut display = Display::new(args);
+    // One watch for all rounds of the loop: a signal between two of them must not be lost.
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let mut interrupts = 0u32;
     loop {
         let event = tokio::select! {
             event = events.next() => event?,
-            _ = tokio::signal::ctrl_c() => {
+            _ = interrupt.recv() => {
                 interrupts += 1;
                 if interrupts > 1 {
                     bail!("left; the migration of '{}' goes on as 'ferry info {}' shows", args.name, args.name);
@@ -72,7 +75,8 @@ async fn follow(args: &MigrateArgs, state: &StateDir, events: &mut Events) -> an
             MigrationEvent::Moved(_) => return Ok(ExitCode::SUCCESS),
             MigrationEvent::Failed { .. } if args.cancel => return Ok(ExitCode::SUCCESS),
             MigrationEvent::Failed { reason } => {
-                bail!("'{}' was not migrated and goes on here: {reason}", args.name)
+                let target = args.to.as_deref().unwrap_or_default();
+                bail!("'{}' was not migrated to {target} and goes on here: {reason}", args.name)
             }
             MigrationEvent::Started { .. }
             | MigrationEvent::Negotiated { .. }

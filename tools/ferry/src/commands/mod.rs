@@ -9,7 +9,7 @@ pub(crate) mod run;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::host::{Life, VmHost};
 
@@ -21,15 +21,32 @@ fn exit_with_stdin() {
     });
 }
 
+/// The signals that ask a host process to end. Watched from before it says that it is up, so that whoever was told
+/// can end it in order.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn watch() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
 /// Stays until the VM is gone; a signal stops it.
-async fn stay(host: Arc<VmHost>, json: bool) -> anyhow::Result<ExitCode> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+async fn stay(host: Arc<VmHost>, mut signals: Signals, json: bool) -> anyhow::Result<ExitCode> {
     loop {
         tokio::select! {
             () = host.until_ended() => break,
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            () = signals.next() => {}
         }
         let stopping = Arc::clone(&host);
         let stopped =

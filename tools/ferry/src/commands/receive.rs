@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow};
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::RecordStore;
 use ferry_migrate::protocol::VmId;
@@ -13,7 +13,7 @@ use ferry_migrate::{ReceiveOptions, Receiver};
 use ferry_vmm::LocalChoices;
 use tokio::sync::mpsc;
 
-use super::{exit_with_stdin, stay};
+use super::{Signals, exit_with_stdin, stay};
 use crate::cli::ReceiveArgs;
 use crate::host::{Here, Life, VmHost, server};
 use crate::state_dir::StateDir;
@@ -31,9 +31,9 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         ferry_vmm::tap::Tap::attach(tap)?;
     }
     let records = state.records(&args.name);
-    if let Err(error) = records.load() {
-        bail!("{error}; once you know that no other host runs its VM, remove it");
-    }
+    records.load().map_err(|error| anyhow!(error)).with_context(|| {
+        format!("'{}' is in doubt; once you know that no other host runs it, remove the record", args.name)
+    })?;
     let host = VmHost::new(args.name, records, Life::Waiting { listen: args.listen.to_string(), note: None });
 
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
@@ -59,6 +59,7 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
     .with_context(|| format!("can't listen on {}", args.listen))?;
     let listen = receiver.local_address()?.to_string();
     host.set_life(Life::Waiting { listen: listen.clone(), note: None });
+    let signals = Signals::watch()?;
     let listener = server::bind(&state, &host)?;
     let server = tokio::spawn(server::serve(Arc::clone(&host), listener));
     say(json, &host, "listening", &format!("waiting for a VM on {listen}"), &[("address", &listen)]);
@@ -75,7 +76,7 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
             ender.set_life(Life::Ended { reason, failed: false });
         }
     });
-    let code = stay(host, json).await?;
+    let code = stay(host, signals, json).await?;
     follower.abort();
     server.await??;
     Ok(code)

@@ -12,7 +12,7 @@ use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::{Epoch, VmId};
 use ferry_vmm::{BootSource, Kernel, Machine, MachineConfig, NetConfig};
 
-use super::{exit_with_stdin, stay};
+use super::{Signals, exit_with_stdin, stay};
 use crate::cli::{NetArg, RunArgs};
 use crate::host::migration::random_id;
 use crate::host::{Here, Life, VmHost, server};
@@ -46,13 +46,14 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     let tap = args.net.as_ref().map(|net| net.tap.clone());
     let here = Here { machine: machine.clone(), vm, epoch, tap, migration: None };
     let host = VmHost::new(args.name, records, Life::Here(Box::new(here)));
+    let signals = Signals::watch()?;
     let listener = server::bind(&state, &host)?;
     let server = tokio::spawn(server::serve(Arc::clone(&host), listener));
     let runner = Arc::clone(machine.machine());
     tokio::task::spawn_blocking(move || runner.run()).await??;
     host.watch(&machine);
     say_running(&host, args.output.json)?;
-    let code = stay(host, args.output.json).await?;
+    let code = stay(host, signals, args.output.json).await?;
     server.await??;
     Ok(code)
 }

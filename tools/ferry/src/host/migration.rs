@@ -180,6 +180,10 @@ fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<Mig
         let refused = || Refused(format!("{what} of {ms} ms makes no sense"));
         if sane { Ok(Duration::from_secs_f64(ms / 1e3)) } else { Err(refused()) }
     };
+    let port = request.target.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+    if port.is_none_or(|port| port == 0) {
+        return Err(Refused(format!("the target '{}' names no port; write HOST:PORT", request.target)));
+    }
     if !(1..=STREAMS_MAX).contains(&request.streams) {
         return Err(Refused(format!("{} data streams, not 1 to {STREAMS_MAX}", request.streams)));
     }

@@ -85,11 +85,19 @@ impl VmHost {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Replaces the state; ending states end the process.
+    /// Replaces the state; ending states end the process, and nothing comes after them.
     pub(crate) fn set_life(&self, life: Life) {
-        let ends = matches!(life, Life::Ended { .. } | Life::Gone { .. });
-        *self.life() = life;
-        if ends {
+        let ends = |life: &Life| matches!(life, Life::Ended { .. } | Life::Gone { .. });
+        let ended = {
+            let mut now = self.life();
+            if ends(&now) {
+                // News of an attempt that was given up because the process is to end.
+                return;
+            }
+            *now = life;
+            ends(&now)
+        };
+        if ended {
             self.ended.send_replace(true);
         }
     }
@@ -157,13 +165,16 @@ impl VmHost {
         Ok(show_report(&report))
     }
 
-    /// Pauses the VM.
+    /// Pauses the VM; one that is paused stays so.
     pub(crate) fn pause(&self) -> Result<(), Refused> {
         let here = self.not_migrating("pause")?;
+        if here.machine.machine().status() == MachineStatus::Paused {
+            return Ok(());
+        }
         here.machine.machine().pause().map_err(|error| Refused(format!("it can't be paused: {error}")))
     }
 
-    /// Resumes it.
+    /// Resumes it; one that runs goes on.
     pub(crate) fn resume(&self) -> Result<(), Refused> {
         let here = self.not_migrating("resume")?;
         if here.machine.machine().status() == MachineStatus::Running {

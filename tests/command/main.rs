@@ -1,0 +1,18 @@
+//! The command `ferry` as its users meet it: real processes, real guests, and above all what goes wrong.
+//!
+//! Whatever is refused must say what and why, and must cost nothing: the guest goes on where it was, and the next
+//! attempt is as good as the first. What moves over a real network is in `tests/lab/`.
+
+mod control;
+mod machines;
+mod names;
+mod targets;
+mod under_way;
+
+/// The program under test.
+const FERRY: &str = env!("CARGO_BIN_EXE_ferry");
+
+/// Whether this tier can run, and the turn to do so.
+fn turn() -> Option<std::sync::MutexGuard<'static, ()>> {
+    ferry_tests::tier::has_kvm("command").then(ferry_tests::tier::one_at_a_time)
+}

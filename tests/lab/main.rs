@@ -1,0 +1,1 @@
+//! The command `ferry` over a real network.
