@@ -32,13 +32,18 @@ fn noise() -> Vec<[u8; PAGE_BYTES]> {
 
 /// Pages of words that repeat.
 fn text() -> Vec<[u8; PAGE_BYTES]> {
-    let words = b"the guest goes on at the source and the target holds its pages until the commit is durable ";
+    let words =
+        b"the guest goes on at the source and the target holds its pages until the commit is durable ";
     let mut pages = noise();
     for page in &mut pages {
         let offset = usize::from(page[0]) % words.len();
         let text = words.iter().cycle().skip(offset);
         // Every eighth byte stays noise, so that it shrinks by about half as real text does.
-        page.iter_mut().zip(text).enumerate().filter(|(at, _)| at % 8 != 0).for_each(|(_, (to, from))| *to = *from);
+        page.iter_mut()
+            .zip(text)
+            .enumerate()
+            .filter(|(at, _)| at % 8 != 0)
+            .for_each(|(_, (to, from))| *to = *from);
     }
     pages
 }
@@ -73,10 +78,8 @@ fn per_page(criterion: &mut Criterion) {
     }
     group.bench_function("unpack/text", |bench| {
         let mut packer = Packer::default();
-        let packed: Vec<Vec<u8>> = text
-            .chunks(64)
-            .map(|pages| pack(&mut packer, pages).expect("text shrinks").to_vec())
-            .collect();
+        let packed: Vec<Vec<u8>> =
+            text.chunks(64).map(|pages| pack(&mut packer, pages).expect("text shrinks").to_vec()).collect();
         bench.iter(|| {
             packed.iter().map(|block| packer.unpack(block, 64).expect("our own").count()).sum::<usize>()
         });

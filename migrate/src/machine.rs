@@ -126,10 +126,14 @@ impl SourceVm for MigratableMachine {
     }
 
     fn pause(&self) -> Result<(), PortError> {
-        // One that its operator has paused has nothing to stop, and must not be started afterwards.
-        if !matches!(self.machine.status(), MachineStatus::Paused) {
-            self.machine.pause()?;
-            *lock(&self.paused_by_engine) = true;
+        match self.machine.status() {
+            // One that its operator has paused, or that arrived paused, has nothing to stop and must not be started
+            // afterwards.
+            MachineStatus::Paused | MachineStatus::Created => {}
+            MachineStatus::Running | MachineStatus::Stopped | MachineStatus::Faulted { .. } => {
+                self.machine.pause()?;
+                *lock(&self.paused_by_engine) = true;
+            }
         }
         Ok(())
     }

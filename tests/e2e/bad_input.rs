@@ -79,11 +79,12 @@ fn garbage_and_strangers_leave_the_target_as_it_was() {
     }
     let _turn = one_at_a_time();
     let guest = dirtying();
+    let runtime = runtime();
+    let _context = runtime.enter();
     let mut target = target_for(&guest);
     let address = target.address.clone();
     let mut wrong_version = wire::encode(&Message::Ping(1));
     wrong_version[4] = 99;
-    let runtime = runtime();
     let knocking = {
         let address = address.clone();
         std::thread::spawn(move || {
@@ -131,6 +132,7 @@ fn a_link_that_is_cut_in_pre_copy_leaves_the_guest_here_and_the_next_attempt_wor
     let _turn = one_at_a_time();
     let runtime = runtime();
     let guest = boot("dirty rate=100 set=32 fill=150 random=100", &config(256, 1, Backing::PrivateAnonymous));
+    let _context = runtime.enter();
     let mut target = target_for(&guest);
     let proxy = CuttingProxy::start(&target.address, 20 << 20);
     let outcome = runtime.block_on(async {
@@ -158,6 +160,7 @@ fn cancelling_in_pre_copy_leaves_the_guest_here_and_nothing_behind() {
     let mut guest =
         boot("dirty rate=100 set=32 fill=150 random=100", &config(256, 1, Backing::PrivateAnonymous));
     let mut held = None;
+    let _context = runtime.enter();
     for attempt in 0..6 {
         let mut target = target_for(&guest);
         let outcome = runtime.block_on(async {
@@ -202,12 +205,13 @@ fn a_guest_that_dirties_faster_than_the_cap_is_not_stopped_beyond_its_budget() {
     }
     let _turn = one_at_a_time();
     let guest = boot("dirty rate=400 set=64", &config(128, 1, Backing::PrivateAnonymous));
+    let runtime = runtime();
+    let _context = runtime.enter();
     let mut target = target_for(&guest);
     let mut options = guest.options(target.address.clone());
     options.bandwidth_bytes_per_s = Some(50 << 20);
     options.downtime_budget = Duration::from_millis(50);
     options.timeout = Duration::from_secs(6);
-    let runtime = runtime();
     let outcome = runtime.block_on(async {
         let (stop, stopped) = watch::channel(false);
         let migrating = async {

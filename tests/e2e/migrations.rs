@@ -18,7 +18,8 @@ fn fifty_migrations_of_a_dirtying_guest_lose_nothing_and_leak_nothing() {
     }
     let _turn = one_at_a_time();
     let runtime = runtime();
-    let mut guest = boot("dirty rate=200 set=64 order=random write=page", &config(192, 1, Backing::PrivateAnonymous));
+    let mut guest =
+        boot("dirty rate=200 set=64 order=random write=page", &config(192, 1, Backing::PrivateAnonymous));
     let mut held = None;
     let mut downtimes = Vec::new();
     for number in 1..=50 {
@@ -105,6 +106,9 @@ fn a_paused_guest_arrives_paused_and_runs_when_resumed() {
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(guest.healthy().heartbeat_count, count, "nobody resumed it");
     assert!(!matches!(guest.machine.machine().status(), MachineStatus::Running));
+    // Once more without having run here.
+    let (guest, _) = runtime().block_on(move_guest(guest, |_| {}));
+    assert_eq!(guest.healthy().heartbeat_count, count, "nobody resumed it");
     guest.machine.machine().run().expect("resumed");
     guest.goes_on();
     let (guest, _) = runtime().block_on(move_guest(guest, |_| {}));

@@ -20,17 +20,26 @@ use tokio::sync::{mpsc, watch};
 
 pub use crate::tier::one_at_a_time;
 
-/// Whether guests can run here.
+/// Whether guests can run here; if not, says so by name.
+///
+/// # Panics
+/// Under CI, where they must.
+#[must_use]
 pub fn has_kvm() -> bool {
     crate::tier::has_kvm("e2e")
 }
 
+/// The identity of every test's guest.
 pub const VM: VmId = VmId([7; 16]);
 
 /// A VM somewhere, with what its host knows of it.
+#[derive(Debug)]
 pub struct Guest {
+    /// Its machine.
     pub machine: MigratableMachine,
+    /// The epoch in which it runs.
     pub epoch: Epoch,
+    /// Its host's record.
     pub records: Arc<FileRecords>,
     folder: Arc<tempfile::TempDir>,
 }
@@ -41,6 +50,8 @@ impl Drop for Guest {
     }
 }
 
+/// A machine without a network.
+#[must_use]
 pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
     MachineConfig {
         memory: MemoryConfig { size_bytes: memory_mib << 20, backing },
@@ -51,6 +62,10 @@ pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
 }
 
 /// Boots the workload guest and waits until it does its job.
+///
+/// # Panics
+/// If it does not come up.
+#[must_use]
 pub fn boot(workload: &str, config: &MachineConfig) -> Guest {
     let workload = Workload::parse(workload).expect("a workload");
     let machine = Machine::build(config).expect("a machine");
@@ -79,6 +94,8 @@ pub fn boot(workload: &str, config: &MachineConfig) -> Guest {
 }
 
 impl Guest {
+    /// What the guest says of itself.
+    #[must_use]
     pub fn report(&self) -> Option<Report> {
         let ram = self.machine.machine().ram();
         let mut bytes = [0; PAGE_BYTES];
@@ -87,6 +104,10 @@ impl Guest {
     }
 
     /// The report of a guest that is well.
+    ///
+    /// # Panics
+    /// If it is not.
+    #[must_use]
     pub fn healthy(&self) -> Report {
         let report = self.report().expect("the guest reports");
         assert_eq!(report.errors, 0, "the guest found its memory changed: {:?}", report.first_bad);
@@ -95,6 +116,9 @@ impl Guest {
     }
 
     /// Waits until the guest has had a few heartbeats more, and is well.
+    ///
+    /// # Panics
+    /// If it has none.
     pub fn goes_on(&self) -> Report {
         let before = self.healthy().heartbeat_count;
         for _ in 0..200 {
@@ -106,6 +130,11 @@ impl Guest {
         panic!("no heartbeat in 2 s after {before}: {:?}", self.machine.machine().status());
     }
 
+    /// Generous options for moving it to `target`.
+    ///
+    /// # Panics
+    /// Never.
+    #[must_use]
     pub fn options(&self, target: String) -> MigrateOptions {
         let mut id = [0; 16];
         id[0] = u8::try_from(self.epoch.number() % 256).expect("below 256");
@@ -132,14 +161,23 @@ impl Guest {
     }
 }
 
-/// A receiver on loopback with its address.
+/// A receiver on loopback.
+#[derive(Debug)]
 pub struct Target {
+    /// Takes the guest in.
     pub receiver: Receiver,
+    /// Where it listens.
     pub address: String,
+    /// The record of the host that it will be.
     pub records: Arc<FileRecords>,
     built: Arc<Mutex<Option<MigratableMachine>>>,
 }
 
+/// An empty host for `guest`, within the current runtime.
+///
+/// # Panics
+/// If it can't listen.
+#[must_use]
 pub fn target_for(guest: &Guest) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
     let keep = Arc::clone(&built);
@@ -162,11 +200,18 @@ pub fn target_for(guest: &Guest) -> Target {
 }
 
 /// Runs only the source's side of a migration.
+///
+/// # Panics
+/// If no thread can be started.
 pub async fn source(guest: &Guest, options: MigrateOptions, cancel: watch::Receiver<bool>) -> Outcome {
     let (updates, _) = mpsc::unbounded_channel();
     source_with(guest, options, cancel, updates).await
 }
 
+/// The same, with what it tells meanwhile.
+///
+/// # Panics
+/// If no thread can be started.
 pub async fn source_with(
     guest: &Guest,
     options: MigrateOptions,
@@ -179,7 +224,10 @@ pub async fn source_with(
     migrate(vm, records, clock, options, cancel, updates).await.expect("threads")
 }
 
-/// Migrates a guest to a new machine and checks that it is well there.
+/// Migrates a guest to a new machine and checks digests and records.
+///
+/// # Panics
+/// If anything is not as it should be.
 pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) -> (Guest, Summary) {
     let mut target = target_for(&guest);
     let mut options = guest.options(target.address.clone());
@@ -210,12 +258,20 @@ pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) 
 /// What a process holds that it could leak.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
+    /// Its threads.
     pub threads: usize,
+    /// What its descriptors are, without numbers.
     pub files: Vec<String>,
+    /// How many mappings it has.
     pub mappings: usize,
 }
 
 impl Held {
+    /// What this process holds now.
+    ///
+    /// # Panics
+    /// Without /proc.
+    #[must_use]
     pub fn now() -> Self {
         let count = |path: &str| fs::read_dir(path).map(Iterator::count).unwrap_or_default();
         let mut files: Vec<String> = fs::read_dir("/proc/self/fd")

@@ -17,6 +17,10 @@ mod saved;
 pub mod tap;
 mod vcpu;
 
+#[cfg(test)]
+#[path = "../tests/support/elf.rs"]
+mod tiny_kernel;
+
 pub use boot::{BootError, CMDLINE_BYTES_MAX};
 pub use capability::{KvmCallError, KvmError};
 pub use config::{

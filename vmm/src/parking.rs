@@ -129,6 +129,13 @@ impl Control {
         self.lock().wanted != Wanted::Run
     }
 
+    /// Blocks a thread that has nothing it can do until it should park.
+    pub(crate) fn wait_for_wish_to_park(&self) {
+        let state = self.lock();
+        let waited = self.changed.wait_while(state, |state| state.wanted == Wanted::Run);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
     /// Lets the threads run; false if the guest has ended itself.
     pub(crate) fn run(&self) -> bool {
         let mut state = self.lock();
@@ -146,6 +153,7 @@ impl Control {
         if state.wanted == Wanted::Run {
             state.wanted = Wanted::Park;
             self.kick_all();
+            self.changed.notify_all();
         }
         while state.parked < state.threads {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -193,9 +201,34 @@ impl Control {
         state.events.pop_front()
     }
 
+    /// A thread of the machine has panicked: it counts as parked for good, and the machine is faulty.
+    fn abandon(&self, vcpu: u8, what: &str) {
+        self.lock().parked += 1;
+        self.end(MachineEvent::Fault { vcpu, reason: format!("its {what} thread panicked: a bug in ferry") });
+    }
+
     fn kick_all(&self) {
         for kick in self.kicks.get().into_iter().flatten() {
             kick.kick();
+        }
+    }
+}
+
+/// Held by a thread outside [`Control::park`], so that a panic makes a faulty machine and not a pause
+/// that never returns.
+#[derive(Debug)]
+pub(crate) struct PanicGuard {
+    pub(crate) control: Arc<Control>,
+    /// The vCPU that the fault is reported for.
+    pub(crate) vcpu: u8,
+    /// What the thread does.
+    pub(crate) what: &'static str,
+}
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.control.abandon(self.vcpu, self.what);
         }
     }
 }
@@ -234,22 +267,22 @@ mod tests {
                 thread::spawn(move || {
                     while control.park(&*flag) {
                         while !flag.0.load(Ordering::SeqCst) {
+                            // Work under way when the kick comes, as a device access is.
+                            (0..1000).for_each(|_| std::hint::spin_loop());
                             count.fetch_add(1, Ordering::SeqCst);
                         }
                     }
                 })
             })
             .collect();
-        for round in 0..2000 {
+        for round in 0..500 {
             assert!(control.run());
             if round % 3 == 0 {
                 thread::yield_now();
             }
             control.pause();
             let before = count.load(Ordering::SeqCst);
-            if round % 100 == 0 {
-                thread::sleep(Duration::from_millis(1));
-            }
+            thread::sleep(Duration::from_micros(100));
             assert_eq!(count.load(Ordering::SeqCst), before, "round {round}");
         }
         control.exit();
@@ -257,6 +290,27 @@ mod tests {
             thread.join().unwrap();
         }
         assert!(count.load(Ordering::SeqCst) > 0);
+    }
+
+    #[test]
+    fn a_panicked_thread_is_a_fault_and_does_not_block_a_pause() {
+        let control = Arc::new(Control::new());
+        let flag = Arc::new(Flag::default());
+        control.set_kicks(vec![Arc::clone(&flag) as Arc<dyn Kick>]);
+        control.add_thread();
+        let for_thread = Arc::clone(&control);
+        let thread = thread::spawn(move || {
+            let control = Arc::clone(&for_thread);
+            let _guard = PanicGuard { control: for_thread, vcpu: 3, what: "vCPU" };
+            assert!(control.park(&*flag));
+            panic!("on purpose");
+        });
+        assert!(control.run());
+        assert!(thread.join().is_err());
+        control.pause();
+        let event = control.next_event(Duration::ZERO);
+        assert!(matches!(event, Some(MachineEvent::Fault { vcpu: 3, .. })), "{event:?}");
+        assert!(!control.run());
     }
 
     #[test]

@@ -103,6 +103,12 @@ impl Tap {
         tap.check("keep", done)
     }
 
+    /// A second handle of a tap that is attached already.
+    #[cfg(test)]
+    pub(crate) fn from_parts(file: File, name: &str) -> Self {
+        Self { file, name: name.into() }
+    }
+
     /// The interface's name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -168,4 +174,18 @@ fn check_name(name: &str) -> Result<(), TapError> {
     let fits = (1..=INTERFACE_NAME_BYTES_MAX).contains(&name.len());
     let clean = name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
     if fits && clean { Ok(()) } else { Err(TapError::Name { name: name.into() }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_no_interface_can_have_are_refused() {
+        for name in ["", "with space", "a/b", "sixteen-bytes-xx", "täp"] {
+            assert!(matches!(Tap::attach(name), Err(TapError::Name { .. })), "{name}");
+        }
+        let error = Tap::attach("no-such-tap").unwrap_err();
+        assert!(matches!(&error, TapError::Missing { name } if name == "no-such-tap"), "{error}");
+    }
 }

@@ -12,6 +12,9 @@ impl Epoch {
     /// The epoch in which a VM is first started.
     pub const FIRST: Self = Self(1);
 
+    /// The largest epoch that a peer may name: far beyond any real one, far enough from the end to count on.
+    pub const MAX: Self = Self(u64::MAX / 2);
+
     /// The epoch `number`.
     #[must_use]
     pub const fn new(number: u64) -> Self {

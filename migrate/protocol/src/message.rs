@@ -330,6 +330,9 @@ impl Message {
             }
         };
         match self {
+            Self::Hello(Hello { epoch, .. }) if *epoch > Epoch::MAX => {
+                Err(format!("epoch {epoch} is above the limit of {}", Epoch::MAX))
+            }
             Self::Welcome(Welcome { host, .. }) => bound("the host name", host.len(), 256),
             Self::Describe(Describe { description, regions, streams }) => {
                 bound("the description", description.len(), DESCRIPTION_BYTES_MAX)?;
@@ -430,6 +433,21 @@ pub(crate) mod tests {
         Message::Ping(1).encode_body(&mut body);
         body.push(0);
         assert!(Message::decode_body(MessageType::Ping, &body).unwrap_err().contains("too many"));
+    }
+
+    #[test]
+    fn an_epoch_that_can_not_be_counted_on_is_refused() {
+        // A target takes the epoch after it, which must not overflow whatever a peer says.
+        for (number, fits) in
+            [(1 << 62, true), (u64::MAX / 2, true), (u64::MAX / 2 + 1, false), (u64::MAX, false)]
+        {
+            let Some(Message::Hello(hello)) = one_of_each().into_iter().next() else {
+                panic!("Hello is first")
+            };
+            let mut body = Vec::new();
+            Message::Hello(Hello { epoch: Epoch::new(number), ..hello }).encode_body(&mut body);
+            assert_eq!(Message::decode_body(MessageType::Hello, &body).is_ok(), fits, "{number}");
+        }
     }
 
     #[test]

@@ -114,7 +114,7 @@ impl Default for FixedCosts {
         Self {
             pause: ms(1, 1),
             dirty_log: ms(1, 1),
-            state: ms(4, 2),
+            state: ms(2, 1),
             round_trip: ms(1, 1),
             source_record: ms(2, 2),
             target_record: ms(2, 2),

@@ -266,7 +266,10 @@ impl Engine {
             }),
             Action::PauseVm => self.on_vm(|vm| vm.pause().map(|()| Event::Paused)),
             Action::SaveState => self.save_state(),
-            Action::ResumeVm => self.on_vm(|vm| vm.resume().map(|()| Event::VmResumed)),
+            Action::ResumeVm => self.on_vm(|vm| {
+                let failed = |error: PortError| Event::ResumeFailed(in_words(&*error));
+                Ok(vm.resume().map_or_else(failed, |()| Event::VmResumed))
+            }),
             Action::ReleaseVm => self.worker_only(|vm| vm.release()),
             Action::WriteRecord(record) => self.write_record(record),
             Action::Report(progress) => self.update(Update::Progress(Box::new(progress))),

@@ -75,10 +75,13 @@ impl std::fmt::Debug for Receiver {
 }
 
 impl Receiver {
-    /// Binds the listener.
+    /// Binds the listener. `updates` hears of what happens from then on.
     ///
     /// # Errors
     /// What the operating system says of the address.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
     pub fn bind(
         options: ReceiveOptions,
         host: Arc<dyn TargetHost>,
@@ -340,6 +343,10 @@ impl Attempt {
         match happened {
             Happened::Core(event) => Some(event),
             Happened::Link(number, event) => (number == self.connection_number).then_some(event),
+            Happened::Built(Ok((vm, ..))) if self.core.is_ending() => {
+                vm.discard();
+                None
+            }
             Happened::Built(Ok((vm, layout, count))) => {
                 if vm.pages().layout() != layout {
                     vm.discard();
@@ -491,6 +498,12 @@ impl Attempt {
             close_sockets(&streams.sockets);
         }
         self.worker.finish().await;
+        // A machine that was still being built when the attempt was given up.
+        while let Ok(happened) = self.inbox.try_recv() {
+            if let Happened::Built(Ok((vm, ..))) = happened {
+                vm.discard();
+            }
+        }
         let Connection { writer, reader } = self.connection;
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, writer.finish()).await;
         reader.abort();

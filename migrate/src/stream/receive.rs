@@ -92,20 +92,25 @@ impl Receiver {
     fn raw(&mut self, chunk: ChunkIndex, mask: &PageMask) -> Result<(), StreamError> {
         let ranges: Vec<PageRange> = chunk.ranges(mask).collect();
         self.pages.receive(self.socket.as_fd(), &ranges)?;
+        self.take_digests(chunk, mask);
+        Ok(())
+    }
+
+    /// Takes the digests of what stands in memory, so that a page that landed elsewhere is found.
+    fn take_digests(&mut self, chunk: ChunkIndex, mask: &PageMask) {
         let (digests, streams) = (&mut self.digests, self.streams);
-        for range in ranges {
-            // Digests are taken of what stands in memory, so that a page that landed elsewhere is found.
+        for range in chunk.ranges(mask) {
             self.pages.for_each_page(range, &mut |page, bytes| {
                 digests.set(digest_slot(page, streams), PageDigest::of(page, bytes));
             });
         }
-        Ok(())
     }
 
     fn zero(&mut self, chunk: ChunkIndex, mask: &PageMask) -> Result<(), StreamError> {
         const ZERO: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
         for range in chunk.ranges(mask) {
             self.pages.zero(range)?;
+            // Not read back: that would map memory which a sparse guest never uses.
             for page in range.first()..range.first() + range.count() {
                 self.digests.set(digest_slot(page, self.streams), PageDigest::of(page, &ZERO));
             }
@@ -124,8 +129,8 @@ impl Receiver {
         let pages = chunk.ranges(mask).flat_map(|range| range.first()..range.first() + range.count());
         for (page, bytes) in pages.zip(unpacked) {
             self.pages.write(page, bytes);
-            self.digests.set(digest_slot(page, self.streams), PageDigest::of(page, bytes));
         }
+        self.take_digests(chunk, mask);
         Ok(())
     }
 }

@@ -80,7 +80,7 @@ pub(crate) struct RunArgs {
     /// Number of vCPUs
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     pub(crate) cpus: u8,
-    /// Network: tap=IF[,mac=02:00:00:00:00:01][,ip=10.0.0.2]...
+    /// Network interface: its tap, and optionally its MAC address and any number of IP addresses to announce
     #[arg(long, value_parser = net, value_name = "tap=IF[,mac=..][,ip=..]")]
     pub(crate) net: Option<NetArg>,
     /// Where the serial console goes

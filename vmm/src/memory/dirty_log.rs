@@ -238,7 +238,45 @@ fn clear_log(vm: &VmFd, slot: u32, pages: usize, dirty: &mut [u64]) -> Result<()
 
 #[cfg(test)]
 mod tests {
+    use kvm_ioctls::Kvm;
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
+    use crate::capability;
+    use crate::config::{Backing, MemoryConfig};
+    use crate::memory::{self, HIGH_MEMORY_START, LOW_MEMORY_END};
+
+    #[test]
+    fn writes_by_devices_are_reported_at_their_page_index_in_both_regions() {
+        let Ok(kvm) = Kvm::new() else {
+            println!("SKIPPED tier kvm: can't open /dev/kvm");
+            assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "CI needs /dev/kvm");
+            return;
+        };
+        let vm = kvm.create_vm().unwrap();
+        let size_bytes = LOW_MEMORY_END + (9 << 20);
+        let ram = memory::allocate(&MemoryConfig { size_bytes, backing: Backing::PrivateAnonymous }).unwrap();
+        let modes = capability::enable_dirty_log_modes(&vm);
+        let log = DirtyLog::register(&vm, &ram, modes).unwrap();
+        let mut dirty = vec![0; words_of(ram.page_count())];
+        log.start(&vm, &ram).unwrap();
+        assert_eq!(log.collect(&vm, &ram, &mut dirty).unwrap(), ram.page_count());
+        dirty.fill(0);
+
+        let low_pages = LOW_MEMORY_END / PAGE_BYTES as u64;
+        let writes = [(5 * 4096 + 7, 5), (LOW_MEMORY_END - 1, low_pages - 1), (HIGH_MEMORY_START, low_pages)];
+        for (address, _) in writes {
+            ram.tracked().write_obj(1_u8, GuestAddress(address)).unwrap();
+        }
+        assert_eq!(log.collect(&vm, &ram, &mut dirty).unwrap(), 3);
+        for (_, page) in writes {
+            let word = usize::try_from(page / 64).unwrap();
+            assert_eq!(dirty[word] >> (page % 64) & 1, 1, "page {page}");
+        }
+        assert_eq!(log.collect(&vm, &ram, &mut dirty).unwrap(), 0);
+        let error = log.collect(&vm, &ram, &mut dirty[1..]).unwrap_err();
+        assert!(matches!(error, DirtyLogError::WrongLength { .. }), "{error}");
+    }
 
     #[test]
     fn merging_counts_only_what_is_new() {

@@ -17,7 +17,7 @@ use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use vmm_sys_util::errno;
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{self, Error as SignalError, SIGRTMIN, register_signal_handler};
 
 use crate::memory::PAGE_BYTES;
 
@@ -25,6 +25,11 @@ use crate::memory::PAGE_BYTES;
 pub(crate) fn install_signal_handler() -> Result<(), errno::Error> {
     extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     register_signal_handler(SIGRTMIN(), ignore)
+}
+
+/// Lets the calling thread be interrupted by the kick signal.
+pub(super) fn unblock_signal() -> Result<(), SignalError> {
+    signal::unblock_signal(SIGRTMIN())
 }
 
 /// Makes one vCPU's thread leave KVM_RUN.

@@ -19,7 +19,7 @@ pub(crate) use state::{StateContext, TscPlan, restore, save};
 
 use crate::capability::KvmCallError;
 use crate::devices::{Bus, PortEffect};
-use crate::parking::{Control, Kick, MachineEvent};
+use crate::parking::{Control, Kick, MachineEvent, PanicGuard};
 
 /// A vCPU, apart from its thread.
 #[derive(Debug)]
@@ -61,9 +61,15 @@ impl Vcpu {
         control.add_thread();
         let on_failure = Arc::clone(&control);
         let thread = thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || {
+            let guard = PanicGuard { control, vcpu: self.index, what: "vCPU" };
+            let control = &guard.control;
             self.kick.set_thread();
+            // Whoever built the machine may have blocked it, and threads inherit that.
+            if let Err(error) = kick::unblock_signal() {
+                tracing::error!(%error, "the vCPU can't be interrupted by its signal");
+            }
             while control.park(&*self.kick) {
-                let left = self.run_until_left(&control, &bus);
+                let left = self.run_until_left(control, &bus);
                 match left {
                     Left::ToPark => {}
                     Left::Ended(event) => control.end(event),

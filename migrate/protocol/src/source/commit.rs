@@ -31,6 +31,8 @@ const RETRY_DELAY_FIRST: Duration = Duration::from_millis(50);
 pub(super) struct Recording {
     standstill: Standstill,
     digests: Digests,
+    /// Why the connection was lost meanwhile.
+    lost: Option<String>,
 }
 
 /// The record is durable; the target has been told, or is about to be.
@@ -67,7 +69,7 @@ pub(super) fn begin(standstill: Standstill, digests: Digests, context: &mut Cont
     let epoch = context.config.epoch.next();
     let target = context.config.target.clone();
     context.act(Action::WriteRecord(context.record(epoch, Standing::Committed { target })));
-    Phase::Recording(Recording { standstill, digests })
+    Phase::Recording(Recording { standstill, digests, lost: None })
 }
 
 impl Recording {
@@ -77,10 +79,15 @@ impl Recording {
                 self.standstill.downtime.record = self.standstill.lap(now);
                 context.standing = context.standing.recorded().expect("a commit was being recorded");
                 let epoch = context.config.epoch.next();
-                context.send(Message::Commit(AtEpoch { epoch }));
                 let connection = Connection::Up { answer_by: now + ANSWER_TIMEOUT };
-                let Self { standstill, digests } = self;
-                Phase::Committed(Committed { standstill, digests, epoch, connection, doubted: false })
+                let Self { standstill, digests, lost } = self;
+                let committed = Committed { standstill, digests, epoch, connection, doubted: false };
+                if let Some(reason) = lost {
+                    // The guest stands still: waiting for an answer that can't come would only prolong that.
+                    return committed.reconnect(reason, context);
+                }
+                context.send(Message::Commit(AtEpoch { epoch }));
+                Phase::Committed(committed)
             }
             Event::RecordFailed(reason) => {
                 context.standing = context.standing.failed().expect("a commit was being recorded");
@@ -88,9 +95,12 @@ impl Recording {
             }
             // The record is on its way to the disk and can't be called back, so these are dealt with once it
             // is there: a lost connection by reconnecting, a cancellation by going on.
+            Event::Disconnected(reason) => {
+                self.lost = Some(reason);
+                Phase::Recording(self)
+            }
             Event::Cancel
             | Event::Connected
-            | Event::Disconnected(_)
             | Event::Message(_)
             | Event::StreamsOpened
             | Event::StreamFailed(_)
@@ -101,6 +111,7 @@ impl Recording {
             | Event::StateSaved { .. }
             | Event::VmFailed(_)
             | Event::VmResumed
+            | Event::ResumeFailed(_)
             | Event::Timeout => Phase::Recording(self),
         }
     }
@@ -140,6 +151,7 @@ impl Committed {
             | Event::RecordFailed(_)
             | Event::VmFailed(_)
             | Event::VmResumed
+            | Event::ResumeFailed(_)
             | Event::Cancel => Phase::Committed(self),
         }
     }

@@ -2,17 +2,23 @@
 //! downtime budget.
 //!
 //! ```text
+//!  Rehearsing --RecordWritten--> Starting
+//!
 //!  Starting --DirtyLogStarted--> Reading --DirtyLogRead--> decide --> Sending --RoundSent, FenceReached--.
 //!                                   ^                        |                                          |
 //!                                   |                        '--> Stopping (stop.rs)                    |
 //!                                   '------------------- Resting (short rounds) <----------------------'
 //! ```
+//!
+//! The rehearsal writes the record that stands already once more: it measures what the commit's record will cost
+//! within the downtime, and finds a full disk while that costs nothing.
 
 use std::time::Duration;
 
 use crate::bitmap::PageBitmap;
 use crate::message::{FenceReached, Message};
 use crate::policy::{Decision, Estimate, Forecast, decide};
+use crate::record::Standing;
 use crate::time::Timestamp;
 
 use super::negotiate::stay_or_undo;
@@ -31,11 +37,13 @@ pub(super) struct PreCopy {
     log_read_at: Timestamp,
     /// The smallest downtime that was forecast, for the error message.
     best_forecast: Option<Duration>,
-    ping_sent_at: Option<Timestamp>,
+    /// The token and time of the last `Ping`, until it is answered.
+    ping: Option<(u64, Timestamp)>,
 }
 
 #[derive(Debug)]
 enum Step {
+    Rehearsing,
     Starting,
     /// The log is being read; `last` is the round that has just arrived.
     Reading {
@@ -62,21 +70,19 @@ struct Arrived {
 }
 
 pub(super) fn begin(context: &mut Context, now: Timestamp) -> Phase {
-    context.act(Action::StartDirtyLog);
-    Phase::PreCopy(PreCopy {
-        step: Step::Starting,
-        log_read_at: now,
-        best_forecast: None,
-        ping_sent_at: None,
-    })
+    let standing = Standing::Running;
+    context.act(Action::WriteRecord(context.record(context.config.epoch, standing)));
+    Phase::PreCopy(PreCopy { step: Step::Rehearsing, log_read_at: now, best_forecast: None, ping: None })
 }
 
 impl PreCopy {
-    /// When this phase wants to be woken.
-    pub(super) fn wake(&self, context: &Context) -> Timestamp {
-        match self.step {
-            Step::Resting { until, .. } => until.min(context.deadline()),
-            Step::Starting | Step::Reading { .. } | Step::Sending { .. } => context.deadline(),
+    /// When this phase wants to be woken. With [`OnTimeout::Stop`] the end of the round under way is awaited
+    /// even where the time is over: a wake-up at the deadline would find nothing to do and be due again at once.
+    pub(super) fn wake(&self, context: &Context) -> Option<Timestamp> {
+        match (&self.step, context.config.on_timeout) {
+            (Step::Resting { until, .. }, _) => Some((*until).min(context.deadline())),
+            (_, OnTimeout::Cancel) => Some(context.deadline()),
+            (_, OnTimeout::Stop) => None,
         }
     }
 
@@ -88,6 +94,12 @@ impl PreCopy {
             return undo(self.not_converged(context), context);
         }
         match (std::mem::replace(&mut self.step, Step::Starting), event) {
+            (Step::Rehearsing, Event::RecordWritten { took }) => {
+                context.costs.source_record = Estimate::new(took, took / 2);
+                context.act(Action::StartDirtyLog);
+                self.step = Step::Starting;
+                Phase::PreCopy(self)
+            }
             (Step::Starting, Event::DirtyLogStarted) => {
                 context.act(Action::ReadDirtyLog);
                 self.step = Step::Reading { last: None };
@@ -122,9 +134,10 @@ impl PreCopy {
                 self.step = Step::Sending { started, dirty_pages, fence, sent, fence_reached: true };
                 self.round_complete(now, context)
             }
-            (step, Event::Message(Message::Pong(_))) => {
+            (step, Event::Message(Message::Pong(token))) => {
                 self.step = step;
-                if let Some(sent_at) = self.ping_sent_at.take() {
+                // A late answer to an earlier round's says nothing of this round trip.
+                if let Some((_, sent_at)) = self.ping.take_if(|(asked, _)| *asked == token) {
                     let round_trip = now.since(sent_at);
                     context.costs.round_trip = Estimate::new(round_trip, round_trip / 2);
                 }
@@ -141,8 +154,9 @@ impl PreCopy {
         let fence = context.next_fence();
         let dirty_pages = pages.count();
         context.report(Progress::RoundStarted { round: fence, pages: dirty_pages });
-        context.send(Message::Ping(u64::from(fence)));
-        self.ping_sent_at = Some(now);
+        let token = u64::from(fence);
+        context.send(Message::Ping(token));
+        self.ping = Some((token, now));
         context.act(Action::SendPages { pages, fence, paused: false });
         self.step = Step::Sending { started: now, dirty_pages, fence, sent: None, fence_reached: false };
         Phase::PreCopy(self)

@@ -49,8 +49,8 @@ impl Undoing {
                 context.act(Action::Finish(Outcome::Stayed { failure: self.failure, epoch: self.epoch }));
                 Phase::Finished
             }
-            // Resuming itself failed: nothing more can be done here than to say so.
-            Event::VmFailed(reason) => {
+            // Nothing more can be done here than to say so.
+            Event::ResumeFailed(reason) => {
                 let failure = Failure::Local(format!("{}; then {reason}", self.failure));
                 context.act(Action::Finish(Outcome::Stayed { failure, epoch: self.epoch }));
                 Phase::Finished
@@ -68,6 +68,7 @@ impl Undoing {
             | Event::StateSaved { .. }
             | Event::RecordWritten { .. }
             | Event::RecordFailed(_)
+            | Event::VmFailed(_)
             | Event::Cancel
             | Event::Timeout => Phase::Undoing(self),
         }

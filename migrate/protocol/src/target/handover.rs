@@ -62,7 +62,7 @@ impl Prepared {
                 self.discard_at = None;
                 Phase::Prepared(self)
             }
-            Event::Timeout => {
+            Event::Timeout if self.discard_at.is_some_and(|at| now >= at) => {
                 let text = "the source did not come back after the guest was prepared";
                 discard(self.guest, None, text, context)
             }

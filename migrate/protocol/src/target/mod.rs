@@ -317,14 +317,15 @@ impl Target {
         hello.resumes && self.guest().is_some_and(|guest| guest.migration == hello.migration)
     }
 
-    /// Whether `hello` proves that the source of this migration has given it up: the same VM comes again in
-    /// the epoch before the one that is prepared here, so its source can't have committed.
+    /// Whether `hello` proves that the source of this migration has given it up: the same VM comes again in an
+    /// epoch not older than the one before that which is prepared here. Had its source committed that, it could
+    /// only run a newer epoch after this target's `Discarded`.
     #[must_use]
     pub fn superseded_by(&self, hello: &Hello) -> bool {
         let fresh = |guest: &Guest| {
             guest.vm == hello.vm
                 && guest.migration != hello.migration
-                && guest.standing.epoch() == hello.epoch.next()
+                && guest.standing.epoch() <= hello.epoch.next()
         };
         !hello.resumes && !self.may_run() && self.guest().is_some_and(fresh)
     }

@@ -72,15 +72,19 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
     let outdated = |record: &Record| match record.standing {
         // An attempt that was given up leaves the source in the epoch before.
         Standing::Receiving { .. } | Standing::Discarded => record.epoch > hello.epoch.next(),
-        Standing::Running | Standing::Stopped | Standing::Committed { .. } | Standing::Released { .. } => {
-            record.epoch > hello.epoch
-        }
+        // What this host gave away may come back from whoever runs it now.
+        Standing::Committed { .. } | Standing::Released { .. } => record.epoch > hello.epoch,
+        // An epoch has one owner: what ran here in it can't run at the source.
+        Standing::Running | Standing::Stopped => record.epoch >= hello.epoch,
     };
-    if let Some(known) = known.filter(|record| outdated(record)).map(|record| record.epoch) {
+    if let Some(known) = known.filter(|record| outdated(record)) {
         let text = format!(
-            "this host's record of VM '{}' speaks of epoch {known}, the source runs only {}: \
-             the source's copy is outdated",
-            hello.name, hello.epoch
+            "this host's record says that VM '{}' is {} here in epoch {}: what the source runs as epoch {} is \
+             outdated or a second copy",
+            hello.name,
+            known.standing.word(),
+            known.epoch,
+            hello.epoch
         );
         return refuse(Some(AbortCode::Epoch), &text, context);
     }
@@ -100,9 +104,16 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
 /// discarded, or this host was restarted. Only what is on disk can answer.
 fn answer_from_record(hello: &Hello, context: &mut Context) -> Phase {
     let epoch = hello.epoch.next();
-    let record = context.config.record.take().filter(|r| r.vm == hello.vm && r.epoch == epoch);
+    let record = context.config.record.take().filter(|r| r.vm == hello.vm && r.epoch >= epoch);
     let guest =
         |standing| Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
+    let lived_on = |record: &Record| record.epoch > epoch;
+    if record.as_ref().is_some_and(lived_on) {
+        // A later epoch exists only because this host ran the one that its source asks after: the source, which
+        // still asks, can't have taken it back.
+        context.send(Message::Running(Running { epoch, record_us: 0, run_us: 0 }));
+        return refuse(None, "its source was told that the guest has lived on here", context);
+    }
     match record.map(|record| record.standing) {
         // Received here, never recorded as running, and its memory is gone: it never will run here.
         Some(Standing::Receiving { .. } | Standing::Discarded) => {
@@ -257,10 +268,12 @@ pub(super) struct Receiving {
     pages_complete_at: Option<Timestamp>,
 }
 
+/// The state is restored only once memory is complete and equal: restoring reads guest memory (page tables) and may
+/// write to it (the clock that KVM shows the guest), and must do neither to pages that are still arriving.
 #[derive(Debug)]
 enum StateStep {
+    Arrived(State),
     Restoring { network: NetworkIdentity, runs: bool },
-    Restored { network: NetworkIdentity, runs: bool, took: Duration },
 }
 
 /// More fences under way than this means that a peer sends them without any order.
@@ -291,13 +304,9 @@ impl Receiving {
             }
             (Event::Message(Message::Stopping(_)), _) => context.act(Action::DropStaleFrames),
             (Event::Message(Message::Ping(token)), _) => context.send(Message::Pong(token)),
-            (Event::Message(Message::State(State { state, network, runs })), None) => {
-                context.act(Action::RestoreState(state));
-                self.state = Some(StateStep::Restoring { network, runs });
-            }
-            (Event::StateRestored { took }, Some(StateStep::Restoring { network, runs })) => {
-                let (network, runs) = (network.clone(), *runs);
-                self.state = Some(StateStep::Restored { network, runs, took });
+            (Event::Message(Message::State(state)), None) => self.state = Some(StateStep::Arrived(state)),
+            (Event::StateRestored { took }, Some(StateStep::Restoring { .. })) => {
+                return self.prepared(took, context);
             }
             (Event::Message(Message::Prepare(prepare)), _) if self.prepare.is_none() => {
                 self.prepare = Some((prepare, now));
@@ -308,7 +317,7 @@ impl Receiving {
             }
             _ => {}
         }
-        self.prepared_if_complete(context)
+        self.restore_if_complete(context)
     }
 
     fn fence(
@@ -335,42 +344,49 @@ impl Receiving {
         Ok(())
     }
 
-    fn prepared_if_complete(self: Box<Self>, context: &mut Context) -> Phase {
-        let (Some((prepare, asked_at)), Some(StateStep::Restored { network, runs, took })) =
-            (&self.prepare, &self.state)
-        else {
+    /// Compares digests and restores the state, as soon as everything is here.
+    fn restore_if_complete(mut self: Box<Self>, context: &mut Context) -> Phase {
+        let (Some((prepare, _)), Some(StateStep::Arrived(_))) = (&self.prepare, &self.state) else {
             return Phase::Receiving(self);
         };
         if self.complete.0 < prepare.fence {
             return Phase::Receiving(self);
         }
-        let Prepare { epoch, digest, .. } = *prepare;
-        let own = self.complete.1;
-        if own != digest {
+        let (theirs, own) = (prepare.digest, self.complete.1);
+        if own != theirs {
             let text = format!(
-                "the two memories differ (digest {digest} at the source, {own} at the target); \
+                "the two memories differ (digest {theirs} at the source, {own} at the target); \
                  the guest goes on at the source"
             );
             return discard(self.guest, Some(AbortCode::DigestDiffers), &text, context);
         }
-        let standing = match self.guest.standing.prepared(epoch) {
-            Ok(standing) => standing,
-            Err(error) => {
-                return discard(self.guest, Some(AbortCode::Epoch), &error.to_string(), context);
-            }
+        if let Some(StateStep::Arrived(State { state, network, runs })) = self.state.take() {
+            context.act(Action::RestoreState(state));
+            self.state = Some(StateStep::Restoring { network, runs });
+        }
+        Phase::Receiving(self)
+    }
+
+    /// Everything is here, equal and restored.
+    fn prepared(self: Box<Self>, restore: Duration, context: &mut Context) -> Phase {
+        let Self { mut guest, state, prepare, complete, pages_complete_at, .. } = *self;
+        let (Some((prepare, asked_at)), Some(StateStep::Restoring { network, runs })) = (prepare, state)
+        else {
+            unreachable!("the state is restored only once all of it is here");
         };
-        let wait = self.pages_complete_at.map_or(Duration::ZERO, |at| at.since(*asked_at));
+        guest.standing = match guest.standing.prepared(prepare.epoch) {
+            Ok(standing) => standing,
+            Err(error) => return discard(guest, Some(AbortCode::Epoch), &error.to_string(), context),
+        };
+        let wait = pages_complete_at.map_or(Duration::ZERO, |at| at.since(asked_at));
         context.send(Message::Prepared(Prepared {
-            epoch,
-            digest: own,
+            epoch: prepare.epoch,
+            digest: complete.1,
             wait_us: micros(wait),
-            restore_us: micros(*took),
+            restore_us: micros(restore),
         }));
         context.act(Action::Report(Progress::Prepared));
-        let (network, runs) = (network.clone(), *runs);
-        let mut guest = self.guest;
-        guest.standing = standing;
-        handover::prepared(guest, network, runs, own)
+        handover::prepared(guest, network, runs, complete.1)
     }
 }
 

@@ -78,7 +78,16 @@ async fn follow(args: &MigrateArgs, state: &StateDir, events: &mut Events) -> an
                 let target = args.to.as_deref().unwrap_or_default();
                 bail!("'{}' was not migrated to {target} and goes on here: {reason}", args.name)
             }
-            _ => {}
+            MigrationEvent::Started { .. }
+            | MigrationEvent::Negotiated { .. }
+            | MigrationEvent::RoundStarted { .. }
+            | MigrationEvent::Transferred { .. }
+            | MigrationEvent::RoundDone(_)
+            | MigrationEvent::Stopping { .. }
+            | MigrationEvent::Paused
+            | MigrationEvent::Handed
+            | MigrationEvent::InDoubt { .. }
+            | MigrationEvent::Undoing { .. } => {}
         }
     }
 }

@@ -114,6 +114,8 @@ impl Follower {
                 Progress::Running => self.here(coming, None),
                 Progress::CannotRun { reason } => self.here(coming, Some(reason)),
                 Progress::GivenUp { reason } => {
+                    // The machine that was being filled, and with it its memory.
+                    drop(self.built.lock().unwrap_or_else(PoisonError::into_inner).take());
                     let note = format!("the last attempt was given up: {reason}");
                     say(self.json, &self.host, "given-up", &note, &[("reason", &reason)]);
                     let listen = self.listen.clone();

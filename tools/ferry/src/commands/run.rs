@@ -78,7 +78,7 @@ fn config(args: &RunArgs, vm: VmId) -> MachineConfig {
         // Locally administered, and as good as unique by the VM's random identity.
         mac: net.mac.unwrap_or([0x02, 0xfe, vm.0[0], vm.0[1], vm.0[2], vm.0[3]]),
     });
-    MachineConfig { memory: args.memory.clone(), cpus: args.cpus, net, serial: args.serial.clone() }
+    MachineConfig { memory: args.memory, cpus: args.cpus, net, serial: args.serial.clone() }
 }
 
 fn boot_source(args: &RunArgs) -> anyhow::Result<BootSource> {

@@ -18,6 +18,7 @@ use anyhow::{Context, bail};
 use ferry_lab::LabClock;
 use ferry_migrate::report::{MigrationReport, ms};
 use hyper::Method;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{self, Compress, GuestReport, MigrationEvent, MigrationRequest, OnTimeoutWord};
 use crate::cli::DemoArgs;
@@ -45,9 +46,11 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         }
     };
     // Dropping what is under way ends the host processes and with them the namespaces.
+    let mut terminate = signal(SignalKind::terminate())?;
     let result = tokio::select! {
         result = work => result?,
         _ = tokio::signal::ctrl_c() => bail!("interrupted; everything the demo made is gone"),
+        _ = terminate.recv() => bail!("terminated; everything the demo made is gone"),
     };
     result.print(columns());
     std::fs::write(&args.plot, result.plot.to_html())
@@ -73,7 +76,6 @@ struct Seen {
     began_ms: f64,
     /// When each round ended.
     rounds_ended_ms: Vec<f64>,
-    paused_ms: f64,
     handed_ms: f64,
 }
 
@@ -94,7 +96,7 @@ async fn migrate(
         on_timeout: OnTimeoutWord::Cancel,
     };
     let began_ms = clock.now_ms();
-    let (mut rounds_ended_ms, mut paused_ms, mut handed_ms) = (Vec::new(), began_ms, began_ms);
+    let (mut rounds_ended_ms, mut handed_ms) = (Vec::new(), began_ms);
     let mut events =
         client::events(&source.state, &source.name, Method::POST, api::MIGRATION, Some(&request)).await?;
     println!("{HEADING}");
@@ -104,10 +106,9 @@ async fn migrate(
                 rounds_ended_ms.push(clock.now_ms());
                 println!("{}", round_line(&round));
             }
-            MigrationEvent::Paused => paused_ms = clock.now_ms(),
             MigrationEvent::Handed => handed_ms = clock.now_ms(),
             MigrationEvent::Moved(report) => {
-                return Ok(Seen { report, began_ms, rounds_ended_ms, paused_ms, handed_ms });
+                return Ok(Seen { report, began_ms, rounds_ended_ms, handed_ms });
             }
             MigrationEvent::Failed { reason } => bail!("the migration failed: {reason}"),
             MigrationEvent::InDoubt { reason } => println!("in doubt: {reason}"),
@@ -116,6 +117,7 @@ async fn migrate(
             | MigrationEvent::RoundStarted { .. }
             | MigrationEvent::Transferred { .. }
             | MigrationEvent::Stopping { .. }
+            | MigrationEvent::Paused
             | MigrationEvent::Undoing { .. } => {}
         }
     }

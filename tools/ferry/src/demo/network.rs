@@ -41,7 +41,8 @@ pub(super) async fn run(args: &DemoArgs) -> anyhow::Result<DemoResult> {
     {
         let (lab, target) = (std::sync::Arc::clone(&lab), target.clone());
         let patience = std::time::Duration::from_secs(20);
-        tokio::task::spawn_blocking(move || fetch_when_served(&lab.client, clock, &target, patience)).await??;
+        tokio::task::spawn_blocking(move || fetch_when_served(&lab.client, clock, &target, patience))
+            .await??;
     }
 
     println!(
@@ -60,7 +61,7 @@ pub(super) async fn run(args: &DemoArgs) -> anyhow::Result<DemoResult> {
     let after = guest(&host_b).await?;
     let learned = lab.vm_port(VM_MAC)? == Some(SwitchPort::HostB);
 
-    let samples = http.timeline.samples(20);
+    let samples = http.timeline.samples(20).into_iter().filter(|(t_ms, _)| *t_ms >= http.start_ms).collect();
     let figures = HttpFigures {
         http_ok: http.ok,
         http_failed: http.failed,

@@ -67,7 +67,8 @@ impl DemoResult {
             title: title.to_owned(),
             samples,
             bands: bands(&seen),
-            downtime: Some((seen.paused_ms, seen.handed_ms)),
+            // As long as the report says, ending when the source had the target's word.
+            downtime: Some((seen.handed_ms - seen.report.downtime_ms, seen.handed_ms)),
             facts: [vec![("Shown".to_owned(), y_label.to_owned())], result.facts()].concat(),
         };
         result

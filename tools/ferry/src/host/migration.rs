@@ -79,7 +79,15 @@ impl MigrationTask {
                  again until it answers"
             )),
             MigrationEvent::Started { target, .. } => Some(format!("migrating to {target}")),
-            _ => None,
+            MigrationEvent::Negotiated { .. }
+            | MigrationEvent::RoundStarted { .. }
+            | MigrationEvent::Transferred { .. }
+            | MigrationEvent::RoundDone(_)
+            | MigrationEvent::Stopping { .. }
+            | MigrationEvent::Paused
+            | MigrationEvent::Handed
+            | MigrationEvent::Undoing { .. }
+            | MigrationEvent::Moved(_) => None,
         })
     }
 

@@ -177,12 +177,10 @@ impl VmHost {
     /// Resumes it; one that runs goes on.
     pub(crate) fn resume(&self) -> Result<(), Refused> {
         let here = self.not_migrating("resume")?;
-        match here.machine.machine().status() {
-            MachineStatus::Running => Ok(()),
-            _ => {
-                here.machine.machine().run().map_err(|error| Refused(format!("it can't be resumed: {error}")))
-            }
+        if here.machine.machine().status() == MachineStatus::Running {
+            return Ok(());
         }
+        here.machine.machine().run().map_err(|error| Refused(format!("it can't be resumed: {error}")))
     }
 
     fn not_migrating(&self, what: &str) -> Result<Here, Refused> {

@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::mmio::{BrokenQueue, DeviceKind, MmioTransport};
 use crate::memory::{GuestRam, TrackedMemory};
-use crate::parking::{Control, Kick};
+use crate::parking::{Control, Kick, PanicGuard};
 use crate::tap::{Tap, VNET_HEADER_BYTES};
 
 const RECEIVE: usize = 0;
@@ -40,6 +40,11 @@ const FRAME_BYTES_MAX: usize = 65_536 + VNET_HEADER_BYTES;
 
 /// Frames moved a turn before the thread looks whether it should park.
 const FRAMES_PER_TURN: usize = 128;
+
+/// How long to wait for something to do, in ms as epoll counts them.
+const WAIT_NONE: i32 = 0;
+const WAIT_FOREVER: i32 = -1;
+const WAIT_RETRY_MS: i32 = 100;
 
 /// Frames thrown away at most: more than a tap's queue holds.
 const STALE_FRAMES_MAX: usize = 65_536;
@@ -95,6 +100,8 @@ enum Turn {
     More,
     /// The guest has no receive buffers, or no driver.
     NoBuffers,
+    /// The tap gives errors, as when somebody deleted the interface.
+    TapFailed,
 }
 
 impl Net {
@@ -169,9 +176,11 @@ impl Net {
         control.add_thread();
         let on_failure = Arc::clone(&control);
         let thread = thread::Builder::new().name("net".into()).spawn(move || {
+            let guard = PanicGuard { control, vcpu: 0, what: "network interface's" };
+            let control = &guard.control;
             let mut frame = vec![0; FRAME_BYTES_MAX];
             while control.park(&*self.kick) {
-                self.serve(&control, &mut waiter, &tap, &mut frame);
+                self.serve(control, &mut waiter, &tap, &mut frame);
             }
         });
         if thread.is_err() {
@@ -194,18 +203,25 @@ impl Net {
                 receive = self.guarded(RECEIVE, |queue| self.receive(queue, tap, frame));
             }
             let is_busy = transmit == Turn::More || receive == Turn::More;
-            let woken = match self.wait(waiter, tap, receive != Turn::NoBuffers, is_busy) {
+            let patience = match receive {
+                _ if is_busy => WAIT_NONE,
+                Turn::TapFailed => WAIT_RETRY_MS,
+                Turn::Done | Turn::More | Turn::NoBuffers => WAIT_FOREVER,
+            };
+            let take_frames = matches!(receive, Turn::Done | Turn::More);
+            let woken = match self.wait(waiter, tap, take_frames, patience) {
                 Ok(woken) => woken,
                 Err(error) => {
                     // Without a wait there is no way to serve; a later resume tries again.
                     tracing::error!(%error, "the network interface can't wait for its tap");
+                    control.wait_for_wish_to_park();
                     return;
                 }
             };
             if woken.transmit {
                 transmit = Turn::More;
             }
-            if woken.receive {
+            if woken.receive || receive == Turn::TapFailed {
                 receive = Turn::More;
             }
         }
@@ -299,8 +315,12 @@ impl Net {
             queue.go_to_previous_position();
             let length = match tap.file().read(buffer) {
                 Ok(length) if length >= VNET_HEADER_BYTES => length,
-                Ok(_) | Err(_) => {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     turn = Turn::Done;
+                    break;
+                }
+                Ok(_) | Err(_) => {
+                    turn = Turn::TapFailed;
                     break;
                 }
             };
@@ -341,11 +361,11 @@ impl Net {
         Ok(Waiter { epoll, watches_tap: false })
     }
 
-    /// Waits for a notification, a kick or, if `take_frames`, a frame; only looks if `is_busy`.
-    fn wait(&self, waiter: &mut Waiter, tap: &Tap, take_frames: bool, is_busy: bool) -> io::Result<Woken> {
+    /// Waits for a notification, a kick or, if `take_frames`, a frame, for at most `timeout_ms`.
+    fn wait(&self, waiter: &mut Waiter, tap: &Tap, take_frames: bool, timeout_ms: i32) -> io::Result<Woken> {
         waiter.watch_tap(tap, take_frames)?;
         let mut events = [EpollEvent::default(); FRAME + 1];
-        let count = match waiter.epoll.wait(if is_busy { 0 } else { -1 }, &mut events) {
+        let count = match waiter.epoll.wait(timeout_ms, &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(error),

@@ -1,11 +1,9 @@
-//! Machines on this host's KVM, with guests of a few instructions: life cycle, state, dirty log.
-
-mod support;
+//! Life cycle, state and dirty log.
 
 use std::time::Duration;
 
+use crate::support::*;
 use ferry_vmm::{Backing, Machine, MachineEvent, MachineStatus, RunError, SerialTarget, StateError};
-use support::*;
 
 const MEMORY_BYTES: u64 = 16 << 20;
 
@@ -134,6 +132,99 @@ fn the_dirty_log_reports_everything_once_and_then_what_changed() {
     assert_eq!(machine.collect_dirty(&mut dirty).unwrap(), 0, "a paused guest dirtied pages");
     machine.stop_dirty_log().unwrap();
     assert!(machine.stop_dirty_log().is_err());
+}
+
+/// Where the second vCPU starts, and where it counts.
+const SECOND_START: u32 = 0x8000;
+const SECOND_COUNTER: u32 = 0x9000;
+
+/// Starts the second vCPU by INIT and SIPI, then goes on as the counting guest.
+fn starting_a_second_vcpu() -> Vec<u8> {
+    let mut code = Vec::new();
+    let mut store = |address: u32, value: u32| {
+        code.extend([0xc7, 0x05]); // mov dword [address], value
+        code.extend(address.to_le_bytes());
+        code.extend(value.to_le_bytes());
+    };
+    // In real mode: xor ax, ax; mov ds, ax; next: inc word [SECOND_COUNTER]; jmp next.
+    for (offset, word) in [(0, 0xd88e_c031), (4, 0x9000_06ff), (8, 0x0000_faeb)] {
+        store(SECOND_START + offset, word);
+    }
+    store(0xfee0_00f0, 0x1ff); // the local APIC is enabled
+    for command in [0x4500, 0x4600 | SECOND_START >> 12] {
+        store(0xfee0_0310, 1 << 24);
+        store(0xfee0_0300, command);
+    }
+    code.extend(COUNTING);
+    code
+}
+
+#[test]
+fn two_vcpus_run_pause_and_continue_elsewhere() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut config = config(MEMORY_BYTES);
+    config.cpus = 2;
+    let both_count = |machine: &Machine| {
+        let second = || read_u32(&machine.ram(), SECOND_COUNTER.into());
+        let before = second();
+        let_count(machine, 100);
+        wait_until("the second vCPU counts", || second() != before);
+    };
+    let source = machine_with(&config, &starting_a_second_vcpu());
+    source.run().unwrap();
+    both_count(&source);
+    source.pause().unwrap();
+    let counts = |machine: &Machine| (counter(machine), read_u32(&machine.ram(), SECOND_COUNTER.into()));
+    let before = counts(&source);
+    std::thread::sleep(Duration::from_millis(5));
+    assert_eq!(counts(&source), before);
+    let target = Machine::build(&config).unwrap();
+    copy_memory(&source.ram(), &target.ram());
+    target.restore_state(&source.save_state().unwrap()).unwrap();
+    target.run().unwrap();
+    both_count(&target);
+    source.run().unwrap();
+    both_count(&source);
+}
+
+#[test]
+fn what_the_dirty_log_reports_is_enough_to_copy_a_running_guest() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let source = machine_with(&config(MEMORY_BYTES), COUNTING);
+    let target = Machine::build(&config(MEMORY_BYTES)).unwrap();
+    let (from, to) = (source.ram(), target.ram());
+    let pages = from.page_count();
+    let words = usize::try_from(pages.div_ceil(64)).unwrap();
+    let copy_dirty = |machine: &Machine| {
+        let mut dirty = vec![0_u64; words];
+        machine.collect_dirty(&mut dirty).unwrap();
+        for page in 0..pages {
+            if dirty[usize::try_from(page / 64).unwrap()] >> (page % 64) & 1 == 1 {
+                from.for_each_page(page, 1, |page, bytes| to.write_page(page, bytes).unwrap()).unwrap();
+            }
+        }
+    };
+    source.run().unwrap();
+    source.start_dirty_log().unwrap();
+    for _ in 0..20 {
+        let_count(&source, 50);
+        copy_dirty(&source);
+    }
+    source.pause().unwrap();
+    copy_dirty(&source);
+    from.for_each_page(0, pages, |page, bytes| {
+        let mut copy = [0; ferry_vmm::PAGE_BYTES];
+        to.read_page(page, &mut copy).unwrap();
+        assert!(*bytes == copy, "page {page} differs");
+    })
+    .unwrap();
+    target.restore_state(&source.save_state().unwrap()).unwrap();
+    target.run().unwrap();
+    let_count(&target, 1000);
 }
 
 #[test]

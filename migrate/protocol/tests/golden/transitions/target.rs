@@ -1,0 +1,249 @@
+//! The target's table.
+
+use std::time::Duration;
+
+use ferry_protocol::digest::DigestTable;
+use ferry_protocol::message::{
+    Abort, AbortCode, Describe, FenceReached, Hello, NetworkIdentity, Prepare, Prepared, Ready, Running,
+    State, Welcome,
+};
+use ferry_protocol::negotiation::Features;
+use ferry_protocol::record::{Record, Standing};
+use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
+use ferry_protocol::{
+    Epoch, MemoryDigest, Message, PAGE_BYTES, PageDigest, Region, StreamIndex, Timestamp, VmId,
+};
+
+use super::source::{at, hello, regions};
+use super::{Core, part};
+
+const MS: Duration = Duration::from_millis(1);
+
+struct Stepped {
+    core: Target,
+    now: Timestamp,
+}
+
+impl std::fmt::Debug for Stepped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.core.fmt(f)
+    }
+}
+
+impl Core for Stepped {
+    type Event = Event;
+
+    fn phase(&self) -> &'static str {
+        self.core.phase()
+    }
+
+    fn take(&mut self, event: Event) -> Vec<String> {
+        self.now = self.now + MS;
+        let timed = event == Event::Timeout;
+        let now = self.core.poll_timeout().filter(|_| timed).unwrap_or(self.now);
+        self.core.handle(now, event);
+        std::iter::from_fn(|| self.core.poll_action()).map(|action| word(&action)).collect()
+    }
+}
+
+fn word(action: &Action) -> String {
+    match action {
+        Action::Send(Message::Abort(abort)) => format!("Send Abort {:?}", abort.code),
+        Action::Send(message) => format!("Send {:?}", message.message_type()),
+        Action::WriteRecord(record) => format!("WriteRecord {} {}", record.standing.word(), record.epoch),
+        Action::BuildMachine { .. } => "BuildMachine".to_owned(),
+        Action::DropStaleFrames => "DropStaleFrames".to_owned(),
+        Action::RestoreState(_) => "RestoreState".to_owned(),
+        Action::RunVm { runs } => format!("RunVm(runs: {runs})"),
+        Action::Announce(_) => "Announce".to_owned(),
+        Action::DiscardMachine => "DiscardMachine".to_owned(),
+        Action::Report(progress) => format!("Report {}", progress_word(progress)),
+        Action::Finish(Outcome::Running { epoch, .. }) => format!("Finish Running {epoch}"),
+        Action::Finish(Outcome::Discarded { .. }) => "Finish Discarded".to_owned(),
+    }
+}
+
+const fn progress_word(progress: &Progress) -> &'static str {
+    match progress {
+        Progress::Greeted { .. } => "Greeted",
+        Progress::Receiving => "Receiving",
+        Progress::Prepared => "Prepared",
+        Progress::Running => "Running",
+        Progress::CannotRun { .. } => "CannotRun",
+        Progress::GivenUp { .. } => "GivenUp",
+        Progress::InDoubt => "InDoubt",
+    }
+}
+
+/// A digest that is not that of no page.
+pub(super) fn digest() -> MemoryDigest {
+    let mut table = DigestTable::new(1);
+    table.set(0, PageDigest::of(0, &[0; PAGE_BYTES]));
+    table.sum()
+}
+
+fn fence(number: u32) -> Event {
+    let stream = StreamIndex::new(0, 1).unwrap();
+    Event::FenceReached { stream, fence: number, digest: MemoryDigest::ZERO }
+}
+
+fn describe(regions: Vec<Region>) -> Event {
+    Event::Message(Message::Describe(Describe { description: vec![1], regions, streams: 1 }))
+}
+
+fn state(runs: bool) -> Event {
+    Event::Message(Message::State(State { state: vec![5], network: NetworkIdentity::default(), runs }))
+}
+
+fn prepare(epoch: u64, fence: u32, digest: MemoryDigest) -> Event {
+    Event::Message(Message::Prepare(Prepare { epoch: Epoch::new(epoch), fence, digest }))
+}
+
+fn commit(epoch: u64) -> Event {
+    Event::Message(Message::Commit(at(epoch)))
+}
+
+fn greeting(hello: Hello) -> Event {
+    Event::Message(Message::Hello(hello))
+}
+
+fn way() -> Vec<(&'static str, Event)> {
+    let record = || Event::RecordWritten { took: MS };
+    vec![
+        ("no record of the VM", greeting(hello())),
+        ("Welcome is sent", describe(regions())),
+        ("the record is being written", record()),
+        ("the machine is being built", Event::MachineBuilt),
+        ("nothing has arrived", fence(1)),
+        ("fence 1 is reached", state(true)),
+        ("the state is here, Prepare is awaited", prepare(2, 1, MemoryDigest::ZERO)),
+        ("memory is equal, the state is being restored", Event::StateRestored { took: MS }),
+        ("", commit(2)),
+        ("", record()),
+        ("", Event::VmRunning { took: MS }),
+        ("", Event::Message(Message::Released(at(2)))),
+        ("", Event::Cancel),
+    ]
+}
+
+fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
+    let lost = || Event::Disconnected("reset".to_owned());
+    vec![
+        (5, vec![prepare(2, 1, MemoryDigest::ZERO)], "Prepare is here, the state is awaited"),
+        (6, vec![prepare(2, 9, MemoryDigest::ZERO)], "everything but fence 9 is here"),
+        (8, vec![lost()], "the connection is lost"),
+        (5, vec![Event::Cancel], "it was told to give up"),
+    ]
+}
+
+fn events() -> Vec<(String, Event)> {
+    let text = || "no".to_owned();
+    let mut events: Vec<(String, Event)> = [
+        ("Hello", greeting(hello())),
+        ("Hello(version 9)", greeting(Hello { version_oldest: 9, version_newest: 9, ..hello() })),
+        ("Hello(no lz4)", greeting(Hello { features: Features::NONE, ..hello() })),
+        ("Hello(another name)", greeting(Hello { name: "other".parse().unwrap(), ..hello() })),
+        ("Hello(resumes)", greeting(Hello { resumes: true, ..hello() })),
+        ("Describe", describe(regions())),
+        ("Describe(no region)", describe(Vec::new())),
+        ("Stopping", Event::Message(Message::Stopping(at(1)))),
+        ("State", state(true)),
+        ("State(paused by its operator)", state(false)),
+        ("Prepare(2)", prepare(2, 1, MemoryDigest::ZERO)),
+        ("Prepare(2, other digest)", prepare(2, 1, digest())),
+        ("Prepare(9)", prepare(9, 1, MemoryDigest::ZERO)),
+        ("Commit(2)", commit(2)),
+        ("Commit(9)", commit(9)),
+        ("Released(2)", Event::Message(Message::Released(at(2)))),
+        ("Released(9)", Event::Message(Message::Released(at(9)))),
+        ("Abort", Event::Message(Message::Abort(Abort::new(AbortCode::Cancelled, "no")))),
+        ("Ping", Event::Message(Message::Ping(1))),
+        ("Disconnected", Event::Disconnected(text())),
+        ("Reconnected", Event::Reconnected),
+        ("MachineBuilt", Event::MachineBuilt),
+        ("BuildFailed", Event::BuildFailed { code: AbortCode::NoMemory, sentence: text() }),
+        ("FenceReached(1)", fence(1)),
+        ("FenceReached(9)", fence(9)),
+        ("StreamFailed", Event::StreamFailed { code: AbortCode::Protocol, sentence: text() }),
+        ("StateRestored", Event::StateRestored { took: MS }),
+        ("RestoreFailed", Event::RestoreFailed(text())),
+        ("RecordWritten", Event::RecordWritten { took: MS }),
+        ("RecordFailed", Event::RecordFailed(text())),
+        ("VmRunning", Event::VmRunning { took: MS }),
+        ("RunFailed", Event::RunFailed(text())),
+        ("Cancel", Event::Cancel),
+        ("Timeout", Event::Timeout),
+    ]
+    .map(|(name, event)| (name.to_owned(), event))
+    .into();
+    events.extend(super::other_messages_to_target());
+    events
+}
+
+/// The messages that only a target sends.
+pub(super) fn messages_of_a_target() -> Vec<(&'static str, Message)> {
+    let epoch = Epoch::new(2);
+    let digest = MemoryDigest::ZERO;
+    vec![
+        ("Welcome", Message::Welcome(Welcome { version: 1, features: Features::OURS, host: "b".to_owned() })),
+        ("Ready", Message::Ready(Ready { record_us: 1 })),
+        ("FenceReached", Message::FenceReached(FenceReached { fence: 1 })),
+        ("Prepared", Message::Prepared(Prepared { epoch, digest, wait_us: 0, restore_us: 0 })),
+        ("Running", Message::Running(Running { epoch, record_us: 1, run_us: 2 })),
+        ("Discarded(2)", Message::Discarded(at(2))),
+        ("Discarded(9)", Message::Discarded(at(9))),
+        ("Pong", Message::Pong(1)),
+    ]
+}
+
+fn record(vm: VmId, epoch: u64, standing: Standing) -> Record {
+    Record { vm, name: "web".parse().unwrap(), epoch: Epoch::new(epoch), standing }
+}
+
+fn along(steps: usize, then: &[Event], record: Option<Record>) -> Stepped {
+    let name = Some("web".parse().unwrap());
+    let config = Config { host: "b".to_owned(), source: "a:1".to_owned(), name, record };
+    let mut target = Stepped { core: Target::new(config, Timestamp::default()), now: Timestamp::default() };
+    for event in way().into_iter().take(steps).map(|(_, event)| event).chain(then.iter().cloned()) {
+        target.take(event);
+    }
+    target
+}
+
+pub(super) fn table() -> String {
+    let mut text = String::new();
+    for (steps, (name, _)) in way().into_iter().enumerate() {
+        text += &part(name, || along(steps, &[], None), &events());
+    }
+    for (steps, then, name) in side_ways() {
+        text += &part(name, || along(steps, &then, None), &events());
+    }
+    text
+}
+
+/// What a target that has a record of the VM says to its source, which runs epoch 1.
+pub(super) fn table_of_records() -> String {
+    let greetings = [
+        ("Hello".to_owned(), greeting(hello())),
+        ("Hello(resumes)".to_owned(), greeting(Hello { resumes: true, ..hello() })),
+    ];
+    let peer = || "a:1".to_owned();
+    let mut text = String::new();
+    for epoch in 1..=3 {
+        for standing in [
+            Standing::Running,
+            Standing::Committed { target: peer() },
+            Standing::Released { target: peer() },
+            Standing::Receiving { source: peer() },
+            Standing::Discarded,
+            Standing::Stopped,
+        ] {
+            let name = format!("the record says {} in epoch {epoch}", standing.word());
+            let make = || along(0, &[], Some(record(VmId([1; 16]), epoch, standing.clone())));
+            text += &part(&name, make, &greetings);
+        }
+    }
+    let make = || along(0, &[], Some(record(VmId([9; 16]), 2, Standing::Running)));
+    text += &part("the record says running in epoch 2, of another VM", make, &greetings);
+    text
+}

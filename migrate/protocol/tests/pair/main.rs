@@ -1,0 +1,7 @@
+//! Source and target core against each other in virtual time: plain migrations and everything that may come
+//! between.
+
+mod failures;
+mod handover;
+mod plain;
+mod world;

@@ -1,0 +1,568 @@
+//! A source and a target core in one virtual world: a control link, records that last, a guest on each side of
+//! which nothing but "runs or not" is real, and a clock that jumps from one event to the next.
+//!
+//! Pages are not real here (the seeded simulation in the workspace's `tests/` moves real ones): a round is a
+//! number of pages, and its digest a number that both sides are told.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use ferry_protocol::digest::DigestTable;
+use ferry_protocol::message::{AbortCode, Hello, MessageType};
+use ferry_protocol::record::{Record, Standing};
+use ferry_protocol::source::{self, Source};
+use ferry_protocol::target::{self, Target};
+use ferry_protocol::wire;
+use ferry_protocol::{
+    Epoch, MemoryDigest, MemoryLayout, Message, MigrationId, PAGE_BYTES, PageBitmap, PageDigest, Region,
+    StreamIndex, Timestamp, VmId,
+};
+
+pub(crate) const MS: Duration = Duration::from_millis(1);
+pub(crate) const PAGES: u64 = 4096;
+pub(crate) const STREAMS: u16 = 2;
+
+/// How long a message takes to the other side.
+const LATENCY: Duration = Duration::from_micros(500);
+const VM_WORK: Duration = Duration::from_micros(300);
+const RECORD_WORK: Duration = MS;
+const PAGE_WORK: Duration = Duration::from_micros(10);
+
+/// More steps than this mean that the two go round in circles.
+const STEPS_MAX: usize = 20_000;
+
+/// What comes due at some time.
+#[derive(Debug, Clone)]
+enum Due {
+    Source(source::Event),
+    Target(target::Event),
+    /// The source's connection attempt ends.
+    Connect,
+    ToSource(u32, Message),
+    ToTarget(u32, Message),
+    LostAtSource(u32),
+    LostAtTarget(u32),
+    /// One side has closed the connection behind its last message.
+    Closed(u32),
+}
+
+/// One host's disk.
+#[derive(Debug, Default)]
+pub(crate) struct Disk {
+    pub(crate) record: Option<Record>,
+    /// What becomes of the coming writes; without an entry they succeed.
+    pub(crate) faults: VecDeque<DiskFault>,
+}
+
+/// What becomes of a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DiskFault {
+    None,
+    /// It fails and nothing is on the disk.
+    Lost,
+    /// It is reported as failed but is on the disk all the same.
+    Landed,
+}
+
+impl Disk {
+    /// `Ok` if the write is reported as durable.
+    fn write(&mut self, record: Record) -> Result<(), String> {
+        let bytes = record.encode();
+        let record = Record::decode(&bytes).expect("a record reads back");
+        match self.faults.pop_front().unwrap_or(DiskFault::None) {
+            DiskFault::None => {
+                self.record = Some(record);
+                Ok(())
+            }
+            DiskFault::Lost => Err("no space left".to_owned()),
+            DiskFault::Landed => {
+                self.record = Some(record);
+                Err("the folder could not be synced".to_owned())
+            }
+        }
+    }
+
+    pub(crate) fn standing(&self) -> Option<(&'static str, u64)> {
+        self.record.as_ref().map(|record| (record.standing.word(), record.epoch.number()))
+    }
+}
+
+/// A host's guest as far as this world knows it.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Guest {
+    pub(crate) runs: bool,
+    pub(crate) exists: bool,
+    pub(crate) dirty_log: bool,
+}
+
+/// The world.
+#[derive(Debug)]
+pub(crate) struct Pair {
+    pub(crate) now: Timestamp,
+    pub(crate) source: Source,
+    pub(crate) target: Option<Target>,
+    pub(crate) source_disk: Disk,
+    pub(crate) target_disk: Disk,
+    pub(crate) source_guest: Guest,
+    pub(crate) target_guest: Guest,
+    pub(crate) source_outcome: Option<source::Outcome>,
+    pub(crate) target_outcomes: Vec<target::Outcome>,
+    pub(crate) source_progress: Vec<source::Progress>,
+    pub(crate) target_progress: Vec<target::Progress>,
+    /// Every message that was handed over, in order: true for those to the target.
+    pub(crate) delivered: Vec<(bool, MessageType)>,
+    /// Pages that each following dirty log names; the last one stays.
+    pub(crate) dirty_pages: Vec<u64>,
+    /// The target's memory differs from the source's.
+    pub(crate) memory_differs: bool,
+    /// The target can't build its machine.
+    pub(crate) build_refusal: Option<(AbortCode, &'static str)>,
+    /// The only VM that the target's operator wants.
+    pub(crate) target_name: Option<String>,
+    /// Nothing can connect before.
+    outage_until: Option<Timestamp>,
+    /// The first message of this type is not delivered, and the connection breaks instead.
+    pub(crate) cut_at: Option<MessageType>,
+    connection: Option<u32>,
+    connections: u32,
+    queue: BTreeMap<(Timestamp, u64), Due>,
+    sequence: u64,
+    streams_open: bool,
+    /// A connection with another migration that waits for the target to be free.
+    waiting: Option<Hello>,
+}
+
+pub(crate) fn config() -> source::Config {
+    source::Config {
+        migration: MigrationId([7; 16]),
+        vm: VmId([1; 16]),
+        name: "web".parse().unwrap(),
+        epoch: Epoch::FIRST,
+        target: "b:4444".to_owned(),
+        description: vec![1, 2, 3],
+        streams: STREAMS,
+        compression: ferry_protocol::page::Compression::None,
+        downtime_budget: 50 * MS,
+        timeout: Duration::from_secs(60),
+        on_timeout: source::OnTimeout::Cancel,
+    }
+}
+
+pub(crate) fn layout() -> MemoryLayout {
+    let low = Region { gpa: 0, bytes: PAGES / 2 * 4096 };
+    let high = Region { gpa: 1 << 32, bytes: PAGES / 2 * 4096 };
+    MemoryLayout::new(vec![low, high]).unwrap()
+}
+
+/// A digest that stands for memory contents number `number`, or for one stream's part of it.
+fn digest(number: u64) -> MemoryDigest {
+    let mut table = DigestTable::new(1);
+    table.set(0, PageDigest::of(number, &[0; PAGE_BYTES]));
+    table.sum()
+}
+
+impl Pair {
+    pub(crate) fn new(config: source::Config) -> Self {
+        let now = Timestamp::default();
+        let record = Record {
+            vm: config.vm,
+            name: config.name.clone(),
+            epoch: config.epoch,
+            standing: Standing::Running,
+        };
+        Self {
+            now,
+            source: Source::new(config, layout(), now),
+            target: None,
+            source_disk: Disk { record: Some(record), faults: VecDeque::new() },
+            target_disk: Disk::default(),
+            source_guest: Guest { runs: true, exists: true, dirty_log: false },
+            target_guest: Guest::default(),
+            source_outcome: None,
+            target_outcomes: Vec::new(),
+            source_progress: Vec::new(),
+            target_progress: Vec::new(),
+            delivered: Vec::new(),
+            dirty_pages: vec![PAGES, 900, 100, 10],
+            memory_differs: false,
+            build_refusal: None,
+            target_name: None,
+            outage_until: None,
+            cut_at: None,
+            connection: None,
+            connections: 0,
+            queue: BTreeMap::new(),
+            sequence: 0,
+            streams_open: false,
+            waiting: None,
+        }
+    }
+
+    /// Steps until `done`; false if nothing is left to happen before that.
+    pub(crate) fn run_until(&mut self, mut done: impl FnMut(&Self) -> bool) -> bool {
+        for _ in 0..STEPS_MAX {
+            self.perform_all();
+            if done(self) {
+                return true;
+            }
+            if !self.step() {
+                return false;
+            }
+        }
+        panic!("the two go round in circles at {:?}: source {}", self.now, self.source.phase());
+    }
+
+    /// Steps until nothing is left to happen.
+    pub(crate) fn run_to_end(&mut self) {
+        self.run_until(|_| false);
+    }
+
+    /// Steps until the source is in `phase`.
+    pub(crate) fn run_to_source_phase(&mut self, phase: &str) {
+        assert!(self.run_until(|pair| pair.source.phase() == phase), "the source never got to {phase}");
+    }
+
+    /// Steps until the target is in `phase`.
+    pub(crate) fn run_to_target_phase(&mut self, phase: &str) {
+        let there = |pair: &Self| pair.target.as_ref().is_some_and(|target| target.phase() == phase);
+        assert!(self.run_until(there), "the target never got to {phase}");
+    }
+
+    /// Hands an event to the source now.
+    pub(crate) fn tell_source(&mut self, event: source::Event) {
+        self.source.handle(self.now, event);
+        self.perform_all();
+    }
+
+    /// Hands an event to the target now.
+    pub(crate) fn tell_target(&mut self, event: target::Event) {
+        self.target.as_mut().expect("a target").handle(self.now, event);
+        self.perform_all();
+    }
+
+    /// Breaks the control connection; it can be made again after `outage`. What was under way on it is lost.
+    pub(crate) fn cut_control(&mut self, outage: Duration) {
+        self.outage_until = self.outage_until.max(Some(self.now + outage));
+        if let Some(number) = self.connection.take() {
+            self.after(Duration::ZERO, Due::LostAtSource(number));
+            self.after(Duration::ZERO, Due::LostAtTarget(number));
+        }
+    }
+
+    /// Breaks everything between the two.
+    pub(crate) fn cut_all(&mut self, outage: Duration) {
+        self.cut_control(outage);
+        if self.streams_open {
+            self.lose_streams();
+        }
+    }
+
+    fn lose_streams(&mut self) {
+        self.streams_open = false;
+        let reason = "connection reset".to_owned();
+        let code = AbortCode::Internal;
+        self.after(Duration::ZERO, Due::Source(source::Event::StreamFailed(reason.clone())));
+        self.after(Duration::ZERO, Due::Target(target::Event::StreamFailed { code, sentence: reason }));
+    }
+
+    /// The target's process is killed and started again; its disk stays.
+    pub(crate) fn restart_target(&mut self) {
+        self.target = None;
+        self.target_guest = Guest::default();
+        self.queue.retain(|_, due| !matches!(due, Due::Target(_)));
+        self.cut_all(Duration::ZERO);
+    }
+
+    fn after(&mut self, delay: Duration, due: Due) {
+        self.sequence += 1;
+        self.queue.insert((self.now + delay, self.sequence), due);
+    }
+
+    /// Whatever is next: a due event or a timeout.
+    fn step(&mut self) -> bool {
+        let due = self.queue.first_key_value().map(|((at, _), _)| *at);
+        let source = self.source.poll_timeout();
+        let target = self.target.as_ref().and_then(Target::poll_timeout);
+        let Some(at) = [due, source, target].into_iter().flatten().min() else {
+            return false;
+        };
+        self.now = self.now.max(at);
+        if due == Some(at) {
+            let (_, due) = self.queue.pop_first().expect("it was there");
+            self.happen(due);
+        } else if source == Some(at) {
+            self.source.handle(self.now, source::Event::Timeout);
+        } else if let Some(target) = &mut self.target {
+            target.handle(self.now, target::Event::Timeout);
+        }
+        true
+    }
+
+    fn happen(&mut self, due: Due) {
+        match due {
+            Due::Source(event) => self.source.handle(self.now, event),
+            Due::Target(event) => {
+                if let Some(target) = &mut self.target {
+                    target.handle(self.now, event);
+                }
+            }
+            Due::Connect => self.connect(),
+            Due::ToSource(number, message) if self.connection == Some(number) => {
+                self.delivered.push((false, message.message_type()));
+                self.source.handle(self.now, source::Event::Message(message));
+            }
+            Due::ToTarget(number, message) if self.connection == Some(number) => {
+                self.delivered.push((true, message.message_type()));
+                self.message_to_target(message);
+            }
+            Due::ToSource(..) | Due::ToTarget(..) => {}
+            Due::LostAtSource(number) if self.connection.is_none() && number == self.connections => {
+                self.source.handle(self.now, source::Event::Disconnected("connection reset".to_owned()));
+            }
+            Due::LostAtTarget(number) if self.connection.is_none() && number == self.connections => {
+                if let Some(target) = &mut self.target {
+                    target.handle(self.now, target::Event::Disconnected("connection reset".to_owned()));
+                }
+            }
+            Due::LostAtSource(_) | Due::LostAtTarget(_) => {}
+            Due::Closed(number) if self.connection == Some(number) => self.cut_control(Duration::ZERO),
+            Due::Closed(_) => {}
+        }
+    }
+
+    fn connect(&mut self) {
+        if self.outage_until.is_some_and(|until| self.now < until) {
+            self.source.handle(self.now, source::Event::Disconnected("no route to host".to_owned()));
+            return;
+        }
+        self.connections += 1;
+        self.connection = Some(self.connections);
+        self.source.handle(self.now, source::Event::Connected);
+    }
+
+    /// Sorts a message as the engine's listener does.
+    fn message_to_target(&mut self, message: Message) {
+        let Message::Hello(hello) = message else {
+            if let Some(target) = &mut self.target {
+                target.handle(self.now, target::Event::Message(message));
+            }
+            return;
+        };
+        match &mut self.target {
+            None => self.begin_target(hello),
+            Some(target) if target.resumed_by(&hello) => {
+                target.handle(self.now, target::Event::Reconnected);
+            }
+            Some(target) if target.is_ending() || target.superseded_by(&hello) => {
+                self.waiting = Some(hello);
+                target.handle(self.now, target::Event::Cancel);
+            }
+            Some(_) => {
+                let abort = ferry_protocol::message::Abort::new(AbortCode::Occupied, "busy");
+                self.deliver_to_source(Message::Abort(abort));
+            }
+        }
+    }
+
+    fn begin_target(&mut self, hello: Hello) {
+        let config = target::Config {
+            host: "b".to_owned(),
+            source: "a:1".to_owned(),
+            name: self.target_name.as_ref().map(|name| name.parse().unwrap()),
+            record: self.target_disk.record.clone(),
+        };
+        let mut target = Target::new(config, self.now);
+        target.handle(self.now, target::Event::Message(Message::Hello(hello)));
+        self.target = Some(target);
+    }
+
+    fn perform_all(&mut self) {
+        loop {
+            if let Some(action) = self.source.poll_action() {
+                self.perform_source(action);
+            } else if let Some(action) = self.target.as_mut().and_then(Target::poll_action) {
+                self.perform_target(action);
+            } else if let (None, Some(hello)) = (&self.target, self.waiting.take()) {
+                self.begin_target(hello);
+            } else {
+                break;
+            }
+            self.check();
+        }
+    }
+
+    /// What must hold at every instant.
+    fn check(&self) {
+        assert!(!(self.source_guest.runs && self.target_guest.runs), "two hosts run the guest");
+        assert!(!self.source_guest.runs || self.source.may_run(), "the source runs what it gave away");
+    }
+
+    fn perform_source(&mut self, action: source::Action) {
+        use source::{Action, Event};
+        match action {
+            Action::Connect { delay } => {
+                if let Some(number) = self.connection.take() {
+                    self.after(LATENCY, Due::LostAtTarget(number));
+                }
+                self.after(delay + LATENCY, Due::Connect);
+            }
+            Action::Send(message) => self.deliver_to_target(message),
+            Action::OpenStreams => {
+                self.streams_open = true;
+                self.after(LATENCY, Due::Source(Event::StreamsOpened));
+            }
+            Action::CloseStreams => {
+                if std::mem::take(&mut self.streams_open) {
+                    let (code, sentence) = (AbortCode::Internal, "closed".to_owned());
+                    self.after(LATENCY, Due::Target(target::Event::StreamFailed { code, sentence }));
+                }
+            }
+            Action::StartDirtyLog => {
+                self.source_guest.dirty_log = true;
+                self.after(VM_WORK, Due::Source(Event::DirtyLogStarted));
+            }
+            Action::ReadDirtyLog => {
+                let pages = self.next_dirty_pages();
+                self.after(VM_WORK, Due::Source(Event::DirtyLogRead { pages, took: VM_WORK }));
+            }
+            Action::StopDirtyLog => self.source_guest.dirty_log = false,
+            Action::SendPages { pages, fence, paused } => self.send_pages(&pages, fence, paused),
+            Action::PauseVm => {
+                self.source_guest.runs = false;
+                self.after(VM_WORK, Due::Source(Event::Paused));
+            }
+            Action::SaveState => {
+                let (state, network) = (vec![5], ferry_protocol::message::NetworkIdentity::default());
+                let saved = Event::StateSaved { state, network, runs: true, took: VM_WORK };
+                self.after(VM_WORK, Due::Source(saved));
+            }
+            Action::ResumeVm => {
+                assert!(self.source_guest.exists, "a released guest can't be resumed");
+                self.source_guest.runs = true;
+                self.after(VM_WORK, Due::Source(Event::VmResumed));
+            }
+            Action::ReleaseVm => self.source_guest = Guest::default(),
+            Action::WriteRecord(record) => {
+                let event = match self.source_disk.write(record) {
+                    Ok(()) => Event::RecordWritten { took: RECORD_WORK },
+                    Err(reason) => Event::RecordFailed(reason),
+                };
+                self.after(RECORD_WORK, Due::Source(event));
+            }
+            Action::Report(progress) => self.source_progress.push(progress),
+            Action::Finish(outcome) => {
+                assert!(self.source_outcome.replace(outcome).is_none(), "the source ends once");
+                self.close();
+            }
+        }
+    }
+
+    fn next_dirty_pages(&mut self) -> PageBitmap {
+        let count = if self.dirty_pages.len() > 1 { self.dirty_pages.remove(0) } else { self.dirty_pages[0] };
+        let mut pages = PageBitmap::empty(PAGES);
+        (0..count.min(PAGES)).for_each(|page| pages.insert(page));
+        pages
+    }
+
+    fn send_pages(&mut self, pages: &PageBitmap, fence: u32, paused: bool) {
+        assert_eq!(paused, !self.source_guest.runs, "the cap is lifted while the guest stands still");
+        if !self.streams_open {
+            return;
+        }
+        let count = pages.count();
+        let took = PAGE_WORK * u32::try_from(count).unwrap();
+        let base = u64::from(fence) * u64::from(STREAMS);
+        let parts: Vec<_> = (0..u64::from(STREAMS)).map(|stream| digest(base + stream)).collect();
+        let sum = parts.iter().copied().fold(MemoryDigest::ZERO, MemoryDigest::combine);
+        let sent = source::RoundSent {
+            raw_pages: count,
+            wire_bytes: count * 4096,
+            digest: sum,
+            ..source::RoundSent::default()
+        };
+        self.after(took, Due::Source(source::Event::RoundSent(sent)));
+        for (index, part) in (0..STREAMS).zip(parts) {
+            let part = if self.memory_differs { digest(999) } else { part };
+            let stream = StreamIndex::new(index, STREAMS).unwrap();
+            let reached = target::Event::FenceReached { stream, fence, digest: part };
+            self.after(took + LATENCY, Due::Target(reached));
+        }
+    }
+
+    fn perform_target(&mut self, action: target::Action) {
+        use target::{Action, Event};
+        match action {
+            Action::Send(message) => self.deliver_to_source(message),
+            Action::WriteRecord(record) => {
+                let event = match self.target_disk.write(record) {
+                    Ok(()) => Event::RecordWritten { took: RECORD_WORK },
+                    Err(reason) => Event::RecordFailed(reason),
+                };
+                self.after(RECORD_WORK, Due::Target(event));
+            }
+            Action::BuildMachine { description, layout: built, streams } => {
+                assert_eq!((description, built, streams), (vec![1, 2, 3], layout(), STREAMS));
+                let event = match self.build_refusal {
+                    None => Event::MachineBuilt,
+                    Some((code, text)) => Event::BuildFailed { code, sentence: text.to_owned() },
+                };
+                self.target_guest.exists = self.build_refusal.is_none();
+                self.after(VM_WORK, Due::Target(event));
+            }
+            Action::DropStaleFrames => assert!(self.target_guest.exists),
+            Action::RestoreState(state) => {
+                assert_eq!(state, [5]);
+                self.after(VM_WORK, Due::Target(Event::StateRestored { took: VM_WORK }));
+            }
+            Action::RunVm { runs } => {
+                assert!(self.target.as_ref().is_some_and(Target::may_run), "the rules allow it");
+                let expected = Some(("running", self.target_disk.record.as_ref().unwrap().epoch.number()));
+                assert_eq!(self.target_disk.standing(), expected, "only what is recorded runs");
+                self.target_guest.runs = runs;
+                self.after(VM_WORK, Due::Target(Event::VmRunning { took: VM_WORK }));
+            }
+            Action::Announce(_) => assert!(self.target_guest.runs, "only a running guest is announced"),
+            Action::DiscardMachine => {
+                assert!(!self.target_guest.runs, "a running guest is never discarded");
+                self.target_guest = Guest::default();
+            }
+            Action::Report(progress) => self.target_progress.push(progress),
+            Action::Finish(outcome) => {
+                self.target_outcomes.push(outcome);
+                self.target = None;
+                self.queue.retain(|_, due| !matches!(due, Due::Target(_)));
+                if self.waiting.is_none() {
+                    self.close();
+                }
+            }
+        }
+    }
+
+    /// As the engine does: the connection is closed behind the last message.
+    fn close(&mut self) {
+        if let Some(number) = self.connection {
+            self.after(LATENCY, Due::Closed(number));
+        }
+    }
+
+    fn deliver_to_target(&mut self, message: Message) {
+        self.deliver(message, Due::ToTarget);
+    }
+
+    fn deliver_to_source(&mut self, message: Message) {
+        self.deliver(message, Due::ToSource);
+    }
+
+    fn deliver(&mut self, message: Message, due: fn(u32, Message) -> Due) {
+        let Some(number) = self.connection else { return };
+        if self.cut_at == Some(message.message_type()) {
+            self.cut_at = None;
+            return self.cut_control(20 * MS);
+        }
+        let mut decoder = wire::Decoder::default();
+        decoder.push(&wire::encode(&message));
+        let read = decoder.next_message().expect("our own bytes").expect("a whole message");
+        assert_eq!(read, message);
+        self.after(LATENCY, due(number, read));
+    }
+}

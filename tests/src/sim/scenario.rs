@@ -1,0 +1,175 @@
+//! What a seed stands for: a guest, a link and the troubles that befall a migration.
+
+use std::time::Duration;
+
+use ferry_protocol::message::MessageType;
+use ferry_protocol::page::Compression;
+use ferry_protocol::source::OnTimeout;
+use ferry_protocol::{MemoryLayout, Region};
+
+use super::guest::Work;
+use super::random::Random;
+
+/// Everything that is drawn before the world begins.
+#[derive(Debug, Clone)]
+pub(super) struct Scenario {
+    pub(super) layout: MemoryLayout,
+    pub(super) work: Work,
+    pub(super) streams: u16,
+    pub(super) compression: Compression,
+    pub(super) link: LinkSpec,
+    pub(super) budget: Duration,
+    pub(super) timeout: Duration,
+    pub(super) on_timeout: OnTimeout,
+    /// What happens during the first attempt; further ones are left in peace.
+    pub(super) troubles: Vec<Trouble>,
+}
+
+/// A link between two hosts.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LinkSpec {
+    pub(super) bytes_per_s: u64,
+    pub(super) latency: Duration,
+}
+
+/// Something that goes wrong, once.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Trouble {
+    pub(super) when: When,
+    pub(super) what: What,
+}
+
+/// What sets a trouble off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum When {
+    /// This long after the beginning.
+    After(Duration),
+    /// As this message is to be sent; a cut takes the message with it.
+    Sending(MessageType),
+}
+
+/// What goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    /// The control connection breaks and can't be made again for a while.
+    CutControl(Duration),
+    /// So do all connections.
+    CutAll(Duration),
+    /// The data streams break.
+    CutStreams,
+    /// The operator at the source cancels.
+    CancelAtSource,
+    /// The operator at the target does.
+    CancelAtTarget,
+    /// The target's process dies, unless it already holds the guest, and is started again.
+    RestartTarget,
+    /// The next record at the source is not written.
+    SourceDiskFull,
+    /// The next record at the source is reported as failed but is there.
+    SourceDiskUnsure,
+    /// The next record at the target is not written.
+    TargetDiskFull,
+    /// The target refuses the machine.
+    NoMemoryAtTarget,
+    /// Something at the source's machine fails.
+    SourceVmFails,
+}
+
+/// What a cut may take with it; the messages around the commit are the ones that matter most.
+const MESSAGES: [MessageType; 17] = [
+    MessageType::Hello,
+    MessageType::Welcome,
+    MessageType::Describe,
+    MessageType::Ready,
+    MessageType::FenceReached,
+    MessageType::Stopping,
+    MessageType::State,
+    MessageType::Prepare,
+    MessageType::Prepared,
+    MessageType::Prepared,
+    MessageType::Commit,
+    MessageType::Commit,
+    MessageType::Commit,
+    MessageType::Running,
+    MessageType::Running,
+    MessageType::Running,
+    MessageType::Released,
+];
+
+impl Scenario {
+    /// The scenario of a seed. With `in_peace` nothing goes wrong by itself.
+    pub(super) fn draw(random: &mut Random, in_peace: bool) -> Self {
+        let layout = layout(random);
+        let work = work(random, layout.page_count());
+        let mut troubles = Vec::new();
+        if !in_peace && random.percent(65) {
+            for _ in 0..random.within(1, 3) {
+                troubles.push(trouble(random));
+            }
+        }
+        Self {
+            layout,
+            work,
+            streams: u16::try_from(random.within(1, 5)).expect("a small number"),
+            compression: random.pick(&[Compression::None, Compression::Lz4]),
+            link: LinkSpec {
+                bytes_per_s: random.pick(&[10, 30, 100, 400]) * random.within(700_000, 1_300_000),
+                latency: Duration::from_micros(random.within(20, 3_000)),
+            },
+            budget: Duration::from_millis(random.within(20, 300)),
+            timeout: Duration::from_millis(random.within(200, 3_000)),
+            on_timeout: random.pick(&[OnTimeout::Cancel, OnTimeout::Stop]),
+            troubles,
+        }
+    }
+}
+
+/// 256 to 2,304 pages in two regions, with a hole in between that has no pages.
+fn layout(random: &mut Random) -> MemoryLayout {
+    let pages = random.within(256, 2_304);
+    let low = random.within(1, pages - 1);
+    let regions = vec![
+        Region { gpa: 0, bytes: low * 4096 },
+        Region { gpa: (low + random.within(1, 1 << 20)) * 4096, bytes: (pages - low) * 4096 },
+    ];
+    MemoryLayout::new(regions).expect("drawn to be in order")
+}
+
+fn work(random: &mut Random, pages: u64) -> Work {
+    let rate = random.pick(&[0, 500, 3_000, 10_000, 40_000]);
+    Work {
+        rate,
+        device_rate: random.pick(&[0, 50, 2_000]),
+        first: random.below(pages),
+        working_set: random.within(1, pages),
+        whole_percent: random.pick(&[0, 20, 100]),
+        zero_percent: random.within(0, 50),
+        text_percent: random.within(0, 50),
+    }
+}
+
+fn trouble(random: &mut Random) -> Trouble {
+    let when = if random.percent(50) {
+        When::After(Duration::from_micros(random.below(300_000)))
+    } else {
+        When::Sending(random.pick(&MESSAGES))
+    };
+    // Short outages are over when a source that waits tries again; long ones outlast a prepared target.
+    let outage = Duration::from_millis(random.pick(&[0, 5, 80, 2_500, 40_000]));
+    let what = random.pick(&[
+        What::CutControl(outage),
+        What::CutControl(outage),
+        What::CutAll(outage),
+        What::CutAll(outage),
+        What::CutStreams,
+        What::CancelAtSource,
+        What::CancelAtTarget,
+        What::RestartTarget,
+        What::SourceDiskFull,
+        What::SourceDiskUnsure,
+        What::TargetDiskFull,
+        What::NoMemoryAtTarget,
+        What::SourceVmFails,
+    ]);
+    Trouble { when, what }
+}

@@ -1,0 +1,166 @@
+//! Time arithmetic, descriptions, and a state that survives KVM unchanged.
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+
+use super::*;
+use crate::config::{BootSource, Kernel, SerialTarget};
+use crate::tiny_kernel::elf;
+
+/// Loads recognisable values into registers and devices and halts for good, interrupts off.
+const HALTING: &[u8] = &[
+    0xb0, 0xa5, // mov al, 0xa5
+    0xe6, 0x21, // out 0x21, al: the first interrupt controller's mask
+    0xb0, 0x34, // mov al, 0x34
+    0xe6, 0x43, // out 0x43, al: the timer's mode
+    0x66, 0xba, 0xff, 0x03, // mov dx, 0x3ff
+    0xee, // out dx, al: the serial port's scratch register
+    0xb8, 0x44, 0x33, 0x22, 0x11, // mov eax, 0x11223344
+    0xb9, 0x88, 0x77, 0x66, 0x55, // mov ecx, 0x55667788
+    0x0f, 0x23, 0xc1, // mov dr0, ecx
+    0xf4, // halt: hlt
+    0xeb, 0xfd, // jmp halt
+];
+
+const MSR_SYSENTER_EIP: u32 = 0x176;
+const SYSENTER_EIP: u64 = 0xffff_8000_1234_5678;
+
+/// Offsets in the extended state (Intel SDM, volume 1, section 13.4), and its bit for vector registers.
+const XSAVE_XMM3: usize = 160 + 3 * 16;
+const XSAVE_IN_USE: usize = 512;
+const XSAVE_SSE: u8 = 2;
+
+/// Changes on its own, or has no effect while the guest is halted.
+const MSRS_IN_MOTION: [u32; 1] = [0x10];
+
+fn config() -> MachineConfig {
+    MachineConfig {
+        memory: MemoryConfig { size_bytes: 16 << 20, backing: Backing::PrivateAnonymous },
+        cpus: 2,
+        net: None,
+        serial: SerialTarget::Null,
+    }
+}
+
+fn kvm_or_skip() -> bool {
+    let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") else { return true };
+    println!("SKIPPED tier kvm: can't open /dev/kvm: {error}");
+    assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "CI needs /dev/kvm: {error}");
+    false
+}
+
+#[test]
+fn the_tsc_goes_on_by_the_time_that_passed() {
+    // 2 s passed at 3 GHz; the target's TSC is 10^12 ahead.
+    let (before, after) = (5_000_000_u64, 1_000_005_000_000_u64 + 123);
+    let change = tsc_offset_change(1_000, 2_000_001_000, before, after, 3_000_000);
+    let offset_before = 42_u64.wrapping_neg();
+    let guest_before = before.wrapping_add(offset_before);
+    let guest_after = after.wrapping_add(offset_before).wrapping_add(change);
+    assert_eq!(guest_after - guest_before, 6_000_000_000);
+}
+
+#[test]
+fn a_description_becomes_a_configuration_with_local_choices() {
+    let describe = |net_mac| {
+        let mut writer = Writer::new();
+        let shape = MachineShape { memory_bytes: 1 << 30, shared_memory: true, cpus: 3, net_mac };
+        writer.add(&shape).unwrap();
+        writer.finish().unwrap()
+    };
+    let local = |tap: Option<&str>| LocalChoices { tap: tap.map(Into::into), serial: SerialTarget::Stdio };
+    let with_net = describe(Some([2, 0, 0, 0, 0, 7]));
+    let config = Machine::config_from_description(&with_net, local(Some("tap9"))).unwrap();
+    assert_eq!(
+        config,
+        MachineConfig {
+            memory: MemoryConfig { size_bytes: 1 << 30, backing: Backing::SharedMemfd },
+            cpus: 3,
+            net: Some(NetConfig { tap: "tap9".into(), mac: [2, 0, 0, 0, 0, 7] }),
+            serial: SerialTarget::Stdio,
+        }
+    );
+    let error = Machine::config_from_description(&with_net, local(None)).unwrap_err();
+    assert!(error.to_string().contains("02:00:00:00:00:07"), "{error}");
+    let error = Machine::config_from_description(&describe(None), local(Some("tap9"))).unwrap_err();
+    assert!(error.to_string().contains("tap9"), "{error}");
+    let error = Machine::config_from_description(b"nonsense", local(None)).unwrap_err();
+    assert!(matches!(error, StateError::Magic), "{error}");
+    let impossible = describe(Some([0xff; 6]));
+    let error = Machine::config_from_description(&impossible, local(Some("tap9"))).unwrap_err();
+    assert!(matches!(error, StateError::Config(_)), "{error}");
+}
+
+#[test]
+fn a_state_comes_back_from_kvm_as_it_went_in() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = directory.path().join("kernel");
+    std::fs::write(&kernel, elf(HALTING)).unwrap();
+    let source = Machine::build(&config()).unwrap();
+    let boot = BootSource { kernel: Kernel::File(kernel), initrd: None, cmdline: String::new() };
+    source.load(&boot).unwrap();
+    set_what_no_guest_here_can(&source);
+    source.run().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    source.pause().unwrap();
+    let first = source.save_state().unwrap();
+
+    let target = Machine::build(&config()).unwrap();
+    let memory = target.ram();
+    let pages = memory.page_count();
+    source.ram().for_each_page(0, pages, |page, bytes| memory.write_page(page, bytes).unwrap()).unwrap();
+    target.restore_state(&first).unwrap();
+    target.run().unwrap();
+    target.pause().unwrap();
+    let second = target.save_state().unwrap();
+
+    let first = source.decode(&first).unwrap();
+    let second = source.decode(&second).unwrap();
+    assert_eq!(first.irqchip, second.irqchip);
+    let fresh = Machine::build(&config()).unwrap();
+    assert_ne!(first.irqchip, fresh.save_irqchip().unwrap());
+    let mode = |pit: &Pit| -> u8 {
+        let state: kvm_bindings::kvm_pit_state2 = from_abi_bytes("pit", &pit.state).unwrap();
+        state.channels[0].mode
+    };
+    assert_eq!((mode(&first.pit), mode(&second.pit)), (2, 2));
+    assert_eq!(second.serial.scratch, 0x34);
+    assert_eq!(first.serial, second.serial);
+    assert!(second.clock.guest_ns > first.clock.guest_ns, "the clock went back");
+    for (first, second) in first.vcpus.into_iter().zip(second.vcpus) {
+        assert_same_vcpu(first, second);
+    }
+}
+
+/// Registers that take instructions which not every KVM back end has in ring 0.
+fn set_what_no_guest_here_can(machine: &Machine) {
+    let fd = machine.vcpus[0].lock();
+    let context = machine.state_context();
+    let mut saved = vcpu::save(0, &fd, context).unwrap();
+    saved.xsave[XSAVE_XMM3..XSAVE_XMM3 + 16].fill(0x5a);
+    saved.xsave[XSAVE_IN_USE] |= XSAVE_SSE;
+    vcpu::restore(&fd, &saved, context, TscPlan::Value).unwrap();
+    let entry = kvm_msr_entry { index: MSR_SYSENTER_EIP, data: SYSENTER_EIP, ..kvm_msr_entry::default() };
+    assert_eq!(fd.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).unwrap(), 1);
+}
+
+fn assert_same_vcpu(mut first: SavedVcpu, mut second: SavedVcpu) {
+    let regs: kvm_bindings::kvm_regs = from_abi_bytes("vcpu", &second.regs).unwrap();
+    let dr: kvm_bindings::kvm_debugregs = from_abi_bytes("vcpu", &second.debugregs).unwrap();
+    if second.index == 0 {
+        assert_eq!((regs.rax, regs.rcx, dr.db[0]), (0x1122_3344, 0x5566_7788, 0x5566_7788));
+        assert!(second.msrs.contains(&(MSR_SYSENTER_EIP, SYSENTER_EIP)));
+        assert!(second.xsave.windows(16).any(|bytes| bytes == [0x5a; 16]), "a vector register is lost");
+    }
+    let tsc =
+        |saved: &SavedVcpu| saved.msrs.iter().find(|(index, _)| *index == 0x10).map(|(_, value)| *value);
+    assert!(tsc(&second) > tsc(&first), "the TSC went back");
+    for saved in [&mut first, &mut second] {
+        saved.msrs.retain(|(index, _)| !MSRS_IN_MOTION.contains(index));
+        saved.tsc_offset = None;
+    }
+    assert!(first.msrs.len() > 10, "only {} MSRs were saved", first.msrs.len());
+    assert_eq!(first, second);
+}
