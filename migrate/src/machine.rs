@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ferry_protocol::layout::Region;
 use ferry_protocol::message::AbortCode;
-use ferry_protocol::{MemoryLayout, PAGE_BYTES, PageBitmap, PageRange};
+use ferry_protocol::{MemoryLayout, PAGE_BYTES, PageBitmap, PageRange, VmId};
 use ferry_vmm::{BuildError, GuestRam, LocalChoices, Machine, MachineStatus};
 
 use crate::announce::LearnedAddresses;
@@ -155,29 +155,25 @@ impl SourceVm for MigratableMachine {
     }
 }
 
-/// Builds machines for migrations with this host's tap and serial console.
+/// Builds machines for migrations with this host's tap and serial console. A host that wants to keep the machine wraps
+/// this in a [`TargetHost`] of its own.
+#[derive(Debug)]
 pub struct MachineHost {
     local: LocalChoices,
-    /// Called with each machine that was built, so that its owner can show it.
-    built: Box<dyn Fn(&MigratableMachine) + Send + Sync>,
-}
-
-impl std::fmt::Debug for MachineHost {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("MachineHost").field("local", &self.local).finish_non_exhaustive()
-    }
 }
 
 impl MachineHost {
-    /// A host with these choices; `built` hears of each machine.
+    /// A host with these choices.
     #[must_use]
-    pub fn new(local: LocalChoices, built: Box<dyn Fn(&MigratableMachine) + Send + Sync>) -> Self {
-        Self { local, built }
+    pub fn new(local: LocalChoices) -> Self {
+        Self { local }
     }
-}
 
-impl TargetHost for MachineHost {
-    fn build(&self, description: &[u8], _: &MemoryLayout) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
+    /// Builds the empty machine that `description` asks for.
+    ///
+    /// # Errors
+    /// A refusal that names the cause: no memory, no tap, an unknown description.
+    pub fn build_machine(&self, description: &[u8]) -> Result<MigratableMachine, BuildRefusal> {
         let cannot_build = |cause: PortError| BuildRefusal { code: AbortCode::CannotBuild, cause };
         let config = Machine::config_from_description(description, self.local.clone())
             .map_err(|error| cannot_build(error.into()))?;
@@ -186,9 +182,18 @@ impl TargetHost for MachineHost {
             let code = if no_memory { AbortCode::NoMemory } else { AbortCode::CannotBuild };
             BuildRefusal { code, cause: error.into() }
         })?;
-        let machine = MigratableMachine::new(Arc::new(machine), Vec::new(), Vec::new());
-        (self.built)(&machine);
-        Ok(Arc::new(machine))
+        Ok(MigratableMachine::new(Arc::new(machine), Vec::new(), Vec::new()))
+    }
+}
+
+impl TargetHost for MachineHost {
+    fn build(
+        &self,
+        _: VmId,
+        description: &[u8],
+        _: &MemoryLayout,
+    ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
+        Ok(Arc::new(self.build_machine(description)?))
     }
 }
 

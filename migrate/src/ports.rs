@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_protocol::message::{AbortCode, NetworkIdentity};
-use ferry_protocol::{MemoryLayout, PAGE_BYTES, PageBitmap, PageRange, Record, Timestamp};
+use ferry_protocol::{MemoryLayout, PAGE_BYTES, PageBitmap, PageRange, Record, Timestamp, VmId};
 
 /// Whatever a port's implementation fails with; its chain of causes reaches the user.
 pub type PortError = Box<dyn Error + Send + Sync>;
@@ -118,11 +118,16 @@ pub struct BuildRefusal {
 
 /// A host that can take in a VM.
 pub trait TargetHost: Send + Sync + 'static {
-    /// Builds the empty machine.
+    /// Builds the empty machine for `vm`.
     ///
     /// # Errors
     /// A refusal, before the first page has moved.
-    fn build(&self, description: &[u8], layout: &MemoryLayout) -> Result<Arc<dyn TargetVm>, BuildRefusal>;
+    fn build(
+        &self,
+        vm: VmId,
+        description: &[u8],
+        layout: &MemoryLayout,
+    ) -> Result<Arc<dyn TargetVm>, BuildRefusal>;
 }
 
 /// A machine that is being filled.
@@ -142,7 +147,7 @@ pub trait TargetVm: Send + Sync + 'static {
     /// Runs the guest, or takes it over paused if `runs` is false.
     ///
     /// # Errors
-    /// If it can't be started; the machine is kept.
+    /// If it can't be started. No instruction of the guest has run then.
     fn run(&self, runs: bool) -> Result<(), PortError>;
 
     /// Writes a frame to the network as if the guest had sent it.
@@ -155,15 +160,15 @@ pub trait TargetVm: Send + Sync + 'static {
     fn discard(&self);
 }
 
-/// A place for one VM's durable record.
+/// A place for durable records, one for each VM.
 pub trait RecordStore: Send + Sync + 'static {
-    /// The record, if there is one.
+    /// The record of `vm`, if there is one.
     ///
     /// # Errors
     /// If there is one but it can't be read: the VM is then in doubt.
-    fn load(&self) -> Result<Option<Record>, PortError>;
+    fn load(&self, vm: VmId) -> Result<Option<Record>, PortError>;
 
-    /// Replaces the record, and returns only once that is durable.
+    /// Replaces the record of the VM that it speaks of, and returns only once that is durable.
     ///
     /// # Errors
     /// If it is not certain that the new record would survive a crash.

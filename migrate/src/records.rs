@@ -1,4 +1,4 @@
-//! Durable records as files: written to a temporary file, fsynced, renamed over the old one, and the folder
+//! Durable records as files, one for each name and VM: written to a temporary file, fsynced, renamed over the old one, and the folder
 //! fsynced. A crash at any point leaves the old record or the new one, never a mixture.
 //!
 //! A record is only as durable as the file system it is on. On tmpfs (the default /run/ferry) it survives every
@@ -8,8 +8,8 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
-use ferry_protocol::Record;
 use ferry_protocol::record::RecordError;
+use ferry_protocol::{Record, VmId, VmName};
 
 use crate::ports::{PortError, RecordStore};
 
@@ -38,17 +38,51 @@ pub enum RecordFileError {
     },
 }
 
-/// One VM's record in one file.
+/// The records of all VMs that had to do with one local name: `NAME.VM.record` each. A VM that comes under a name thus
+/// never erases what this host still owes to another.
 #[derive(Debug, Clone)]
 pub struct FileRecords {
-    path: PathBuf,
+    folder: PathBuf,
+    name: VmName,
 }
 
+const EXTENSION: &str = "record";
+
 impl FileRecords {
-    /// The record in `path`, whose folder must exist.
+    /// The records of `name` in `folder`, which must exist.
     #[must_use]
-    pub fn new(path: PathBuf) -> Self {
-        Self { path }
+    pub fn new(folder: PathBuf, name: VmName) -> Self {
+        Self { folder, name }
+    }
+
+    /// Every record of the name.
+    ///
+    /// # Errors
+    /// If one of them can't be read: its VM is in doubt.
+    pub fn all(&self) -> Result<Vec<Record>, RecordFileError> {
+        let entries = match fs::read_dir(&self.folder) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Self::io_error("look for", &self.folder)(error)),
+        };
+        let mut records = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(Self::io_error("look for", &self.folder))?.path();
+            if self.is_ours(&path) {
+                records.extend(Self::read(&path)?);
+            }
+        }
+        Ok(records)
+    }
+
+    fn path(&self, vm: VmId) -> PathBuf {
+        self.folder.join(format!("{}.{vm}.{EXTENSION}", self.name))
+    }
+
+    fn is_ours(&self, path: &Path) -> bool {
+        let stem = path.file_name().and_then(|name| name.to_str()?.strip_suffix(&format!(".{EXTENSION}")));
+        let vm = stem.and_then(|stem| stem.strip_prefix(self.name.as_str())?.strip_prefix('.'));
+        vm.is_some_and(|vm| VmId::from_hex(vm).is_some())
     }
 
     fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RecordFileError {
@@ -56,76 +90,96 @@ impl FileRecords {
         move |source| RecordFileError::Io { action, path, source }
     }
 
-    fn write(&self, bytes: &[u8]) -> Result<(), RecordFileError> {
-        let temporary = self.path.with_extension("record-new");
+    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), RecordFileError> {
+        let temporary = path.with_extension("record-new");
         let mut file = File::create(&temporary).map_err(Self::io_error("create", &temporary))?;
         file.write_all(bytes).map_err(Self::io_error("write", &temporary))?;
         file.sync_all().map_err(Self::io_error("sync", &temporary))?;
-        fs::rename(&temporary, &self.path).map_err(Self::io_error("replace", &self.path))?;
-        let folder = self.path.parent().unwrap_or(Path::new("."));
-        File::open(folder)
+        fs::rename(&temporary, path).map_err(Self::io_error("replace", path))?;
+        File::open(&self.folder)
             .and_then(|folder| folder.sync_all())
-            .map_err(Self::io_error("sync the folder of", &self.path))
+            .map_err(Self::io_error("sync the folder of", path))
     }
 
-    fn read(&self) -> Result<Option<Record>, RecordFileError> {
-        let bytes = match fs::read(&self.path) {
+    fn read(path: &Path) -> Result<Option<Record>, RecordFileError> {
+        let bytes = match fs::read(path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(Self::io_error("read", &self.path)(error)),
+            Err(error) => return Err(Self::io_error("read", path)(error)),
         };
-        let damaged = |source| RecordFileError::Damaged { path: self.path.clone(), source };
+        let damaged = |source| RecordFileError::Damaged { path: path.to_owned(), source };
         Record::decode(&bytes).map(Some).map_err(damaged)
     }
 }
 
 impl RecordStore for FileRecords {
-    fn load(&self) -> Result<Option<Record>, PortError> {
-        Ok(self.read()?)
+    fn load(&self, vm: VmId) -> Result<Option<Record>, PortError> {
+        Ok(Self::read(&self.path(vm))?)
     }
 
     fn store(&self, record: &Record) -> Result<(), PortError> {
-        Ok(self.write(&record.encode())?)
+        Ok(self.write(&self.path(record.vm), &record.encode())?)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferry_protocol::Epoch;
     use ferry_protocol::record::Standing;
-    use ferry_protocol::{Epoch, VmId};
 
     fn record(epoch: u64) -> Record {
         let name = "web".parse().unwrap();
         Record { vm: VmId([1; 16]), name, epoch: Epoch::new(epoch), standing: Standing::Running }
     }
 
+    fn records(folder: &Path) -> FileRecords {
+        FileRecords::new(folder.to_owned(), "web".parse().unwrap())
+    }
+
     #[test]
     fn the_newest_record_is_the_one_that_is_read() {
         let folder = tempfile::tempdir().unwrap();
-        let records = FileRecords::new(folder.path().join("web.record"));
-        assert_eq!(records.load().unwrap(), None);
+        let records = records(folder.path());
+        assert_eq!(records.load(VmId([1; 16])).unwrap(), None);
         records.store(&record(1)).unwrap();
         records.store(&record(2)).unwrap();
-        assert_eq!(records.load().unwrap(), Some(record(2)));
+        assert_eq!(records.load(VmId([1; 16])).unwrap(), Some(record(2)));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn another_vm_of_the_name_erases_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let records = records(folder.path());
+        records.store(&record(1)).unwrap();
+        records.store(&Record { vm: VmId([2; 16]), ..record(9) }).unwrap();
+        assert_eq!(records.load(VmId([1; 16])).unwrap(), Some(record(1)));
+        // Other names' records are not this one's, even where one name begins with the other.
+        let other = FileRecords::new(folder.path().to_owned(), "we".parse().unwrap());
+        other.store(&record(5)).unwrap();
+        assert_eq!(records.all().unwrap().len(), 2);
+        assert_eq!(other.all().unwrap(), [record(5)]);
     }
 
     #[test]
     fn a_damaged_record_is_in_doubt_not_absent() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("web.record");
+        let records = records(folder.path());
+        records.store(&record(1)).unwrap();
         let mut bytes = record(1).encode();
         bytes.truncate(bytes.len() - 1);
-        fs::write(&path, bytes).unwrap();
-        let error = FileRecords::new(path).load().unwrap_err();
+        fs::write(records.path(VmId([1; 16])), bytes).unwrap();
+        let error = records.load(VmId([1; 16])).unwrap_err();
         assert!(error.to_string().contains("in doubt"), "{error}");
+        assert!(records.all().is_err());
     }
 
     #[test]
     fn a_missing_folder_is_named() {
-        let records = FileRecords::new("/nonexistent/ferry/web.record".into());
+        let records = records(Path::new("/nonexistent/ferry"));
         let error = records.store(&record(1)).unwrap_err();
-        assert!(error.to_string().contains("/nonexistent/ferry/web.record-new"), "{error}");
+        assert!(error.to_string().contains("/nonexistent/ferry/web."), "{error}");
+        assert!(records.all().unwrap().is_empty());
     }
 }

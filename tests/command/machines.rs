@@ -20,7 +20,7 @@ fn file(host: &Host<'_>, name: &str, bytes: &[u8]) -> PathBuf {
 fn refuses_to_run(host: &Host<'_>, arguments: &[&str], words: &[&str]) {
     let run = ["run", "--name", "web", "--serial", "null"];
     host.refuses(&[&run, arguments].concat(), words);
-    assert!(!host.file("web.sock").exists() && !host.file("web.record").exists(), "{arguments:?}");
+    assert!(!host.file("web.sock").exists() && host.has_no_record_of("web"), "{arguments:?}");
 }
 
 fn text(path: &Path) -> &str {

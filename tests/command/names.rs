@@ -105,8 +105,8 @@ fn record(standing: Standing) -> Record {
 fn a_record_in_doubt_or_damaged_is_no_permission_to_run() {
     let Some(_turn) = turn() else { return };
     let host = Host::new(FERRY);
-    let path = host.file("web.record");
-    let records = FileRecords::new(path.clone());
+    let path = host.file(&format!("web.{}.record", VmId([9; 16])));
+    let records = FileRecords::new(host.state().to_owned(), "web".parse().unwrap());
 
     let target = "10.0.0.7:4444".to_owned();
     records.store(&record(Standing::Committed { target })).unwrap();
@@ -181,5 +181,5 @@ fn without_kvm_the_cause_is_named() {
     command.args(["--mount", "sh", "-c", "mount -t tmpfs none /dev && exec \"$@\"", "sh", FERRY]);
     command.args(RUN).arg("--json").env("FERRY_STATE_DIR", host.state());
     host.start(command).end().refusal(&["there is no /dev/kvm", "kvm_intel"]);
-    assert!(!host.file("web.record").exists());
+    assert!(host.has_no_record_of("web"));
 }

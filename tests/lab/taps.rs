@@ -19,7 +19,7 @@ fn a_tap_that_can_not_be_had_is_named() {
     let refused = |net: &str, words: &[&str]| {
         host.refuses(&run("second", net), words);
         host.refuses(&["receive", "--name", "second", "--listen", &listen, "--net", net], words);
-        assert!(!host.file("second.sock").exists() && !host.file("second.record").exists());
+        assert!(!host.file("second.sock").exists() && host.has_no_record_of("second"));
     };
     refused("tap=tap9", &["'tap9'", "no interface", "ip tuntap add"]);
     refused("tap=this-name-is-too-long", &["this-name-is-too-long", "can't be an interface name"]);

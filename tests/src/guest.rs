@@ -7,11 +7,11 @@ use std::time::Duration;
 use ferry_guest_abi::report::Stage;
 use ferry_guest_abi::{REPORT_GPA, Report, Workload};
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
-use ferry_migrate::ports::{RecordStore, SystemClock};
+use ferry_migrate::ports::{BuildRefusal, RecordStore, SystemClock, TargetHost, TargetVm};
 use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Summary};
-use ferry_migrate::protocol::{Epoch, MigrationId, PAGE_BYTES, VmId};
+use ferry_migrate::protocol::{Epoch, MemoryLayout, MigrationId, PAGE_BYTES, VmId};
 use ferry_migrate::{FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
 use ferry_vmm::{
     Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryConfig, SerialTarget,
@@ -78,7 +78,7 @@ pub fn boot(workload: &str, config: &MachineConfig) -> Guest {
         .expect("it boots");
     machine.run().expect("it runs");
     let folder = Arc::new(tempfile::tempdir().expect("a folder"));
-    let records = Arc::new(FileRecords::new(folder.path().join("0.record")));
+    let records = records_of(&folder, 0);
     let epoch = Epoch::FIRST;
     let name = "guest".parse().expect("a name");
     records.store(&Record { vm: VM, name, epoch, standing: Standing::Running }).expect("a record");
@@ -156,8 +156,32 @@ impl Guest {
 
     /// Records for the next host of this guest.
     fn next_records(&self) -> Arc<FileRecords> {
-        let file = self.folder.path().join(format!("{}.record", self.epoch.number() % 2));
-        Arc::new(FileRecords::new(file))
+        records_of(&self.folder, self.epoch.number() % 2)
+    }
+}
+
+/// The records of one of two hosts.
+fn records_of(folder: &tempfile::TempDir, host: u64) -> Arc<FileRecords> {
+    let name = format!("host{host}").parse().expect("a name");
+    Arc::new(FileRecords::new(folder.path().to_owned(), name))
+}
+
+/// A host that remembers the machine it has built.
+struct KeepingHost {
+    machines: MachineHost,
+    built: Arc<Mutex<Option<MigratableMachine>>>,
+}
+
+impl TargetHost for KeepingHost {
+    fn build(
+        &self,
+        _: VmId,
+        description: &[u8],
+        _: &MemoryLayout,
+    ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
+        let machine = self.machines.build_machine(description)?;
+        *self.built.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.clone());
+        Ok(Arc::new(machine))
     }
 }
 
@@ -180,11 +204,8 @@ pub struct Target {
 #[must_use]
 pub fn target_for(guest: &Guest) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
-    let keep = Arc::clone(&built);
-    let host = MachineHost::new(
-        LocalChoices { tap: None, serial: SerialTarget::Null },
-        Box::new(move |machine| *keep.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.clone())),
-    );
+    let local = LocalChoices { tap: None, serial: SerialTarget::Null };
+    let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
     let options = ReceiveOptions {
         listen: "127.0.0.1:0".parse().expect("an address"),
@@ -248,9 +269,9 @@ pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) 
         records: Arc::clone(&target.records),
         folder: Arc::clone(&guest.folder),
     };
-    let record = moved.records.load().expect("a record").expect("a record");
+    let record = moved.records.load(VM).expect("a record").expect("a record");
     assert_eq!((record.epoch, record.standing), (summary.epoch, Standing::Running));
-    let left = guest.records.load().expect("a record").expect("a record");
+    let left = guest.records.load(VM).expect("a record").expect("a record");
     assert!(matches!(left.standing, Standing::Released { .. }), "{left:?}");
     (moved, summary)
 }

@@ -106,6 +106,13 @@ impl<'a> Host<'a> {
         self.state().join(name)
     }
 
+    /// Whether no VM has left a record under `name` on this host.
+    pub fn has_no_record_of(&self, name: &str) -> bool {
+        let entries = std::fs::read_dir(self.state()).expect("the state folder");
+        let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+        !names.into_iter().any(|file| file.starts_with(&format!("{name}.")) && file.ends_with(".record"))
+    }
+
     /// `ferry` with these arguments on this host, not started yet.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);

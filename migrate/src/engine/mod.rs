@@ -2,15 +2,18 @@
 //!
 //! Decisions are the core's; what stands here is plumbing: tasks, threads, channels.
 
+mod door;
 pub mod source;
 pub mod target;
 mod vm_worker;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_protocol::Timestamp;
+use ferry_protocol::{Record, Timestamp};
 
-use crate::ports::Clock;
+use crate::ports::{Clock, RecordStore, in_words, timed};
+use vm_worker::VmWorker;
 
 /// Sleeps until `until` by `clock`, or for ever.
 async fn sleep_until(clock: &dyn Clock, until: Option<Timestamp>) {
@@ -22,3 +25,24 @@ async fn sleep_until(clock: &dyn Clock, until: Option<Timestamp>) {
 
 /// The longest that closing a connection in good order may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What a failure is called whose details are in the log.
+const PANICKED: &str = "ferry failed within itself (a panic; its message is in the log)";
+
+/// Writes `record` durably, in its turn among the jobs on the VM, and reports how long that took or why it failed.
+fn store_record(
+    worker: &VmWorker,
+    records: &Arc<dyn RecordStore>,
+    clock: &Arc<dyn Clock>,
+    record: Record,
+    report: impl Fn(Result<Duration, String>) + Clone + Send + 'static,
+) {
+    let (records, clock, panicked) = (Arc::clone(records), Arc::clone(clock), report.clone());
+    worker.run(
+        move || {
+            let (written, took) = timed(&*clock, || records.store(&record));
+            report(written.map(|()| took).map_err(|error| in_words(&*error)));
+        },
+        move || panicked(Err(PANICKED.to_owned())),
+    );
+}

@@ -1,22 +1,22 @@
 //! The source's engine: [`migrate`] moves one VM away.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use ferry_protocol::page::Compression;
 use ferry_protocol::source::{Action, Config, Event, OnTimeout, Outcome, Progress, Source};
 use ferry_protocol::{Epoch, MemoryLayout, MigrationId, Record, VmId, VmName};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::vm_worker::VmWorker;
-use super::{CLOSE_TIMEOUT, sleep_until};
+use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::bandwidth::Bandwidth;
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
 use crate::stream::{SenderOptions, Senders, TransferCounters};
-use crate::transport::control::{ControlReader, ControlWriter, split};
+use crate::transport::control::{ControlReader, ControlWriter, UNHANDLED_MAX, split};
 use crate::transport::tcp;
 
 /// What the caller of [`migrate`] chooses.
@@ -84,7 +84,8 @@ pub async fn migrate(
     let bandwidth = Arc::new(Bandwidth::new(options.bandwidth_bytes_per_s, Arc::clone(&clock)));
     let counters = Arc::new(TransferCounters::default());
     let sender_options = Arc::new(SenderOptions {
-        address: options.target.clone(),
+        target: options.target.clone(),
+        pinned: OnceLock::new(),
         migration: options.migration,
         streams: options.streams,
         compression: options.compression,
@@ -145,8 +146,8 @@ fn begin(vm: &dyn SourceVm, options: MigrateOptions, layout: MemoryLayout, clock
 /// What reaches the engine's loop.
 enum Happened {
     Core(Event),
-    /// Of the connection with this number; an older one's events no longer count.
-    Link(u64, LinkEvent),
+    /// Of the connection with this number; an older one's events no longer count. The permit bounds how many wait.
+    Link(u64, LinkEvent, Option<OwnedSemaphorePermit>),
     Opened(std::io::Result<Senders>),
 }
 
@@ -216,15 +217,10 @@ impl Engine {
     fn digest(&mut self, happened: Happened) -> Option<Event> {
         match happened {
             Happened::Core(event) => Some(event),
-            Happened::Link(number, event) if number == self.connection_number => match event {
-                LinkEvent::Up(stream) => {
-                    let (reader, writer) = split(stream);
-                    let reader = tokio::spawn(read(reader, number, self.events.clone()));
-                    self.connection = Some(Connection { writer, reader });
-                    Some(Event::Connected)
-                }
-                LinkEvent::Event(event) => Some(event),
-            },
+            Happened::Link(number, event, permit) if number == self.connection_number => {
+                drop(permit);
+                self.link_event(number, event)
+            }
             Happened::Link(..) => None,
             Happened::Opened(Ok(senders)) => {
                 self.senders = Some(senders);
@@ -233,6 +229,26 @@ impl Engine {
             Happened::Opened(Err(error)) => {
                 Some(Event::StreamFailed(format!("the data streams can't be opened: {error}")))
             }
+        }
+    }
+
+    fn link_event(&mut self, number: u64, event: LinkEvent) -> Option<Event> {
+        match event {
+            LinkEvent::Up(stream) => {
+                self.pin_address(&stream);
+                let (reader, writer) = split(stream);
+                let reader = tokio::spawn(read(reader, number, self.events.clone()));
+                self.connection = Some(Connection { writer, reader });
+                Some(Event::Connected)
+            }
+            LinkEvent::Event(event) => Some(event),
+        }
+    }
+
+    /// A name may stand for several hosts; streams and reconnections go to the one that was reached first.
+    fn pin_address(&mut self, stream: &TcpStream) {
+        if let Ok(address) = stream.peer_addr() {
+            let _ = self.sender_options.pinned.set(address);
         }
     }
 
@@ -246,6 +262,7 @@ impl Engine {
             }
             Action::OpenStreams => self.open_streams(),
             Action::CloseStreams => {
+                self.sender_options.bandwidth.stop();
                 if let Some(senders) = self.senders.take() {
                     // Joining their threads may take a moment in which the guest should already run again.
                     tokio::task::spawn_blocking(move || drop(senders));
@@ -266,10 +283,9 @@ impl Engine {
             }),
             Action::PauseVm => self.on_vm(|vm| vm.pause().map(|()| Event::Paused)),
             Action::SaveState => self.save_state(),
-            Action::ResumeVm => self.on_vm(|vm| {
-                let failed = |error: PortError| Event::ResumeFailed(in_words(&*error));
-                Ok(vm.resume().map_or_else(failed, |()| Event::VmResumed))
-            }),
+            Action::ResumeVm => {
+                self.on_vm_or(|vm| vm.resume().map(|()| Event::VmResumed), Event::ResumeFailed);
+            }
             Action::ReleaseVm => self.worker_only(|vm| vm.release()),
             Action::WriteRecord(record) => self.write_record(record),
             Action::Report(progress) => self.update(Update::Progress(Box::new(progress))),
@@ -283,7 +299,7 @@ impl Engine {
         }
         self.connection_number += 1;
         let (number, events) = (self.connection_number, self.events.clone());
-        let address = self.sender_options.address.clone();
+        let address = self.sender_options.address();
         tokio::spawn(async move {
             tokio::time::sleep(delay).await;
             let event = match connect_control(&address).await {
@@ -292,7 +308,7 @@ impl Engine {
                     "can't connect to {address}: {error}; is 'ferry receive --listen' running there?"
                 ))),
             };
-            let _ = events.send(Happened::Link(number, event));
+            let _ = events.send(Happened::Link(number, event, None));
         });
     }
 
@@ -313,16 +329,28 @@ impl Engine {
 
     /// Runs `job` on the VM's thread and hands its event to the core.
     fn on_vm(&self, job: impl FnOnce(&dyn SourceVm) -> Result<Event, PortError> + Send + 'static) {
-        let (vm, events) = (Arc::clone(&self.vm), self.events.clone());
-        self.worker.run(move || {
-            let event = job(&*vm).unwrap_or_else(|error| Event::VmFailed(in_words(&*error)));
-            let _ = events.send(Happened::Core(event));
-        });
+        self.on_vm_or(job, Event::VmFailed);
+    }
+
+    /// The same, where a failure is `failed`.
+    fn on_vm_or(
+        &self,
+        job: impl FnOnce(&dyn SourceVm) -> Result<Event, PortError> + Send + 'static,
+        failed: fn(String) -> Event,
+    ) {
+        let (vm, events, panicked) = (Arc::clone(&self.vm), self.events.clone(), self.events.clone());
+        self.worker.run(
+            move || {
+                let event = job(&*vm).unwrap_or_else(|error| failed(in_words(&*error)));
+                let _ = events.send(Happened::Core(event));
+            },
+            move || drop(panicked.send(Happened::Core(failed(PANICKED.to_owned())))),
+        );
     }
 
     fn worker_only(&self, job: impl FnOnce(&dyn SourceVm) + Send + 'static) {
         let vm = Arc::clone(&self.vm);
-        self.worker.run(move || job(&*vm));
+        self.worker.run(move || job(&*vm), || tracing::error!("{PANICKED}"));
     }
 
     fn read_dirty_log(&self) {
@@ -343,13 +371,11 @@ impl Engine {
     }
 
     fn write_record(&self, record: Record) {
-        let (records, clock) = (Arc::clone(&self.records), Arc::clone(&self.clock));
         let events = self.events.clone();
-        self.worker.run(move || {
-            let (written, took) = timed(&*clock, || records.store(&record));
+        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
             let event = match written {
-                Ok(()) => Event::RecordWritten { took },
-                Err(error) => Event::RecordFailed(in_words(&*error)),
+                Ok(took) => Event::RecordWritten { took },
+                Err(reason) => Event::RecordFailed(reason),
             };
             let _ = events.send(Happened::Core(event));
         });
@@ -397,13 +423,15 @@ async fn connect_control(address: &str) -> std::io::Result<TcpStream> {
 }
 
 async fn read(mut reader: ControlReader, number: u64, events: mpsc::UnboundedSender<Happened>) {
+    let unhandled = Arc::new(Semaphore::new(UNHANDLED_MAX));
     loop {
         let event = match reader.next().await {
             Ok(message) => Event::Message(message),
             Err(error) => Event::Disconnected(error.to_string()),
         };
         let ended = matches!(event, Event::Disconnected(_));
-        if events.send(Happened::Link(number, LinkEvent::Event(event))).is_err() || ended {
+        let permit = unhandled.clone().acquire_owned().await.ok();
+        if events.send(Happened::Link(number, LinkEvent::Event(event), permit)).is_err() || ended {
             return;
         }
     }

@@ -5,30 +5,23 @@
 
 use std::net::{Shutdown, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 
-use ferry_protocol::frame::{DATA_MAGIC, JOIN_BYTES, Join};
+use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
-use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, StreamIndex, VmName};
-use tokio::io::AsyncReadExt;
+use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, StreamIndex, VmId, VmName};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
+use super::door::{Knock, Link, STRANGERS_MAX, sort};
 use super::vm_worker::VmWorker;
-use super::{CLOSE_TIMEOUT, sleep_until};
+use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
-use crate::ports::{BuildRefusal, Clock, RecordStore, TargetHost, TargetVm, in_words, timed};
+use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
 use crate::stream::{StreamEvent, receive_stream};
-use crate::transport::control::{ControlError, ControlReader, ControlWriter, split};
+use crate::transport::control::{ControlWriter, UNHANDLED_MAX};
 use crate::transport::tcp;
-
-/// How long a connection may take to say what it is.
-const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Connections that have not said yet what they are; more are closed at once.
-const STRANGERS_MAX: usize = 128;
 
 /// What the caller of [`Receiver::bind`] chooses.
 #[derive(Debug, Clone)]
@@ -126,7 +119,7 @@ impl Receiver {
                     }
                 },
             };
-            let record = match self.records.load() {
+            let record = match self.records.load(hello.vm) {
                 Ok(record) => record,
                 Err(error) => {
                     let text = in_words(&*error);
@@ -153,81 +146,6 @@ async fn cancelled(mut cancel: watch::Receiver<bool>) {
     }
 }
 
-/// A connection that has said what it is.
-enum Knock {
-    Hello(Box<Hello>, Link),
-    Join(Join, TcpStream),
-}
-
-struct Link {
-    peer: String,
-    reader: ControlReader,
-    writer: ControlWriter,
-}
-
-impl Link {
-    async fn refuse(self, abort: Abort) {
-        self.writer.send(&Message::Abort(abort));
-        let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.writer.finish()).await;
-    }
-}
-
-/// Has a task of its own find out what a new connection is.
-fn sort(accepted: std::io::Result<(TcpStream, SocketAddr)>, sorted: &mpsc::Sender<Knock>) {
-    let (stream, peer) = match accepted {
-        Ok(accepted) => accepted,
-        Err(error) => return tracing::warn!("a connection could not be accepted: {error}"),
-    };
-    let Ok(slot) = sorted.clone().try_reserve_owned() else {
-        return tracing::warn!("{peer} was turned away: too many connections say nothing");
-    };
-    tokio::spawn(async move {
-        match tokio::time::timeout(FIRST_BYTES_TIMEOUT, introduce(stream, peer)).await {
-            Ok(Some(knock)) => drop(slot.send(knock)),
-            Ok(None) => {}
-            Err(_) => tracing::warn!("{peer} was turned away: it did not say what it wants"),
-        }
-    });
-}
-
-async fn introduce(mut stream: TcpStream, peer: SocketAddr) -> Option<Knock> {
-    tcp::set_up(&stream).ok()?;
-    let mut magic = [0; 4];
-    while stream.peek(&mut magic).await.ok()? < magic.len() {
-        // Fewer than four bytes are there yet; they come together or not at all, so this hardly repeats.
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    if magic == DATA_MAGIC {
-        let mut join = [0; JOIN_BYTES];
-        stream.read_exact(&mut join).await.ok()?;
-        return match Join::decode(&join) {
-            Ok(join) => Some(Knock::Join(join, stream)),
-            Err(error) => {
-                tracing::warn!("{peer} was turned away: {error}");
-                None
-            }
-        };
-    }
-    let (mut reader, writer) = split(stream);
-    let abort = match reader.next().await {
-        Ok(Message::Hello(hello)) => {
-            let link = Link { peer: peer.to_string(), reader, writer };
-            return Some(Knock::Hello(Box::new(hello), link));
-        }
-        Ok(message) => {
-            Abort::new(AbortCode::Protocol, format!("a {:?} came before Hello", message.message_type()))
-        }
-        Err(error @ ControlError::Wire(ferry_protocol::wire::WireError::Version(_))) => {
-            Abort::new(AbortCode::Version, error.to_string())
-        }
-        Err(error) => Abort::new(AbortCode::Protocol, error.to_string()),
-    };
-    tracing::warn!("{peer} was turned away: {}", abort.sentence);
-    writer.send(&Message::Abort(abort));
-    writer.finish().await;
-    None
-}
-
 enum Ended {
     Received(Received),
     Discarded { reason: String, newer: Option<Newer> },
@@ -238,7 +156,8 @@ type Newer = (Box<Hello>, Link);
 
 enum Happened {
     Core(Event),
-    Link(u64, Event),
+    /// Of the connection with this number. The permit bounds how many wait.
+    Link(u64, Event, Option<OwnedSemaphorePermit>),
     Built(Result<(Arc<dyn TargetVm>, MemoryLayout, u16), BuildRefusal>),
 }
 
@@ -253,11 +172,25 @@ struct Streams {
     count: u16,
     joined: Vec<bool>,
     sockets: Vec<std::net::TcpStream>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Streams {
+    /// Shuts the sockets, which ends the threads; what is returned waits for them.
+    fn end(&mut self) -> impl FnOnce() + Send + use<> {
+        for socket in self.sockets.drain(..) {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        let threads = std::mem::take(&mut self.threads);
+        // A thread's panic is a stream that ended, which it had no way to report.
+        move || threads.into_iter().for_each(|thread| drop(thread.join()))
+    }
 }
 
 /// One migration from `Hello` to its end.
 struct Attempt {
     core: Target,
+    vm: VmId,
     migration: MigrationId,
     host: Arc<dyn TargetHost>,
     records: Arc<dyn RecordStore>,
@@ -283,12 +216,13 @@ impl Attempt {
         };
         let now = receiver.clock.now();
         let mut core = Target::new(config, now);
-        let migration = hello.migration;
+        let (vm, migration) = (hello.vm, hello.migration);
         core.handle(now, Event::Message(Message::Hello(hello)));
         let (events, inbox) = mpsc::unbounded_channel();
         let connection = connect(link, 0, &events);
         Ok(Self {
             core,
+            vm,
             migration,
             host: Arc::clone(&receiver.host),
             records: Arc::clone(&receiver.records),
@@ -342,7 +276,10 @@ impl Attempt {
     fn digest(&mut self, happened: Happened) -> Option<Event> {
         match happened {
             Happened::Core(event) => Some(event),
-            Happened::Link(number, event) => (number == self.connection_number).then_some(event),
+            Happened::Link(number, event, permit) => {
+                drop(permit);
+                (number == self.connection_number).then_some(event)
+            }
             Happened::Built(Ok((vm, ..))) if self.core.is_ending() => {
                 vm.discard();
                 None
@@ -357,7 +294,7 @@ impl Attempt {
                     });
                 }
                 let joined = vec![false; usize::from(count)];
-                self.streams = Some(Streams { vm, count, joined, sockets: Vec::new() });
+                self.streams = Some(Streams { vm, count, joined, sockets: Vec::new(), threads: Vec::new() });
                 Some(Event::MachineBuilt)
             }
             Happened::Built(Err(refusal)) => {
@@ -403,8 +340,9 @@ impl Attempt {
             return None;
         }
         match receive_on(stream, Arc::clone(&streams.vm), index, streams.count, self.events.clone()) {
-            Ok(socket) => {
+            Ok((socket, thread)) => {
                 streams.sockets.push(socket);
+                streams.threads.push(thread);
                 None
             }
             Err(error) => Some(Event::StreamFailed {
@@ -419,39 +357,50 @@ impl Attempt {
             Action::Send(message) => self.connection.writer.send(&message),
             Action::WriteRecord(record) => self.write_record(record),
             Action::BuildMachine { description, layout, streams } => {
-                let (host, events) = (Arc::clone(&self.host), self.events.clone());
-                self.worker.run(move || {
-                    let built = host.build(&description, &layout).map(|vm| (vm, layout, streams));
-                    let _ = events.send(Happened::Built(built));
-                });
+                let (host, vm, events) = (Arc::clone(&self.host), self.vm, self.events.clone());
+                let panicked = self.events.clone();
+                self.worker.run(
+                    move || {
+                        let built = host.build(vm, &description, &layout).map(|vm| (vm, layout, streams));
+                        let _ = events.send(Happened::Built(built));
+                    },
+                    move || {
+                        let refusal = BuildRefusal { code: AbortCode::Internal, cause: PANICKED.into() };
+                        let _ = panicked.send(Happened::Built(Err(refusal)));
+                    },
+                );
             }
-            Action::DropStaleFrames => self.on_vm(|vm| {
-                vm.drop_stale_frames();
-                None
-            }),
+            Action::DropStaleFrames => self.on_vm(
+                |vm| {
+                    vm.drop_stale_frames();
+                    None
+                },
+                Event::RestoreFailed,
+            ),
             Action::RestoreState(state) => {
                 let clock = Arc::clone(&self.clock);
-                self.on_vm(move |vm| {
+                let restore = move |vm: &dyn TargetVm| {
                     let (restored, took) = timed(&*clock, || vm.restore(&state));
-                    Some(match restored {
-                        Ok(()) => Event::StateRestored { took },
-                        Err(error) => Event::RestoreFailed(in_words(&*error)),
-                    })
-                });
+                    let failed = |error: PortError| Event::RestoreFailed(in_words(&*error));
+                    Some(restored.map_or_else(failed, |()| Event::StateRestored { took }))
+                };
+                self.on_vm(restore, Event::RestoreFailed);
             }
             Action::RunVm { runs } => {
                 let clock = Arc::clone(&self.clock);
-                self.on_vm(move |vm| {
+                let run = move |vm: &dyn TargetVm| {
                     let (running, took) = timed(&*clock, || vm.run(runs));
-                    Some(match running {
-                        Ok(()) => Event::VmRunning { took },
-                        Err(error) => Event::RunFailed(in_words(&*error)),
-                    })
-                });
+                    let failed = |error: PortError| Event::RunFailed(in_words(&*error));
+                    Some(running.map_or_else(failed, |()| Event::VmRunning { took }))
+                };
+                self.on_vm(run, Event::RunFailed);
             }
             Action::Announce(network) => self.announce(network),
             Action::DiscardMachine => self.discard(),
             Action::Report(progress) => {
+                if progress == Progress::Prepared {
+                    self.end_streams();
+                }
                 let _ = self.updates.send(progress);
             }
             Action::Finish(outcome) => self.outcome = Some(outcome),
@@ -459,26 +408,32 @@ impl Attempt {
     }
 
     fn write_record(&self, record: Record) {
-        let (records, clock) = (Arc::clone(&self.records), Arc::clone(&self.clock));
         let events = self.events.clone();
-        self.worker.run(move || {
-            let (written, took) = timed(&*clock, || records.store(&record));
+        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
             let event = match written {
-                Ok(()) => Event::RecordWritten { took },
-                Err(error) => Event::RecordFailed(in_words(&*error)),
+                Ok(took) => Event::RecordWritten { took },
+                Err(reason) => Event::RecordFailed(reason),
             };
             let _ = events.send(Happened::Core(event));
         });
     }
 
-    fn on_vm(&self, job: impl FnOnce(&dyn TargetVm) -> Option<Event> + Send + 'static) {
+    /// Runs `job` on the VM's thread and hands its event, `failed` for a panic, to the core.
+    fn on_vm(
+        &self,
+        job: impl FnOnce(&dyn TargetVm) -> Option<Event> + Send + 'static,
+        failed: fn(String) -> Event,
+    ) {
         let Some(streams) = &self.streams else { return };
-        let (vm, events) = (Arc::clone(&streams.vm), self.events.clone());
-        self.worker.run(move || {
-            if let Some(event) = job(&*vm) {
-                let _ = events.send(Happened::Core(event));
-            }
-        });
+        let (vm, events, panicked) = (Arc::clone(&streams.vm), self.events.clone(), self.events.clone());
+        self.worker.run(
+            move || {
+                if let Some(event) = job(&*vm) {
+                    let _ = events.send(Happened::Core(event));
+                }
+            },
+            move || drop(panicked.send(Happened::Core(failed(PANICKED.to_owned())))),
+        );
     }
 
     fn announce(&self, network: NetworkIdentity) {
@@ -486,17 +441,25 @@ impl Attempt {
         tokio::spawn(announce::announce(Arc::clone(&streams.vm), network));
     }
 
+    /// Ends the streams: nothing a peer sends from now on may reach guest memory. Jobs on the VM that are queued
+    /// afterwards find their threads gone.
+    fn end_streams(&mut self) {
+        if let Some(streams) = &mut self.streams {
+            self.worker.run(streams.end(), || {});
+        }
+    }
+
     fn discard(&mut self) {
-        let Some(streams) = self.streams.take() else { return };
-        close_sockets(&streams.sockets);
-        self.worker.run(move || streams.vm.discard());
+        self.end_streams();
+        if let Some(Streams { vm, .. }) = self.streams.take() {
+            // Its memory is freed with it, before the next attempt asks how much there is.
+            self.worker.run(move || vm.discard(), || {});
+        }
     }
 
     async fn close(mut self, outcome: Outcome) -> Ended {
+        self.end_streams();
         let streams = self.streams.take();
-        if let Some(streams) = &streams {
-            close_sockets(&streams.sockets);
-        }
         self.worker.finish().await;
         // A machine that was still being built when the attempt was given up.
         while let Ok(happened) = self.inbox.try_recv() {
@@ -517,15 +480,10 @@ impl Attempt {
     }
 }
 
-fn close_sockets(sockets: &[std::net::TcpStream]) {
-    for socket in sockets {
-        let _ = socket.shutdown(Shutdown::Both);
-    }
-}
-
 fn connect(link: Link, number: u64, events: &mpsc::UnboundedSender<Happened>) -> Connection {
     let Link { mut reader, writer, .. } = link;
     let events = events.clone();
+    let unhandled = Arc::new(Semaphore::new(UNHANDLED_MAX));
     let reader = tokio::spawn(async move {
         loop {
             let event = match reader.next().await {
@@ -533,7 +491,8 @@ fn connect(link: Link, number: u64, events: &mpsc::UnboundedSender<Happened>) ->
                 Err(error) => Event::Disconnected(error.to_string()),
             };
             let ended = matches!(event, Event::Disconnected(_));
-            if events.send(Happened::Link(number, event)).is_err() || ended {
+            let permit = unhandled.clone().acquire_owned().await.ok();
+            if events.send(Happened::Link(number, event, permit)).is_err() || ended {
                 return;
             }
         }
@@ -541,19 +500,20 @@ fn connect(link: Link, number: u64, events: &mpsc::UnboundedSender<Happened>) ->
     Connection { writer, reader }
 }
 
-/// Starts a stream's thread; gives the socket back for shutting it.
+/// Starts a stream's thread; gives it back with its socket for shutting it.
 fn receive_on(
     stream: TcpStream,
     vm: Arc<dyn TargetVm>,
     index: StreamIndex,
     count: u16,
     events: mpsc::UnboundedSender<Happened>,
-) -> std::io::Result<std::net::TcpStream> {
+) -> std::io::Result<(std::net::TcpStream, std::thread::JoinHandle<()>)> {
     let socket = stream.into_std()?;
     tcp::set_up_data(&socket, None)?;
     let handle = socket.try_clone()?;
     let pages = vm.pages();
-    std::thread::Builder::new().name(format!("ferry-recv-{}", index.number())).spawn(move || {
+    let name = format!("ferry-recv-{}", index.number());
+    let thread = std::thread::Builder::new().name(name).spawn(move || {
         let report = |event| {
             let event = match event {
                 StreamEvent::Fence { fence, digest } => Event::FenceReached { stream: index, fence, digest },
@@ -566,5 +526,5 @@ fn receive_on(
         };
         receive_stream(socket, pages, index, count, &report);
     })?;
-    Ok(handle)
+    Ok((handle, thread))
 }

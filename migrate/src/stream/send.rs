@@ -4,10 +4,10 @@
 //! the socket reads them again.
 
 use std::io::{self, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -34,13 +34,23 @@ const PACKED_GROUP_WORDS: usize = 1;
 
 /// What all streams of a migration share.
 pub(crate) struct SenderOptions {
-    pub(crate) address: String,
+    /// The target as the operator gave it.
+    pub(crate) target: String,
+    /// Where the first control connection led.
+    pub(crate) pinned: OnceLock<SocketAddr>,
     pub(crate) migration: MigrationId,
     pub(crate) streams: u16,
     pub(crate) compression: Compression,
     pub(crate) pages: Arc<dyn GuestPages>,
     pub(crate) bandwidth: Arc<Bandwidth>,
     pub(crate) counters: Arc<TransferCounters>,
+}
+
+impl SenderOptions {
+    /// Where to connect: to the host that was reached first, once there is one.
+    pub(crate) fn address(&self) -> String {
+        self.pinned.get().map_or_else(|| self.target.clone(), ToString::to_string)
+    }
 }
 
 /// What has been sent so far, for showing while a round is under way.
@@ -80,7 +90,7 @@ impl Senders {
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
             let stream = StreamIndex::new(number, options.streams).expect("numbered below their count");
-            let mut socket = tcp::connect(&options.address)?;
+            let mut socket = tcp::connect(&options.address())?;
             tcp::set_up_data(&socket, Some(STALL_MAX))?;
             socket.write_all(&Join { migration: options.migration, stream: number }.encode())?;
             senders.sockets.push(socket.try_clone()?);

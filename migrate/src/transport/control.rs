@@ -43,17 +43,23 @@ impl ControlReader {
     }
 }
 
+/// Messages that may wait to be written. A peer that does not read what it asks for is cut off beyond that.
+const QUEUED_MAX: usize = 256;
+
 /// Queues messages; a task writes them. Dropping it closes the connection once all are written.
 #[derive(Debug)]
 pub(crate) struct ControlWriter {
-    queue: mpsc::UnboundedSender<Vec<u8>>,
+    queue: mpsc::Sender<Vec<u8>>,
     task: JoinHandle<()>,
 }
 
 impl ControlWriter {
     /// Queues `message`. If the connection is gone the message is dropped; the reader says so.
     pub(crate) fn send(&self, message: &Message) {
-        let _ = self.queue.send(wire::encode(message));
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.queue.try_send(wire::encode(message)) {
+            tracing::warn!("the peer does not read what it asks for; the connection is given up");
+            self.task.abort();
+        }
     }
 
     /// Waits until all queued messages are written, then closes the writing side.
@@ -63,15 +69,19 @@ impl ControlWriter {
     }
 }
 
+/// Messages that a connection's reader may hand on before the engine has dealt with them. A peer that sends faster is
+/// slowed down by TCP instead of filling this host's memory.
+pub(crate) const UNHANDLED_MAX: usize = 64;
+
 /// Splits a connection into its two ends.
 pub(crate) fn split(stream: TcpStream) -> (ControlReader, ControlWriter) {
     let (read, write) = stream.into_split();
-    let (queue, messages) = mpsc::unbounded_channel();
+    let (queue, messages) = mpsc::channel(QUEUED_MAX);
     let task = tokio::spawn(write_all(write, messages));
     (ControlReader { half: read, decoder: Decoder::default() }, ControlWriter { queue, task })
 }
 
-async fn write_all(mut half: OwnedWriteHalf, mut messages: mpsc::UnboundedReceiver<Vec<u8>>) {
+async fn write_all(mut half: OwnedWriteHalf, mut messages: mpsc::Receiver<Vec<u8>>) {
     while let Some(bytes) = messages.recv().await {
         if half.write_all(&bytes).await.is_err() {
             return;

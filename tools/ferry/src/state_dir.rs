@@ -2,9 +2,9 @@
 //! `$XDG_RUNTIME_DIR/ferry`.
 //!
 //! ```text
-//!  web.sock     the control API of the process that hosts VM 'web'
-//!  web.lock     locked by that process as long as it lives; never removed, so that it can't be locked twice
-//!  web.record   the durable record of who owns 'web'
+//!  web.sock        the control API of the process that hosts VM 'web'
+//!  web.lock        locked by that process as long as it lives; never removed, so that it can't be locked twice
+//!  web.ID.record   the durable record of who owns the VM with that identity, as far as 'web' had to do with it
 //! ```
 
 use std::fs::{self, File, OpenOptions};
@@ -48,9 +48,9 @@ impl StateDir {
         self.0.join(format!("{name}.sock"))
     }
 
-    /// `name`'s durable record.
+    /// `name`'s durable records.
     pub(crate) fn records(&self, name: &VmName) -> FileRecords {
-        FileRecords::new(self.0.join(format!("{name}.record")))
+        FileRecords::new(self.0.clone(), name.clone())
     }
 
     /// Takes `name` for this process; it is free again when the lock is dropped or the process dies.

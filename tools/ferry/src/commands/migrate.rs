@@ -10,7 +10,7 @@ use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::api::{self, Compress, MigrationEvent, MigrationRequest, OnTimeoutWord};
+use crate::api::{self, Compress, MigrationEvent, MigrationRequest, OnTimeoutWord, VmInfo, VmState};
 use crate::cli::{CompressArg, MigrateArgs, OnTimeoutArg};
 use crate::client::{self, Events};
 use crate::quantity::{show_bytes, show_ms, show_rate};
@@ -76,7 +76,11 @@ async fn follow(args: &MigrateArgs, state: &StateDir, events: &mut Events) -> an
             MigrationEvent::Failed { .. } if args.cancel => return Ok(ExitCode::SUCCESS),
             MigrationEvent::Failed { reason } => {
                 let target = args.to.as_deref().unwrap_or_default();
-                bail!("'{}' was not migrated to {target} and goes on here: {reason}", args.name)
+                bail!(
+                    "'{}' was not migrated to {target} and {}: {reason}",
+                    args.name,
+                    left_as(state, args).await
+                )
             }
             MigrationEvent::Started { .. }
             | MigrationEvent::Negotiated { .. }
@@ -89,6 +93,16 @@ async fn follow(args: &MigrateArgs, state: &StateDir, events: &mut Events) -> an
             | MigrationEvent::InDoubt { .. }
             | MigrationEvent::Undoing { .. } => {}
         }
+    }
+}
+
+/// What has become of a VM that was not migrated.
+async fn left_as(state: &StateDir, args: &MigrateArgs) -> String {
+    match client::call::<VmInfo>(state, &args.name, Method::GET, api::VM).await {
+        Ok(VmInfo { state: VmState::Running, .. }) => "goes on here".to_owned(),
+        Ok(VmInfo { state: VmState::Paused, .. }) => "is here, paused".to_owned(),
+        Ok(VmInfo { state, note, .. }) => format!("is {state} here ({})", note.unwrap_or_default()),
+        Err(_) => "its host process has ended".to_owned(),
     }
 }
 

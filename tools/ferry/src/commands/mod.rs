@@ -6,12 +6,23 @@ pub(crate) mod migrate;
 pub(crate) mod receive;
 pub(crate) mod run;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::host::{Life, VmHost};
+
+/// A line on standard output. That nobody reads any more must never cost a VM.
+pub(crate) fn out(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// A line on standard error, likewise.
+pub(crate) fn err(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
 
 /// Ends this process when its standard input closes.
 fn exit_with_stdin() {
@@ -52,7 +63,7 @@ async fn stay(host: Arc<VmHost>, mut signals: Signals, json: bool) -> anyhow::Re
         let stopped =
             tokio::task::spawn_blocking(move || stopping.stop("it was stopped by a signal")).await?;
         if let Err(refused) = stopped {
-            eprintln!("ferry: {}", refused.0);
+            err(format_args!("ferry: {}", refused.0));
         }
     }
     let (text, failed) = match &*host.life() {
@@ -61,9 +72,9 @@ async fn stay(host: Arc<VmHost>, mut signals: Signals, json: bool) -> anyhow::Re
         Life::Waiting { .. } | Life::Receiving { .. } | Life::Here(_) => ("it ended".to_owned(), true),
     };
     if json {
-        println!("{}", serde_json::json!({ "event": "ended", "name": host.name.as_str(), "reason": text }));
+        out(serde_json::json!({ "event": "ended", "name": host.name.as_str(), "reason": text }));
     } else {
-        eprintln!("{}: {text}", host.name);
+        err(format_args!("{}: {text}", host.name));
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

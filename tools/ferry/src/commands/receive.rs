@@ -1,19 +1,19 @@
 //! `ferry receive`: an empty host process that takes in one VM and becomes it.
 
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
-use ferry_migrate::ports::RecordStore;
-use ferry_migrate::protocol::VmId;
+use ferry_migrate::ports::{BuildRefusal, GuestPages, PortError, RecordStore, TargetHost, TargetVm};
 use ferry_migrate::protocol::record::Standing;
 use ferry_migrate::protocol::target::Progress;
+use ferry_migrate::protocol::{MemoryLayout, VmId};
 use ferry_migrate::{ReceiveOptions, Receiver};
 use ferry_vmm::LocalChoices;
 use tokio::sync::mpsc;
 
-use super::{Signals, exit_with_stdin, stay};
+use super::{Signals, err, exit_with_stdin, out, stay};
 use crate::cli::ReceiveArgs;
 use crate::host::{Here, Life, VmHost, server};
 use crate::state_dir::StateDir;
@@ -31,22 +31,12 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         ferry_vmm::tap::Tap::attach(tap)?;
     }
     let records = state.records(&args.name);
-    records.load().map_err(|error| anyhow!(error)).with_context(|| {
+    records.all().with_context(|| {
         format!("'{}' is in doubt; once you know that no other host runs it, remove the record", args.name)
     })?;
     let host = VmHost::new(args.name, records, Life::Waiting { listen: args.listen.to_string(), note: None });
-
-    let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
-    let machine_host = {
-        let built = Arc::clone(&built);
-        let local = LocalChoices { tap: tap.clone(), serial: args.serial };
-        MachineHost::new(
-            local,
-            Box::new(move |machine| {
-                *built.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.clone());
-            }),
-        )
-    };
+    let local = LocalChoices { tap: tap.clone(), serial: args.serial };
+    let machine_host = ReceivingHost { host: Arc::clone(&host), tap, machines: MachineHost::new(local) };
     let (updates, inbox) = mpsc::unbounded_channel();
     let options = ReceiveOptions { listen: args.listen, host: host_name(), name: None };
     let mut receiver = Receiver::bind(
@@ -64,17 +54,20 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
     let server = tokio::spawn(server::serve(Arc::clone(&host), listener));
     say(json, &host, "listening", &format!("waiting for a VM on {listen}"), &[("address", &listen)]);
 
-    let follower = Follower { host: Arc::clone(&host), listen, tap, built, json };
+    let follower = Follower { host: Arc::clone(&host), listen, json };
     let follower = tokio::spawn(follower.run(inbox));
     let cancel = host.stop_waiting.subscribe();
     let waiting = tokio::spawn(async move { receiver.receive(cancel).await });
     let ender = Arc::clone(&host);
     tokio::spawn(async move {
-        // The receiver goes on answering the source after the guest runs; only its giving up ends the process.
-        if let Ok(Ok(None)) = waiting.await {
-            let reason = "it was stopped while waiting".to_owned();
-            ender.set_life(Life::Ended { reason, failed: false });
-        }
+        // The receiver goes on answering the source after the guest runs, and then has no more to do.
+        let (reason, failed) = match waiting.await {
+            Ok(Ok(Some(_))) => return,
+            Ok(Ok(None)) => ("it was stopped while waiting".to_owned(), false),
+            Ok(Err(error)) => (format!("it can't wait any longer: {error}"), true),
+            Err(error) => (format!("the receiver failed within itself: {error}"), true),
+        };
+        ender.not_received(reason, failed);
     });
     let code = stay(host, signals, json).await?;
     follower.abort();
@@ -86,23 +79,81 @@ fn host_name() -> String {
     nix::unistd::gethostname().map_or_else(|_| "unknown".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// Keeps the host's state true to what the receiver tells.
+/// Builds machines for what comes, and makes each the host's own in the moment in which it runs: from then on the
+/// guest depends on nobody who only watches.
+struct ReceivingHost {
+    host: Arc<VmHost>,
+    tap: Option<String>,
+    machines: MachineHost,
+}
+
+impl TargetHost for ReceivingHost {
+    fn build(
+        &self,
+        vm: VmId,
+        description: &[u8],
+        _: &MemoryLayout,
+    ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
+        self.host.receives(vm);
+        let machine = self.machines.build_machine(description)?;
+        Ok(Arc::new(ReceivingVm { host: Arc::clone(&self.host), vm, tap: self.tap.clone(), machine }))
+    }
+}
+
+struct ReceivingVm {
+    host: Arc<VmHost>,
+    vm: VmId,
+    tap: Option<String>,
+    machine: MigratableMachine,
+}
+
+impl TargetVm for ReceivingVm {
+    fn pages(&self) -> Arc<dyn GuestPages> {
+        TargetVm::pages(&self.machine)
+    }
+
+    fn drop_stale_frames(&self) {
+        self.machine.drop_stale_frames();
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<(), PortError> {
+        self.machine.restore(state)
+    }
+
+    fn run(&self, runs: bool) -> Result<(), PortError> {
+        let vm = self.vm;
+        let record = self.host.records.load(vm)?.filter(|record| record.standing == Standing::Running);
+        let record = record.ok_or("the record that this host runs it is missing")?;
+        self.machine.run(runs)?;
+        let tap = self.tap.clone();
+        let machine = self.machine.clone();
+        let here = Here { machine: machine.clone(), vm, epoch: record.epoch, tap, migration: None };
+        self.host.set_life(Life::Here(Box::new(here)));
+        self.host.watch(&machine);
+        Ok(())
+    }
+
+    fn announce(&self, frame: &[u8]) -> std::io::Result<()> {
+        self.machine.announce(frame)
+    }
+
+    fn discard(&self) {
+        self.machine.discard();
+    }
+}
+
+/// Tells people and scripts what the receiver does.
 struct Follower {
     host: Arc<VmHost>,
     listen: String,
-    tap: Option<String>,
-    built: Arc<Mutex<Option<MigratableMachine>>>,
     json: bool,
 }
 
 impl Follower {
     async fn run(self, mut inbox: mpsc::UnboundedReceiver<Progress>) {
-        let mut coming = None;
         while let Some(progress) = inbox.recv().await {
             match progress {
                 Progress::Greeted { vm, name } => {
-                    coming = Some(vm);
-                    self.host.set_life(Life::Receiving { listen: self.listen.clone(), vm });
                     let text = format!("'{name}' is coming");
                     say(self.json, &self.host, "greeted", &text, &[("vm", &vm.to_string())]);
                 }
@@ -111,44 +162,20 @@ impl Follower {
                     let text = "the source is gone at the last moment; waiting for it to come back";
                     say(self.json, &self.host, "in-doubt", text, &[]);
                 }
-                Progress::Running => self.here(coming, None),
-                Progress::CannotRun { reason } => self.here(coming, Some(reason)),
+                Progress::Running => {
+                    let epoch = self.host.info().epoch.unwrap_or_default().to_string();
+                    let text = format!("running here now (epoch {epoch})");
+                    say(self.json, &self.host, "running", &text, &[("epoch", &epoch)]);
+                }
+                Progress::CannotRun { reason } => {
+                    let text = format!("the VM can't run here: {reason}");
+                    say(self.json, &self.host, "cannot-run", &text, &[("reason", &reason)]);
+                }
                 Progress::GivenUp { reason } => {
-                    // The machine that was being filled, and with it its memory.
-                    drop(self.built.lock().unwrap_or_else(PoisonError::into_inner).take());
                     let note = format!("the last attempt was given up: {reason}");
                     say(self.json, &self.host, "given-up", &note, &[("reason", &reason)]);
-                    let listen = self.listen.clone();
-                    self.host.set_life(Life::Waiting { listen, note: Some(note) });
+                    self.host.waits_again(&self.listen, note);
                 }
-            }
-        }
-    }
-
-    /// The VM is this host's from now on.
-    fn here(&self, vm: Option<VmId>, failure: Option<String>) {
-        let machine = self.built.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let record = self.host.records.load().ok().flatten();
-        let (Some(machine), Some(vm), Some(record)) = (machine, vm, record) else { return };
-        debug_assert_eq!(record.standing, Standing::Running, "written before the guest was started");
-        let here = Here {
-            machine: machine.clone(),
-            vm,
-            epoch: record.epoch,
-            tap: self.tap.clone(),
-            migration: None,
-        };
-        self.host.set_life(Life::Here(Box::new(here)));
-        match failure {
-            None => {
-                self.host.watch(&machine);
-                let epoch = record.epoch.to_string();
-                let text = format!("running here now (epoch {epoch})");
-                say(self.json, &self.host, "running", &text, &[("epoch", &epoch)]);
-            }
-            Some(reason) => {
-                let text = format!("the VM is here, but can't run: {reason}");
-                say(self.json, &self.host, "cannot-run", &text, &[("reason", &reason)]);
             }
         }
     }
@@ -161,8 +188,8 @@ fn say(json: bool, host: &VmHost, event: &str, text: &str, fields: &[(&str, &str
         for (key, field) in fields {
             value[*key] = (*field).into();
         }
-        println!("{value}");
+        out(&value);
     } else {
-        eprintln!("{}: {text}", host.name);
+        err(format_args!("{}: {text}", host.name));
     }
 }

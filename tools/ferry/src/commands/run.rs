@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
 use ferry_guest_abi::Workload;
+use ferry_migrate::FileRecords;
 use ferry_migrate::machine::MigratableMachine;
 use ferry_migrate::ports::RecordStore;
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::{Epoch, VmId};
 use ferry_vmm::{BootSource, Kernel, Machine, MachineConfig, NetConfig};
 
-use super::{Signals, exit_with_stdin, stay};
+use super::{Signals, err, exit_with_stdin, out, stay};
 use crate::cli::{NetArg, RunArgs};
 use crate::host::migration::random_id;
 use crate::host::{Here, Life, VmHost, server};
@@ -59,15 +60,17 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// A VM of this name whose handover is undecided must not be started a second time.
-fn refuse_if_in_doubt(records: &dyn RecordStore, name: &str) -> anyhow::Result<()> {
-    let record = records.load().map_err(|error| anyhow!(error)).with_context(|| {
+fn refuse_if_in_doubt(records: &FileRecords, name: &str) -> anyhow::Result<()> {
+    let records = records.all().with_context(|| {
         format!("'{name}' is in doubt; once you know that no other host runs it, remove the record")
     })?;
-    if let Some(Record { epoch, standing: Standing::Committed { target }, .. }) = record {
-        bail!(
-            "'{name}' is in doubt: epoch {epoch} of it was handed to {target}, which may run it; \
-             if it does not, remove the record, otherwise take another --name"
-        );
+    for Record { vm, epoch, standing, .. } in records {
+        if let Standing::Committed { target } = standing {
+            bail!(
+                "'{name}' is in doubt: epoch {epoch} of it was handed to {target}, which may run it; \
+                 if it does not, remove the record {name}.{vm}.record, otherwise take another --name"
+            );
+        }
     }
     Ok(())
 }
@@ -112,15 +115,15 @@ fn say_running(host: &VmHost, json: bool) -> anyhow::Result<()> {
     if json {
         let mut value = serde_json::to_value(&info)?;
         value["event"] = "running".into();
-        println!("{value}");
+        out(&value);
     } else {
-        eprintln!(
+        err(format_args!(
             "{}: running, {} vCPU, {}; stop it with 'ferry stop {}' or Ctrl-C",
             info.name,
             info.cpus.unwrap_or_default(),
             show_bytes(info.memory_bytes.unwrap_or_default()),
             info.name,
-        );
+        ));
     }
     Ok(())
 }

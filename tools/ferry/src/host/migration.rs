@@ -17,6 +17,9 @@ use crate::api::{Compress, MigrationEvent, MigrationRequest, OnTimeoutWord};
 /// Events beyond this are not kept for late readers; a migration of sane length stays far below.
 const EVENTS_MAX: usize = 100_000;
 
+/// The longest target: a host name of 253 bytes, a colon and a port.
+const TARGET_BYTES_MAX: usize = 259;
+
 /// One migration, under way or over.
 #[derive(Debug)]
 pub(crate) struct MigrationTask {
@@ -148,6 +151,7 @@ fn event(progress: &Progress) -> MigrationEvent {
 /// Starts migrating the VM of `host` away.
 pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc<MigrationTask>, Refused> {
     let task = MigrationTask::new();
+    let _change = host.change();
     let here = {
         let here = host.not_migrating("migrate")?;
         let mut life = host.life();
@@ -183,6 +187,12 @@ fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<Mig
     let port = request.target.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
     if port.is_none_or(|port| port == 0) {
         return Err(Refused(format!("the target '{}' names no port; write HOST:PORT", request.target)));
+    }
+    if request.target.len() > TARGET_BYTES_MAX {
+        return Err(Refused(format!(
+            "a target of {} bytes is longer than any address",
+            request.target.len()
+        )));
     }
     if !(1..=STREAMS_MAX).contains(&request.streams) {
         return Err(Refused(format!("{} data streams, not 1 to {STREAMS_MAX}", request.streams)));
@@ -236,8 +246,9 @@ async fn drive(host: Arc<VmHost>, here: Here, options: MigrateOptions, task: Arc
     let _ = follower.await;
     match outcome {
         Ok(Outcome::Moved(summary)) => {
+            // First, so that nobody finds a VM here whose migration is over.
+            host.set_life(Life::Gone { target, last: Arc::clone(&task) });
             task.add(MigrationEvent::Moved(MigrationReport::new(&name, budget, &summary)));
-            host.set_life(Life::Gone { target, last: task });
         }
         Ok(Outcome::Stayed { failure, epoch }) => {
             if let Life::Here(now) = &mut *host.life() {

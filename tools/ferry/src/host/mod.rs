@@ -51,6 +51,10 @@ pub(crate) enum Life {
     Ended { reason: String, failed: bool },
 }
 
+/// How long [`VmHost::stop`] waits for a receiver, in steps.
+const STOP_PATIENCE_STEPS: u32 = 300;
+const STOP_STEP: Duration = Duration::from_millis(10);
+
 /// Why something can't be done now, in a sentence for the caller.
 #[derive(Debug)]
 pub(crate) struct Refused(pub(crate) String);
@@ -62,6 +66,8 @@ pub(crate) struct VmHost {
     pub(crate) records: Arc<FileRecords>,
     pub(crate) clock: Arc<dyn Clock>,
     life: Mutex<Life>,
+    /// Held by whatever changes what the VM does, from looking whether it may to having done it.
+    change: Mutex<()>,
     /// Set once when the process is to end.
     ended: watch::Sender<bool>,
     /// Set when a waiting receiver is to stop waiting.
@@ -76,6 +82,7 @@ impl VmHost {
             records: Arc::new(records),
             clock: Arc::new(SystemClock::default()),
             life: Mutex::new(life),
+            change: Mutex::default(),
             ended: watch::channel(false).0,
             stop_waiting: watch::channel(false).0,
         })
@@ -83,6 +90,11 @@ impl VmHost {
 
     pub(crate) fn life(&self) -> MutexGuard<'_, Life> {
         self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Holds off all others that change what the VM does.
+    pub(crate) fn change(&self) -> MutexGuard<'_, ()> {
+        self.change.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Replaces the state; ending states end the process, and nothing comes after them.
@@ -167,6 +179,7 @@ impl VmHost {
 
     /// Pauses the VM; one that is paused stays so.
     pub(crate) fn pause(&self) -> Result<(), Refused> {
+        let _change = self.change();
         let here = self.not_migrating("pause")?;
         if here.machine.machine().status() == MachineStatus::Paused {
             return Ok(());
@@ -176,6 +189,7 @@ impl VmHost {
 
     /// Resumes it; one that runs goes on.
     pub(crate) fn resume(&self) -> Result<(), Refused> {
+        let _change = self.change();
         let here = self.not_migrating("resume")?;
         if here.machine.machine().status() == MachineStatus::Running {
             return Ok(());
@@ -186,6 +200,11 @@ impl VmHost {
     fn not_migrating(&self, what: &str) -> Result<Here, Refused> {
         let here = self.here()?;
         match &here.migration {
+            Some(migration) if migration.in_doubt() => Err(Refused(format!(
+                "'{}' is in doubt: it was handed over, but the target can't be reached to say whether it runs there; \
+                 nothing can be done with it here until the target answers",
+                self.name
+            ))),
             Some(migration) if !migration.is_over() => Err(Refused(format!(
                 "'{}' is migrating; {what} it afterwards, or cancel with 'ferry migrate {} --cancel'",
                 self.name, self.name
@@ -198,11 +217,9 @@ impl VmHost {
     pub(crate) fn stop(&self, reason: &str) -> Result<(), Refused> {
         let life = self.life().clone();
         match life {
-            Life::Waiting { .. } | Life::Receiving { .. } => {
-                self.stop_waiting.send_replace(true);
-                Ok(())
-            }
+            Life::Waiting { .. } | Life::Receiving { .. } => self.stop_receiving(),
             Life::Here(_) => {
+                let _change = self.change();
                 let here = self.not_migrating("stop")?;
                 here.machine.machine().stop();
                 self.record(&here, Standing::Stopped);
@@ -210,6 +227,45 @@ impl VmHost {
                 Ok(())
             }
             Life::Gone { .. } | Life::Ended { .. } => Ok(()),
+        }
+    }
+
+    /// Has the receiver give up, and waits for what comes of it: at the last moment the VM may arrive all the same.
+    fn stop_receiving(&self) -> Result<(), Refused> {
+        self.stop_waiting.send_replace(true);
+        for _ in 0..STOP_PATIENCE_STEPS {
+            match &*self.life() {
+                Life::Waiting { .. } | Life::Receiving { .. } => {}
+                Life::Here(_) => {
+                    return Err(Refused(format!("'{}' has just arrived; stop it again", self.name)));
+                }
+                Life::Gone { .. } | Life::Ended { .. } => return Ok(()),
+            }
+            std::thread::sleep(STOP_STEP);
+        }
+        Err(Refused(format!(
+            "'{}' is being handed over at this moment; look again with 'ferry info'",
+            self.name
+        )))
+    }
+
+    /// A VM is coming.
+    pub(crate) fn receives(&self, vm: VmId) {
+        let mut life = self.life();
+        if let Life::Waiting { listen, .. } | Life::Receiving { listen, .. } = &*life {
+            *life = Life::Receiving { listen: listen.clone(), vm };
+        }
+    }
+
+    /// The receiver has ended without a VM.
+    pub(crate) fn not_received(&self, reason: String, failed: bool) {
+        self.set_life(Life::Ended { reason, failed });
+    }
+
+    /// An attempt was given up. A newer one may have begun already.
+    pub(crate) fn waits_again(&self, listen: &str, note: String) {
+        if let life @ Life::Receiving { .. } = &mut *self.life() {
+            *life = Life::Waiting { listen: listen.to_owned(), note: Some(note) };
         }
     }
 
