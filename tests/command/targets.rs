@@ -1,7 +1,8 @@
 //! Targets that are not there, are taken, speak something else, are too small or die: the guest goes on at its source.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Stdio;
 
 use ferry_migrate::protocol::{Message, wire};
 use ferry_tests::process::Host;
@@ -228,4 +229,35 @@ fn a_paused_vm_arrives_paused() {
     assert_eq!(target.heartbeats("web"), stood);
     target.ferry(&["resume", "web"]).well();
     target.goes_on("web");
+}
+
+#[test]
+fn a_guest_outlives_whoever_read_what_its_target_said() {
+    let Some(_turn) = turn() else { return };
+    let (source, target) = (Host::new(FERRY), Host::new(FERRY));
+    let _process = source.runs(BUSY);
+    let mut command = target.command(&["receive", "--name", "web", "--listen", "127.0.0.1:0", "--json"]);
+    command.arg("--exit-with-stdin").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut receiver = command.spawn().unwrap();
+    // As `| head -1` does: the address is read, then the pipe breaks.
+    let mut line = String::new();
+    BufReader::new(receiver.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    drop(receiver.stderr.take());
+    let listening: serde_json::Value = serde_json::from_str(&line).unwrap();
+    moves(&source, &target, listening["address"].as_str().unwrap());
+    // The receiver is done with the source by then; the guest is its process's own.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    target.goes_on("web");
+    target.ferry(&["stop", "web", "--json"]).well();
+    receiver.wait().unwrap();
+}
+
+#[test]
+fn a_target_longer_than_any_address_is_refused() {
+    let Some(_turn) = turn() else { return };
+    let source = Host::new(FERRY);
+    let _process = source.runs("idle");
+    let address = format!("127.0.0.1:{}4444", "0".repeat(4200));
+    source.refuses(&["migrate", "web", "--to", &address], &["longer than any address"]);
+    goes_on_here(&source);
 }

@@ -281,8 +281,15 @@ impl VmHost {
     pub(crate) fn watch(self: &Arc<Self>, machine: &MigratableMachine) {
         let (host, machine) = (Arc::clone(self), Arc::clone(machine.machine()));
         std::thread::spawn(move || {
-            while !matches!(machine.status(), MachineStatus::Stopped) {
-                let Some(event) = machine.next_event(Duration::from_millis(200)) else { continue };
+            loop {
+                // Looked at first: an event comes before the status that it leads to, and must not be missed.
+                let stopped = machine.status() == MachineStatus::Stopped;
+                let Some(event) = machine.next_event(Duration::from_millis(200)) else {
+                    if stopped {
+                        return;
+                    }
+                    continue;
+                };
                 let (reason, failed) = match event {
                     MachineEvent::Shutdown => ("the guest has shut down".to_owned(), false),
                     MachineEvent::Reset => ("the guest has reset itself".to_owned(), false),
