@@ -221,7 +221,7 @@ fn a_paused_vm_arrives_paused() {
     let _running = source.runs("dirty rate=20 set=8");
     let (_waiting, address) = target.receives();
     source.ferry(&["pause", "web"]).well();
-    source.ferry(&["migrate", "web", "--to", &address]).well();
+    source.ferry(&["migrate", "web", "--to", &address, "--downtime", BUDGET]).well();
     target.until_state("web", "paused");
     let stood = target.heartbeats("web");
     std::thread::sleep(std::time::Duration::from_millis(300));
