@@ -222,7 +222,7 @@ fn a_paused_vm_arrives_paused() {
     let _running = source.runs("dirty rate=20 set=8");
     let (_waiting, address) = target.receives();
     source.ferry(&["pause", "web"]).well();
-    source.ferry(&["migrate", "web", "--to", &address]).well();
+    source.ferry(&["migrate", "web", "--to", &address, "--downtime", BUDGET]).well();
     target.until_state("web", "paused");
     let stood = target.heartbeats("web");
     std::thread::sleep(std::time::Duration::from_millis(300));
@@ -260,4 +260,19 @@ fn a_target_longer_than_any_address_is_refused() {
     let address = format!("127.0.0.1:{}4444", "0".repeat(4200));
     source.refuses(&["migrate", "web", "--to", &address], &["longer than any address"]);
     goes_on_here(&source);
+}
+
+#[test]
+fn people_are_shown_the_rounds_and_what_came_of_them() {
+    let Some(_turn) = turn() else { return };
+    let (source, target) = (Host::new(FERRY), Host::new(FERRY));
+    let _running = source.runs(BUSY);
+    let (_waiting, address) = target.receives();
+    let migrate = ["migrate", "web", "--to", &address, "--downtime", BUDGET];
+    let text = source.ferry(&[&migrate[..], &["--compress", "lz4", "--streams", "2"]].concat()).well();
+    for word in ["migrating 64.00 MiB", &address, "of 2.00 s allowed", "pages packed", "equal on both sides"]
+    {
+        assert!(text.contains(word), "'{word}' is missing in:\n{text}");
+    }
+    assert!(!text.contains('\u{1b}'), "no escape codes where there is no terminal");
 }

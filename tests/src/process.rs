@@ -296,11 +296,24 @@ impl Process {
     }
 
     /// Waits until it ends, and returns what it said since it was last asked.
+    ///
+    /// # Panics
+    /// If it does not end, with what it said.
     pub fn end(mut self) -> Said {
-        let status = wait_until("a process to end", || self.child.try_wait().expect("a process of ours"));
+        let mut waited = Duration::ZERO;
+        while self.lives() && waited < PATIENCE {
+            std::thread::sleep(STEP);
+            waited += STEP;
+        }
+        let in_time = !self.lives();
+        // Its pipes close with it.
+        let _ = self.child.kill();
+        let status = self.child.wait().expect("a process of ours");
         let stderr = self.errors.take().and_then(|errors| errors.join().ok()).unwrap_or_default();
         let stdout = self.lines.iter().fold(String::new(), |text, line| text + &line + "\n");
-        Said { code: status.code(), stdout, stderr }
+        let said = Said { code: status.code(), stdout, stderr };
+        assert!(in_time, "it did not end within {PATIENCE:?}: {said:?}");
+        said
     }
 }
 
