@@ -10,6 +10,7 @@
 //! Whatever else is read gives all ones, and writes to it vanish, as on a bus without a device.
 //! Interrupt controllers and the timer are KVM's.
 
+mod console;
 mod serial;
 pub(crate) mod virtio;
 

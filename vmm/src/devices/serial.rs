@@ -1,9 +1,11 @@
 //! The first serial port: a 16550 whose output goes where the host says.
 //!
-//! Input is not wired up yet; the saved state has room for it.
+//! What the guest says is queued and written by a thread of its own ([`super::console`]), so that no
+//! vCPU waits for whoever reads it. Input is not wired up yet; the saved state has room for it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -11,6 +13,7 @@ use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::console::Console;
 use crate::config::SerialTarget;
 use crate::saved::StateError;
 use crate::saved::sections::Serial as SavedSerial;
@@ -27,6 +30,12 @@ pub enum SerialError {
         #[source]
         source: io::Error,
     },
+    /// The standard output can't be had a second time.
+    #[error("can't duplicate the standard output for the serial output")]
+    Stdout(#[source] io::Error),
+    /// The thread that writes its output can't be started.
+    #[error("can't start a thread for the serial output")]
+    Thread(#[source] io::Error),
     /// Its interrupt can't be made.
     #[error("can't make an eventfd for the serial port")]
     EventFd(#[source] io::Error),
@@ -35,7 +44,7 @@ pub enum SerialError {
 /// The serial port, shared by the vCPUs.
 #[derive(Debug)]
 pub(crate) struct SerialPort {
-    device: Mutex<Serial<Interrupt, NoEvents, Output>>,
+    device: Mutex<Serial<Interrupt, NoEvents, Console>>,
     interrupt: EventFd,
 }
 
@@ -50,42 +59,22 @@ impl Trigger for Interrupt {
     }
 }
 
-#[derive(Debug, Default)]
-enum Output {
-    #[default]
-    Null,
-    Stdout,
-    File(File),
-}
-
-impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Null => Ok(bytes.len()),
-            Self::Stdout => io::stdout().write(bytes),
-            Self::File(file) => file.write(bytes),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Self::Null => Ok(()),
-            Self::Stdout => io::stdout().flush(),
-            Self::File(file) => file.flush(),
-        }
-    }
-}
-
 impl SerialPort {
     pub(crate) fn open(target: &SerialTarget) -> Result<Self, SerialError> {
-        let output = match target {
-            SerialTarget::Null => Output::Null,
-            SerialTarget::Stdio => Output::Stdout,
+        let file = match target {
+            SerialTarget::Null => None,
+            SerialTarget::Stdio => {
+                // Not through `io::stdout`, whose lock a stuck write would keep from the whole process.
+                let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(SerialError::Stdout)?;
+                Some(File::from(stdout))
+            }
             SerialTarget::File(path) => {
                 let opened = OpenOptions::new().create(true).append(true).open(path);
-                Output::File(opened.map_err(|source| SerialError::File { path: path.clone(), source })?)
+                Some(opened.map_err(|source| SerialError::File { path: path.clone(), source })?)
             }
         };
+        let output =
+            file.map_or_else(|| Ok(Console::default()), Console::start).map_err(SerialError::Thread)?;
         let interrupt = EventFd::new(EFD_NONBLOCK).map_err(SerialError::EventFd)?;
         let trigger = Interrupt(interrupt.try_clone().map_err(SerialError::EventFd)?);
         Ok(Self { device: Mutex::new(Serial::new(trigger, output)), interrupt })
@@ -101,9 +90,9 @@ impl SerialPort {
     }
 
     pub(crate) fn write(&self, register: u8, value: u8) {
-        // Output that nobody takes (a full disk, a closed pipe) is lost; the guest does not stop for it.
+        // Output goes into a queue, which refuses nothing; what can fail is the interrupt.
         if let Err(error) = self.lock().write(register, value) {
-            tracing::debug!(?error, "serial output was lost");
+            tracing::debug!(?error, "the serial port could not raise its interrupt");
         }
     }
 
@@ -169,7 +158,7 @@ impl SerialPort {
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Serial<Interrupt, NoEvents, Output>> {
+    fn lock(&self) -> MutexGuard<'_, Serial<Interrupt, NoEvents, Console>> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -191,6 +180,8 @@ mod tests {
         assert_eq!(port.save(), saved);
         assert_eq!(port.read(7), 0x5a);
         port.write(0, b'b');
+        // Dropping it waits for what was said.
+        drop(port);
         assert_eq!(std::fs::read(&path).unwrap(), b"ab");
     }
 

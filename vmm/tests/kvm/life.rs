@@ -1,9 +1,13 @@
 //! Life cycle, state and dirty log.
 
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use crate::support::*;
-use ferry_vmm::{Backing, Machine, MachineEvent, MachineStatus, RunError, SerialTarget, StateError};
+use ferry_vmm::{
+    Backing, Machine, MachineConfig, MachineEvent, MachineStatus, RunError, SerialTarget, StateError,
+};
 
 const MEMORY_BYTES: u64 = 16 << 20;
 
@@ -24,7 +28,7 @@ fn a_guest_prints_counts_pauses_and_resumes() {
     assert_eq!(machine.status(), MachineStatus::Created);
     machine.run().unwrap();
     let_count(&machine, 1000);
-    assert_eq!(std::fs::read(&console).unwrap(), b"A");
+    wait_until("the guest's word is in the file", || std::fs::read(&console).unwrap() == b"A");
     for _ in 0..50 {
         machine.pause().unwrap();
         let count = counter(&machine);
@@ -287,8 +291,9 @@ fn state_only_moves_between_the_right_machines_at_the_right_time() {
     if !kvm_or_skip() {
         return;
     }
+    let empty = Machine::build(&config(MEMORY_BYTES)).unwrap();
+    assert!(matches!(empty.save_state(), Err(StateError::WrongStatus { .. })));
     let source = machine_with(&config(MEMORY_BYTES), COUNTING);
-    assert!(matches!(source.save_state(), Err(StateError::WrongStatus { .. })));
     source.run().unwrap();
     assert!(matches!(source.save_state(), Err(StateError::WrongStatus { .. })));
     source.pause().unwrap();
@@ -311,4 +316,35 @@ fn state_only_moves_between_the_right_machines_at_the_right_time() {
     target.restore_state(&state).unwrap();
     target.run().unwrap();
     let_count(&target, 100);
+}
+
+/// Says 'A' for ever.
+const TALKING: &[u8] = &[0xba, 0xf8, 0x03, 0, 0, 0xb0, b'A', 0xee, 0xeb, 0xfd];
+
+#[test]
+fn a_guest_whose_console_nobody_reads_still_pauses_and_stops() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("console");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut options = std::fs::File::options();
+    let mut pipe = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+    while pipe.write(&[0; 4096]).is_ok() {}
+    let (done, returned) = std::sync::mpsc::channel();
+    let machine = move || {
+        let machine = machine_with(
+            &MachineConfig { serial: SerialTarget::File(path), ..config(MEMORY_BYTES) },
+            TALKING,
+        );
+        machine.run().unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        machine.pause().unwrap();
+        machine.stop();
+        drop(machine);
+        done.send(()).unwrap();
+    };
+    std::thread::spawn(machine);
+    returned.recv_timeout(Duration::from_secs(20)).expect("it pauses, stops and goes away");
 }

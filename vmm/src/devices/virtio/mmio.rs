@@ -4,7 +4,7 @@
 //! Queue notifications don't come here: KVM turns them into an eventfd, and interrupts go the same way
 //! back.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -22,6 +22,7 @@ use virtio_bindings::virtio_mmio::{
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueState, QueueT};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::TrackedMemory;
@@ -67,6 +68,8 @@ pub(crate) struct MmioTransport {
     interrupt: EventFd,
     /// One a queue, in KVM's hands; written here when the driver became ready.
     notify: Vec<EventFd>,
+    /// Whether the log has told of a broken queue.
+    warned: AtomicBool,
 }
 
 /// What the driver set.
@@ -106,6 +109,7 @@ impl MmioTransport {
             interrupt_status: AtomicU32::new(0),
             interrupt,
             notify,
+            warned: AtomicBool::new(false),
         }
     }
 
@@ -135,7 +139,12 @@ impl MmioTransport {
 
     /// Stops the device until the driver resets it.
     pub(crate) fn need_reset(&self, registers: &mut Registers, error: &BrokenQueue) {
-        tracing::warn!(device = self.kind.name, ?error, "the guest's driver broke a virtqueue");
+        // Once for each machine: a guest can break and reset its queues as often as it likes.
+        if self.warned.swap(true, Ordering::Relaxed) {
+            tracing::debug!(device = self.kind.name, ?error, "the guest's driver broke a virtqueue again");
+        } else {
+            tracing::warn!(device = self.kind.name, ?error, "the guest's driver broke a virtqueue");
+        }
         registers.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
         self.raise(INTERRUPT_CONFIG);
     }
@@ -368,18 +377,31 @@ impl Registers {
     fn write_queue(&mut self, offset: u32, value: u32) {
         let index = self.queue_select as usize;
         let Some(queue) = self.queues.get_mut(index) else { return };
-        match offset {
-            VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
-            VIRTIO_MMIO_QUEUE_READY => queue.set_ready(value == 1),
-            VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
-            VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
-            VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.set_avail_ring_address(Some(value), None),
-            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => queue.set_avail_ring_address(None, Some(value)),
-            VIRTIO_MMIO_QUEUE_USED_LOW => queue.set_used_ring_address(Some(value), None),
-            VIRTIO_MMIO_QUEUE_USED_HIGH => queue.set_used_ring_address(None, Some(value)),
-            _ => {}
-        }
+        let (descriptors, available, used) = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
+        // Not the setters without `try`: they log an error, with which a guest could fill the log.
+        let _ = match offset {
+            VIRTIO_MMIO_QUEUE_NUM => queue.try_set_size(u16::try_from(value).unwrap_or(0)),
+            VIRTIO_MMIO_QUEUE_READY => {
+                queue.set_ready(value == 1);
+                Ok(())
+            }
+            VIRTIO_MMIO_QUEUE_DESC_LOW => queue.try_set_desc_table_address(with_low(descriptors, value)),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.try_set_desc_table_address(with_high(descriptors, value)),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.try_set_avail_ring_address(with_low(available, value)),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => queue.try_set_avail_ring_address(with_high(available, value)),
+            VIRTIO_MMIO_QUEUE_USED_LOW => queue.try_set_used_ring_address(with_low(used, value)),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => queue.try_set_used_ring_address(with_high(used, value)),
+            _ => Ok(()),
+        };
     }
+}
+
+fn with_low(address: u64, low: u32) -> GuestAddress {
+    GuestAddress(address & !0xffff_ffff | u64::from(low))
+}
+
+fn with_high(address: u64, high: u32) -> GuestAddress {
+    GuestAddress(address & 0xffff_ffff | u64::from(high) << 32)
 }
 
 /// The half of a 64-bit feature set that `select` names.

@@ -17,6 +17,7 @@ use std::thread::{self, JoinHandle};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -48,6 +49,8 @@ const WAIT_RETRY_MS: i32 = 100;
 
 /// Frames thrown away at most: more than a tap's queue holds.
 const STALE_FRAMES_MAX: usize = 65_536;
+
+const DESCRIPTOR_BYTES: u64 = size_of::<Descriptor>() as u64;
 
 const ETHERNET_HEADER_BYTES: usize = 14;
 const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
@@ -197,10 +200,10 @@ impl Net {
         let mut receive = Turn::More;
         while !control.should_park() {
             if transmit == Turn::More {
-                transmit = self.guarded(TRANSMIT, |queue| self.transmit(queue, tap, frame));
+                transmit = self.guarded(TRANSMIT, |queue| self.transmit(control, queue, tap, frame));
             }
             if receive == Turn::More {
-                receive = self.guarded(RECEIVE, |queue| self.receive(queue, tap, frame));
+                receive = self.guarded(RECEIVE, |queue| self.receive(control, queue, tap, frame));
             }
             let is_busy = transmit == Turn::More || receive == Turn::More;
             let patience = match receive {
@@ -250,7 +253,13 @@ impl Net {
     }
 
     /// Guest to tap.
-    fn transmit(&self, queue: &mut Queue, tap: &Tap, buffer: &mut [u8]) -> Result<Turn, BrokenQueue> {
+    fn transmit(
+        &self,
+        control: &Control,
+        queue: &mut Queue,
+        tap: &Tap,
+        buffer: &mut [u8],
+    ) -> Result<Turn, BrokenQueue> {
         let memory = self.ram.tracked();
         let mut frames_left = FRAMES_PER_TURN;
         let mut used = false;
@@ -258,6 +267,7 @@ impl Net {
             queue.disable_notification(memory)?;
             while let Some(chain) = queue.iter(memory)?.next() {
                 let head = chain.head_index();
+                refuse_indirect(queue, memory, head)?;
                 let mut reader = chain.reader(memory)?;
                 let length = reader.available_bytes();
                 // What is no frame is dropped, as a wire would.
@@ -270,7 +280,8 @@ impl Net {
                 queue.add_used(memory, head, 0)?;
                 used = true;
                 frames_left -= 1;
-                if frames_left == 0 {
+                // A frame can be long work, and a pause waits for no more than one.
+                if frames_left == 0 || control.should_park() {
                     break 'turn Turn::More;
                 }
             }
@@ -299,11 +310,20 @@ impl Net {
     }
 
     /// Tap to guest.
-    fn receive(&self, queue: &mut Queue, tap: &Tap, buffer: &mut [u8]) -> Result<Turn, BrokenQueue> {
+    fn receive(
+        &self,
+        control: &Control,
+        queue: &mut Queue,
+        tap: &Tap,
+        buffer: &mut [u8],
+    ) -> Result<Turn, BrokenQueue> {
         let memory = self.ram.tracked();
         let mut used = false;
         let mut turn = Turn::More;
         for _ in 0..FRAMES_PER_TURN {
+            if control.should_park() {
+                break;
+            }
             // Only a frame that has somewhere to go is taken from the tap.
             if queue.iter(memory)?.next().is_none() {
                 if queue.enable_notification(memory)? {
@@ -414,6 +434,7 @@ struct Woken {
 fn place_frame(queue: &mut Queue, memory: &TrackedMemory, frame: &[u8]) -> Result<bool, BrokenQueue> {
     let Some(chain) = queue.iter(memory)?.next() else { return Ok(false) };
     let head = chain.head_index();
+    refuse_indirect(queue, memory, head)?;
     let mut writer = chain.writer(memory)?;
     if writer.available_bytes() < frame.len() {
         queue.go_to_previous_position();
@@ -423,6 +444,27 @@ fn place_frame(queue: &mut Queue, memory: &TrackedMemory, frame: &[u8]) -> Resul
     let length = u32::try_from(frame.len()).expect("FRAME_BYTES_MAX fits");
     queue.add_used(memory, head, length)?;
     Ok(true)
+}
+
+/// Breaks the queue if a chain uses indirect descriptors: they are not offered, and virtio-queue would
+/// follow them to chains far longer than a queue.
+fn refuse_indirect(queue: &Queue, memory: &TrackedMemory, head: u16) -> Result<(), BrokenQueue> {
+    let mut index = head;
+    for _ in 0..queue.size() {
+        let place = DESCRIPTOR_BYTES * u64::from(index);
+        let address = queue.desc_table().checked_add(place).ok_or(virtio_queue::Error::AddressOverflow)?;
+        let descriptor = memory.read_obj::<Descriptor>(GuestAddress(address));
+        let descriptor = descriptor.map_err(virtio_queue::Error::GuestMemory)?;
+        if descriptor.refers_to_indirect_table() {
+            return Err(BrokenQueue(virtio_queue::Error::InvalidIndirectDescriptor));
+        }
+        // A chain that leaves the table or bites its tail is cut off there, as by the iterator.
+        if !descriptor.has_next() || descriptor.next() >= queue.size() {
+            break;
+        }
+        index = descriptor.next();
+    }
+    Ok(())
 }
 
 fn config_space(mac: [u8; 6]) -> Vec<u8> {

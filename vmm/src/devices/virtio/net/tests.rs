@@ -29,6 +29,7 @@ const BUFFERS: u64 = 0x10_0000;
 const BUFFER_BYTES: u32 = 2048;
 const DESCRIPTOR_NEXT: u16 = 1;
 const DESCRIPTOR_WRITE: u16 = 2;
+const DESCRIPTOR_INDIRECT: u16 = 4;
 
 /// A tap for the machine and one for its peer, joined by a bridge, in a namespace of the calling thread.
 fn taps_or_skip() -> Option<(Tap, Tap)> {
@@ -362,6 +363,28 @@ fn a_driver_that_breaks_a_queue_must_reset_and_can_go_on() {
             "a receive buffer outside memory",
             Box::new(move |driver| {
                 driver.describe(RECEIVE, 0, beyond, 2048, DESCRIPTOR_WRITE, 0);
+                driver.offer(RECEIVE, 0);
+            }),
+        ),
+        (
+            "an indirect descriptor",
+            Box::new(|driver| {
+                // A table that would make a good frame.
+                driver.put(BUFFERS, BUFFERS + 4096);
+                driver.put(BUFFERS + 8, 100_u32);
+                driver.put(BUFFERS + 12, 0_u32);
+                driver.describe(TRANSMIT, 0, BUFFERS, 16, DESCRIPTOR_INDIRECT, 0);
+                driver.offer(TRANSMIT, 0);
+            }),
+        ),
+        (
+            "an indirect descriptor to receive into, behind another",
+            Box::new(|driver| {
+                driver.put(BUFFERS, BUFFERS + 4096);
+                driver.put(BUFFERS + 8, 2000_u32);
+                driver.put(BUFFERS + 12, u32::from(DESCRIPTOR_WRITE));
+                driver.describe(RECEIVE, 0, BUFFERS + 8192, 12, DESCRIPTOR_WRITE | DESCRIPTOR_NEXT, 1);
+                driver.describe(RECEIVE, 1, BUFFERS, 16, DESCRIPTOR_INDIRECT, 0);
                 driver.offer(RECEIVE, 0);
             }),
         ),
