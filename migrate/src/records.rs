@@ -130,7 +130,7 @@ mod tests {
 
     fn record(epoch: u64) -> Record {
         let name = "web".parse().unwrap();
-        Record { vm: VmId([1; 16]), name, epoch: Epoch::new(epoch), standing: Standing::Running }
+        Record::of_own(VmId([1; 16]), name, Epoch::new(epoch), Standing::Running)
     }
 
     fn records(folder: &Path) -> FileRecords {

@@ -98,7 +98,7 @@ fn a_state_folder_that_can_not_be_is_named() {
 }
 
 fn record(standing: Standing) -> Record {
-    Record { vm: VmId([9; 16]), name: "web".parse().unwrap(), epoch: Epoch::FIRST, standing }
+    Record::of_own(VmId([9; 16]), "web".parse().unwrap(), Epoch::FIRST, standing)
 }
 
 #[test]

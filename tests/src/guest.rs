@@ -81,7 +81,7 @@ pub fn boot(workload: &str, config: &MachineConfig) -> Guest {
     let records = records_of(&folder, 0);
     let epoch = Epoch::FIRST;
     let name = "guest".parse().expect("a name");
-    records.store(&Record { vm: VM, name, epoch, standing: Standing::Running }).expect("a record");
+    records.store(&Record::of_own(VM, name, epoch, Standing::Running)).expect("a record");
     let machine = MigratableMachine::new(Arc::new(machine), Vec::new(), Vec::new());
     let guest = Guest { machine, epoch, records, folder };
     for _ in 0..600 {

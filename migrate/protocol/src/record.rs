@@ -14,7 +14,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ident::{Epoch, VmId, VmName};
+use crate::ident::{Epoch, MigrationId, VmId, VmName};
 
 /// What every record begins with.
 pub const RECORD_MAGIC: [u8; 4] = *b"FRRC";
@@ -38,6 +38,12 @@ pub struct Record {
     pub epoch: Epoch,
     /// Where this host stands in that epoch.
     pub standing: Standing,
+    /// The attempt that the standing speaks of: the one that is received or was discarded here, or to which this
+    /// host gave the epoch. `None` while this host owns the VM.
+    pub migration: Option<MigrationId>,
+    /// The migration by which this host came to own the VM; `None` for one that was started here or is not owned yet.
+    /// It stays when the VM is given away, so that the source of that migration can still be told that it ran here.
+    pub arrived_by: Option<MigrationId>,
 }
 
 /// Where a host stands towards a VM in one epoch.
@@ -99,6 +105,32 @@ pub enum RecordError {
 }
 
 impl Record {
+    /// The record of a VM that was not brought here by a migration, and that no migration is taking away.
+    #[must_use]
+    pub const fn of_own(vm: VmId, name: VmName, epoch: Epoch, standing: Standing) -> Self {
+        Self { vm, name, epoch, standing, migration: None, arrived_by: None }
+    }
+
+    /// Whether this host was ready to run `epoch` by `migration` and gave it up, or has lost what it received of it:
+    /// it has not run it and can't any more. A record of another attempt never says so.
+    #[must_use]
+    pub fn never_ran(&self, migration: MigrationId, epoch: Epoch) -> bool {
+        let given_up = match self.standing {
+            Standing::Receiving { .. } | Standing::Discarded => true,
+            Standing::Running
+            | Standing::Stopped
+            | Standing::Committed { .. }
+            | Standing::Released { .. } => false,
+        };
+        given_up && self.epoch == epoch && self.migration == Some(migration)
+    }
+
+    /// Whether `migration` brought the VM here as `epoch`, whatever has become of it since.
+    #[must_use]
+    pub fn ran(&self, migration: MigrationId, epoch: Epoch) -> bool {
+        self.arrived_by == Some(migration) && self.epoch >= epoch
+    }
+
     /// The record as a file has it.
     ///
     /// # Panics
@@ -156,6 +188,28 @@ mod tests {
             name: "web".parse().unwrap(),
             epoch: Epoch::new(3),
             standing: Standing::Committed { target: "10.0.0.2:4444".into() },
+            migration: Some(MigrationId([8; 16])),
+            arrived_by: None,
+        }
+    }
+
+    #[test]
+    fn a_record_answers_only_for_its_own_migration_and_epoch() {
+        let (own, other) = (MigrationId([8; 16]), MigrationId([9; 16]));
+        let received = Record { standing: Standing::Receiving { source: "a".into() }, ..record() };
+        let discarded = Record { standing: Standing::Discarded, ..record() };
+        for record in [received, discarded] {
+            let answers = [(own, 3), (own, 2), (own, 4), (other, 3)]
+                .map(|(migration, epoch)| record.never_ran(migration, Epoch::new(epoch)));
+            assert_eq!(answers, [true, false, false, false]);
+            assert!(!record.ran(own, Epoch::new(3)));
+        }
+        for standing in [record().standing, Standing::Running, Standing::Stopped] {
+            let arrived = Record { standing, arrived_by: Some(other), ..record() };
+            let answers = [(other, 3), (other, 2), (other, 4), (own, 3)]
+                .map(|(migration, epoch)| arrived.ran(migration, Epoch::new(epoch)));
+            assert_eq!(answers, [true, true, false, false]);
+            assert!(!arrived.never_ran(own, Epoch::new(3)) && !arrived.never_ran(other, Epoch::new(3)));
         }
     }
 

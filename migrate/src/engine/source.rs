@@ -93,7 +93,7 @@ pub async fn migrate(
         bandwidth,
         counters: Arc::clone(&counters),
     });
-    let core = begin(&*vm, options, layout, &*clock);
+    let core = begin(&*vm, &*records, options, layout, &*clock);
     let worker = VmWorker::start()?;
     let engine = Engine {
         core,
@@ -113,7 +113,13 @@ pub async fn migrate(
     Ok(engine.run(inbox, cancel).await)
 }
 
-fn begin(vm: &dyn SourceVm, options: MigrateOptions, layout: MemoryLayout, clock: &dyn Clock) -> Source {
+fn begin(
+    vm: &dyn SourceVm,
+    records: &dyn RecordStore,
+    options: MigrateOptions,
+    layout: MemoryLayout,
+    clock: &dyn Clock,
+) -> Source {
     let MigrateOptions {
         migration,
         vm: id,
@@ -127,11 +133,13 @@ fn begin(vm: &dyn SourceVm, options: MigrateOptions, layout: MemoryLayout, clock
         timeout,
         on_timeout,
     } = options;
+    let arrived_by = records.load(id).ok().flatten().and_then(|record| record.arrived_by);
     let config = Config {
         migration,
         vm: id,
         name,
         epoch,
+        arrived_by,
         target,
         description: vm.description(),
         streams,

@@ -190,12 +190,7 @@ impl World {
         let injection = Injection::new(bug, &mut random.fork());
         let troubles = scenario.troubles.clone();
         let config = config(&scenario, 1, Epoch::FIRST);
-        let record = Record {
-            vm: config.vm,
-            name: config.name.clone(),
-            epoch: Epoch::FIRST,
-            standing: Standing::Running,
-        };
+        let record = Record::of_own(config.vm, config.name.clone(), Epoch::FIRST, Standing::Running);
         let mut world = Self {
             now,
             source: Source::new(config, scenario.layout.clone(), now),
@@ -456,6 +451,7 @@ fn config(scenario: &Scenario, attempt: u32, epoch: Epoch) -> source::Config {
         vm: VmId([1; 16]),
         name: "web".parse().expect("a name"),
         epoch,
+        arrived_by: None,
         target: "b:4444".to_owned(),
         description: vec![1, 2, 3],
         streams: scenario.streams,

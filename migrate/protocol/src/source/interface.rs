@@ -32,6 +32,8 @@ pub struct Config {
     pub name: VmName,
     /// The epoch in which this host runs it.
     pub epoch: Epoch,
+    /// The migration that brought it to this host, if one did ([`Record::arrived_by`]); this host's records keep it.
+    pub arrived_by: Option<MigrationId>,
     /// The target as the operator gave it; goes into the commit record.
     pub target: String,
     /// The machine in the machine monitor's own format.

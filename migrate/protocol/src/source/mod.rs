@@ -71,7 +71,15 @@ impl Context {
     }
 
     fn record(&self, epoch: Epoch, standing: Standing) -> Record {
-        Record { vm: self.config.vm, name: self.config.name.clone(), epoch, standing }
+        let given = matches!(standing, Standing::Committed { .. } | Standing::Released { .. });
+        Record {
+            vm: self.config.vm,
+            name: self.config.name.clone(),
+            epoch,
+            standing,
+            migration: given.then_some(self.config.migration),
+            arrived_by: self.config.arrived_by,
+        }
     }
 
     fn next_fence(&mut self) -> u32 {

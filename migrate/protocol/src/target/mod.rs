@@ -211,7 +211,16 @@ struct Guest {
 
 impl Guest {
     fn record(&self, standing: Standing) -> Record {
-        Record { vm: self.vm, name: self.name.clone(), epoch: self.standing.epoch(), standing }
+        // What runs here is this host's own; by which attempt it came is all that is kept of that.
+        let owned = matches!(standing, Standing::Running);
+        Record {
+            vm: self.vm,
+            name: self.name.clone(),
+            epoch: self.standing.epoch(),
+            standing,
+            migration: (!owned).then_some(self.migration),
+            arrived_by: owned.then_some(self.migration),
+        }
     }
 }
 

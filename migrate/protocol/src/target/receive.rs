@@ -101,37 +101,23 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
 }
 
 /// A source that may have committed comes back, but this process has nothing of its migration any more: it was
-/// discarded, or this host was restarted. Only what is on disk can answer.
+/// discarded, or this host was restarted. Only what is on disk of this very migration can answer: a record of
+/// another attempt says nothing of what became of this one, so the source stays in doubt.
 fn answer_from_record(hello: &Hello, context: &mut Context) -> Phase {
     let epoch = hello.epoch.next();
-    let record = context.config.record.take().filter(|r| r.vm == hello.vm && r.epoch >= epoch);
-    let guest =
-        |standing| Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
-    let lived_on = |record: &Record| record.epoch > epoch;
-    if record.as_ref().is_some_and(lived_on) {
-        // A later epoch exists only because this host ran the one that its source asks after: the source, which
-        // still asks, can't have taken it back.
+    let record = context.config.record.take().filter(|record| record.vm == hello.vm);
+    if record.as_ref().is_some_and(|record| record.never_ran(hello.migration, epoch)) {
+        let standing = TargetStanding::Receiving(epoch);
+        let guest = Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
+        let reason = "its source asked after a migration that was not finished here";
+        return discard(guest, None, reason, context);
+    }
+    if record.is_some_and(|record| record.ran(hello.migration, epoch)) {
         context.send(Message::Running(Running { epoch, record_us: 0, run_us: 0 }));
-        return refuse(None, "its source was told that the guest has lived on here", context);
+        return refuse(None, "its source was told that the guest has been running here", context);
     }
-    match record.map(|record| record.standing) {
-        // Received here, never recorded as running, and its memory is gone: it never will run here.
-        Some(Standing::Receiving { .. } | Standing::Discarded) => {
-            let reason = "its source asked after a migration that was not finished here";
-            discard(guest(TargetStanding::Receiving(epoch)), None, reason, context)
-        }
-        Some(
-            Standing::Running | Standing::Stopped | Standing::Committed { .. } | Standing::Released { .. },
-        ) => {
-            let said = Running { epoch, record_us: 0, run_us: 0 };
-            context.send(Message::Running(said));
-            refuse(None, "its source was told that the guest has been running here", context)
-        }
-        None => {
-            let text = format!("this host has no record of migration {}", hello.migration);
-            refuse(Some(AbortCode::Epoch), &text, context)
-        }
-    }
+    let text = format!("this host has no record of migration {}", hello.migration);
+    refuse(Some(AbortCode::Epoch), &text, context)
 }
 
 /// The machine is being built.

@@ -137,8 +137,16 @@ fn records_have_the_bytes_that_they_always_had() {
         Standing::Stopped,
     ] {
         let name = standing.word().to_owned();
-        let record =
-            Record { vm: VmId([0xb2; 16]), name: "web-1".parse().unwrap(), epoch: Epoch::new(300), standing };
+        let given = matches!(standing, Standing::Committed { .. } | Standing::Released { .. });
+        let coming = matches!(standing, Standing::Receiving { .. } | Standing::Discarded);
+        let record = Record {
+            vm: VmId([0xb2; 16]),
+            name: "web-1".parse().unwrap(),
+            epoch: Epoch::new(300),
+            standing,
+            migration: (given || coming).then_some(MigrationId([0xc3; 16])),
+            arrived_by: (!coming).then_some(MigrationId([0xd4; 16])),
+        };
         files.push(format!("{name}.hex"));
         let golden = check_bytes(&format!("record/{name}"), &format!("{record:?}"), &record.encode());
         assert_eq!(Record::decode(&golden), Ok(record));

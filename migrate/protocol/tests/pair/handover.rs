@@ -155,6 +155,53 @@ fn a_source_whose_guest_has_lived_on_is_told_so() {
 }
 
 #[test]
+fn a_source_is_not_answered_from_the_record_of_another_attempt() {
+    for standing in [
+        Standing::Receiving { source: "a:1".to_owned() },
+        Standing::Discarded,
+        Standing::Running,
+        Standing::Stopped,
+    ] {
+        let mut pair = Pair::new(config());
+        pair.run_to_target_phase("starting");
+        let other = Some(MigrationId([8; 16]));
+        let record = pair.target_disk.record.take().unwrap();
+        // The answer comes from a host that knows only of another attempt at the same epoch.
+        pair.target = None;
+        pair.target_disk.record =
+            Some(Record { standing: standing.clone(), migration: other, arrived_by: other, ..record });
+        pair.cut_all(Duration::ZERO);
+        let start = pair.now;
+        pair.run_until(|pair| pair.now.since(start) > Duration::from_secs(60));
+        assert_eq!(pair.source.phase(), "committed", "{standing:?}");
+        assert!(!pair.source_guest.runs && pair.source_guest.exists);
+        assert!(doubted(&pair));
+    }
+}
+
+#[test]
+fn a_host_keeps_by_which_migration_a_guest_came_while_it_gives_it_away() {
+    let came = Some(MigrationId([9; 16]));
+    let mut pair = Pair::new(source::Config { arrived_by: came, ..config() });
+    let mut seen = std::collections::BTreeSet::new();
+    pair.run_until(|pair| {
+        let record = pair.source_disk.record.as_ref().unwrap();
+        // The first is this world's own.
+        if pair.source.phase() != "connecting" && record.arrived_by.is_some() {
+            let given = record.standing != Standing::Running;
+            assert_eq!(record.migration, given.then_some(config().migration));
+            seen.insert(record.standing.word());
+            assert_eq!(record.arrived_by, came);
+        }
+        false
+    });
+    assert!(moved(&pair));
+    assert_eq!(Vec::from_iter(seen), ["committed", "released", "running"]);
+    let record = pair.target_disk.record.unwrap();
+    assert_eq!((record.migration, record.arrived_by), (None, Some(config().migration)));
+}
+
+#[test]
 fn an_epoch_that_ran_here_is_not_taken_from_another_host() {
     for epoch in [1, 2] {
         let mut pair = Pair::new(config());

@@ -138,6 +138,7 @@ pub(crate) fn config() -> source::Config {
         vm: VmId([1; 16]),
         name: "web".parse().unwrap(),
         epoch: Epoch::FIRST,
+        arrived_by: None,
         target: "b:4444".to_owned(),
         description: vec![1, 2, 3],
         streams: STREAMS,
@@ -164,12 +165,7 @@ fn digest(number: u64) -> MemoryDigest {
 impl Pair {
     pub(crate) fn new(config: source::Config) -> Self {
         let now = Timestamp::default();
-        let record = Record {
-            vm: config.vm,
-            name: config.name.clone(),
-            epoch: config.epoch,
-            standing: Standing::Running,
-        };
+        let record = Record::of_own(config.vm, config.name.clone(), config.epoch, Standing::Running);
         Self {
             now,
             source: Source::new(config, layout(), now),

@@ -41,7 +41,7 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     let (ipv4, ipv6) = addresses(args.net.as_ref());
     let machine = MigratableMachine::new(Arc::new(machine), ipv4, ipv6);
     let epoch = Epoch::FIRST;
-    let record = Record { vm, name: args.name.clone(), epoch, standing: Standing::Running };
+    let record = Record::of_own(vm, args.name.clone(), epoch, Standing::Running);
     records.store(&record).map_err(|error| anyhow!(error))?;
 
     let tap = args.net.as_ref().map(|net| net.tap.clone());

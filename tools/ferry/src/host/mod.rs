@@ -271,7 +271,10 @@ impl VmHost {
 
     /// Writes down that the VM has ended here; if that fails the old record only says that it ran.
     fn record(&self, here: &Here, standing: Standing) {
-        let record = Record { vm: here.vm, name: self.name.clone(), epoch: here.epoch, standing };
+        // By which migration it came is kept: that migration's source may still have to be told.
+        let arrived_by = self.records.load(here.vm).ok().flatten().and_then(|record| record.arrived_by);
+        let own = Record::of_own(here.vm, self.name.clone(), here.epoch, standing);
+        let record = Record { arrived_by, ..own };
         if let Err(error) = self.records.store(&record) {
             tracing::warn!("the record of '{}' can't be brought up to date: {error}", self.name);
         }

@@ -94,6 +94,7 @@ fn config(on_timeout: OnTimeout) -> Config {
         vm: VmId([1; 16]),
         name: "web".parse().unwrap(),
         epoch: Epoch::FIRST,
+        arrived_by: None,
         target: "b:4444".to_owned(),
         description: vec![1],
         streams: 1,

@@ -11,7 +11,7 @@ use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
 use ferry_protocol::{
-    Epoch, MemoryDigest, Message, PAGE_BYTES, PageDigest, Region, StreamIndex, Timestamp, VmId,
+    Epoch, MemoryDigest, Message, MigrationId, PAGE_BYTES, PageDigest, Region, StreamIndex, Timestamp, VmId,
 };
 
 use super::source::{at, hello, regions};
@@ -196,8 +196,12 @@ pub(super) fn messages_of_a_target() -> Vec<(&'static str, Message)> {
     ]
 }
 
-fn record(vm: VmId, epoch: u64, standing: Standing) -> Record {
-    Record { vm, name: "web".parse().unwrap(), epoch: Epoch::new(epoch), standing }
+/// A record that names `migration` wherever its standing can.
+fn record(vm: VmId, epoch: u64, standing: Standing, migration: MigrationId) -> Record {
+    let coming = matches!(standing, Standing::Receiving { .. } | Standing::Discarded);
+    let (coming, arrived) = if coming { (Some(migration), None) } else { (None, Some(migration)) };
+    let own = Record::of_own(vm, "web".parse().unwrap(), Epoch::new(epoch), standing);
+    Record { migration: coming, arrived_by: arrived, ..own }
 }
 
 fn along(steps: usize, then: &[Event], record: Option<Record>) -> Stepped {
@@ -229,7 +233,12 @@ pub(super) fn table_of_records() -> String {
     ];
     let peer = || "a:1".to_owned();
     let mut text = String::new();
-    for epoch in 1..=3 {
+    let (own, other) = (hello().migration, MigrationId([0xee; 16]));
+    for (epoch, migration, which) in
+        [(1, own, "this migration"), (2, own, "this migration"), (3, own, "this migration")]
+            .into_iter()
+            .chain([(2, other, "another migration")])
+    {
         for standing in [
             Standing::Running,
             Standing::Committed { target: peer() },
@@ -238,12 +247,12 @@ pub(super) fn table_of_records() -> String {
             Standing::Discarded,
             Standing::Stopped,
         ] {
-            let name = format!("the record says {} in epoch {epoch}", standing.word());
-            let make = || along(0, &[], Some(record(VmId([1; 16]), epoch, standing.clone())));
+            let name = format!("the record says {} in epoch {epoch} by {which}", standing.word());
+            let make = || along(0, &[], Some(record(VmId([1; 16]), epoch, standing.clone(), migration)));
             text += &part(&name, make, &greetings);
         }
     }
-    let make = || along(0, &[], Some(record(VmId([9; 16]), 2, Standing::Running)));
+    let make = || along(0, &[], Some(record(VmId([9; 16]), 2, Standing::Running, own)));
     text += &part("the record says running in epoch 2, of another VM", make, &greetings);
     text
 }

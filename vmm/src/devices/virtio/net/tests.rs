@@ -337,6 +337,7 @@ fn frames_wait_in_the_tap_until_there_are_buffers() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one device's way from working to broken and back, told in order")]
 fn a_driver_that_breaks_a_queue_must_reset_and_can_go_on() {
     let Some((tap, peer)) = taps_or_skip() else { return };
     let driver = Driver::new(tap);
