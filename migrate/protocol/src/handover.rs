@@ -79,7 +79,8 @@ impl SourceStanding {
         }
     }
 
-    /// The commit record could not be written. No `Commit` was sent, so nothing was given away.
+    /// The commit record could not be written, or the target was lost or gave up before a `Commit` could be sent. None
+    /// was and none will be, so nothing was given away.
     ///
     /// # Errors
     /// Unless it is committing.

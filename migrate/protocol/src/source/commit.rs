@@ -26,13 +26,15 @@ const RETRY_DELAY_MAX: Duration = Duration::from_secs(1);
 
 const RETRY_DELAY_FIRST: Duration = Duration::from_millis(50);
 
+const DISCARDED: &str = "the target discarded the guest instead of running it";
+
 /// The commit record is being written.
 #[derive(Debug)]
 pub(super) struct Recording {
     standstill: Standstill,
     digests: Digests,
-    /// Why the connection was lost meanwhile.
-    lost: Option<String>,
+    /// Why the target will not get a `Commit` any more: the connection was lost meanwhile, or it has given up.
+    lost: Option<Failure>,
 }
 
 /// The record is durable; the target has been told, or is about to be.
@@ -76,27 +78,36 @@ impl Recording {
     pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         match event {
             Event::RecordWritten { .. } => {
+                if let Some(failure) = self.lost {
+                    // No `Commit` has left this host and none will, so the target can't run what it has: the guest
+                    // need not stand still until the target can be asked.
+                    context.standing = context.standing.failed().expect("a commit was being recorded");
+                    return undo(failure, context);
+                }
                 self.standstill.downtime.record = self.standstill.lap(now);
                 context.standing = context.standing.recorded().expect("a commit was being recorded");
                 let epoch = context.config.epoch.next();
-                let connection = Connection::Up { answer_by: now + ANSWER_TIMEOUT };
-                let Self { standstill, digests, lost } = self;
-                let committed = Committed { standstill, digests, epoch, connection, doubted: false };
-                if let Some(reason) = lost {
-                    // The guest stands still: waiting for an answer that can't come would only prolong that.
-                    return committed.reconnect(reason, context);
-                }
                 context.send(Message::Commit(AtEpoch { epoch }));
-                Phase::Committed(committed)
+                let connection = Connection::Up { answer_by: now + ANSWER_TIMEOUT };
+                let Self { standstill, digests, lost: _ } = self;
+                Phase::Committed(Committed { standstill, digests, epoch, connection, doubted: false })
             }
             Event::RecordFailed(reason) => {
                 context.standing = context.standing.failed().expect("a commit was being recorded");
                 undo(Failure::Local(format!("the commit could not be recorded: {reason}")), context)
             }
-            // The record is on its way to the disk and can't be called back, so these are dealt with once it
-            // is there: a lost connection by reconnecting, a cancellation by going on.
+            // The record is on its way to the disk and can't be called back, so these are dealt with once it is
+            // there. A cancellation comes too late.
             Event::Disconnected(reason) => {
-                self.lost = Some(reason);
+                self.lost = Some(Failure::Link(reason));
+                Phase::Recording(self)
+            }
+            Event::Message(Message::Abort(abort)) => {
+                self.lost = Some(Failure::Refused(abort));
+                Phase::Recording(self)
+            }
+            Event::Message(Message::Discarded(_)) => {
+                self.lost.get_or_insert(Failure::Link(DISCARDED.to_owned()));
                 Phase::Recording(self)
             }
             Event::Cancel
@@ -137,7 +148,12 @@ impl Committed {
             }
             Event::Disconnected(reason) => self.reconnect(reason, context),
             Event::Timeout => self.reconnect("the target does not answer".to_owned(), context),
-            Event::Message(Message::Abort(abort)) => self.reconnect(abort.sentence, context),
+            // What it has given up it discards, and says so on this connection as soon as that is durable. If it does
+            // not, the timeout asks again.
+            Event::Message(Message::Abort(abort)) => {
+                self.doubt(abort.sentence, context);
+                Phase::Committed(self)
+            }
             // Nothing else can change who owns the guest; a cancellation comes too late.
             Event::Message(_)
             | Event::StreamsOpened
@@ -161,12 +177,17 @@ impl Committed {
             Connection::Up { .. } => RETRY_DELAY_FIRST,
             Connection::Down { delay } => (delay * 2).min(RETRY_DELAY_MAX),
         };
-        if !std::mem::replace(&mut self.doubted, true) {
-            context.report(Progress::InDoubt { reason });
-        }
+        self.doubt(reason, context);
         context.act(Action::Connect { delay });
         self.connection = Connection::Down { delay };
         Phase::Committed(self)
+    }
+
+    /// Tells the caller, once, that it is not known here who runs the guest.
+    fn doubt(&mut self, reason: String, context: &mut Context) {
+        if !std::mem::replace(&mut self.doubted, true) {
+            context.report(Progress::InDoubt { reason });
+        }
     }
 
     fn running(mut self, now: Timestamp, running: &Running, context: &mut Context) -> Phase {
@@ -228,8 +249,7 @@ impl Reclaiming {
         match event {
             // Owning it again is already certain: the target's `Discarded` is durable over there.
             Event::RecordWritten { .. } | Event::RecordFailed(_) => {
-                let text = "the target discarded the guest instead of running it".to_owned();
-                give_back(Failure::Link(text), self.epoch, context)
+                give_back(Failure::Link(DISCARDED.to_owned()), self.epoch, context)
             }
             _ => Phase::Reclaiming(self),
         }

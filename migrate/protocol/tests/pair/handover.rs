@@ -57,15 +57,16 @@ fn a_released_that_is_lost_changes_nothing() {
 }
 
 #[test]
-fn a_link_that_breaks_while_the_commit_is_recorded_is_made_again() {
+fn a_link_that_breaks_while_the_commit_is_recorded_leaves_the_guest_here_at_once() {
     let mut pair = Pair::new(config());
     pair.run_to_source_phase("recording the commit");
-    pair.cut_control(Duration::from_millis(20));
+    pair.cut_control(target::PREPARED_WAIT_MAX * 2);
     pair.run_to_end();
-    assert!(moved(&pair), "{:?}", pair.source_outcome);
-    let Some(Outcome::Moved(summary)) = &pair.source_outcome else { unreachable!("checked above") };
-    let downtime = summary.downtime.total();
-    assert!(downtime < Duration::from_millis(100), "no waiting for an answer that can't come: {downtime:?}");
+    // No `Commit` was sent, so there is nothing to be in doubt about; epoch 2 is skipped all the same.
+    assert!(matches!(&pair.source_outcome, Some(Outcome::Stayed { epoch, .. }) if epoch.number() == 3));
+    assert!(pair.source_guest.runs && !pair.target_guest.runs && !doubted(&pair));
+    assert_eq!(pair.source_disk.standing(), Some(("running", 3)));
+    assert!(!pair.delivered.iter().any(|(_, message)| *message == MessageType::Commit));
 }
 
 #[test]
@@ -94,7 +95,7 @@ fn a_commit_that_is_repeated_runs_the_guest_once() {
 #[test]
 fn a_target_that_waited_too_long_discards_and_the_source_takes_the_guest_back() {
     let mut pair = Pair::new(config());
-    pair.run_to_source_phase("recording the commit");
+    pair.run_to_source_phase("committed");
     pair.cut_control(target::PREPARED_WAIT_MAX * 2);
     pair.run_to_end();
     assert!(reclaimed(&pair), "{:?} {:?}", pair.source_outcome, pair.target_disk.standing());
@@ -113,7 +114,7 @@ fn a_target_that_is_told_to_give_up_while_prepared_gives_the_guest_back() {
 #[test]
 fn a_target_that_is_restarted_before_it_recorded_gives_the_guest_back() {
     let mut pair = Pair::new(config());
-    pair.run_to_source_phase("recording the commit");
+    pair.run_to_source_phase("committed");
     pair.restart_target();
     pair.run_to_end();
     assert!(reclaimed(&pair), "{:?} {:?}", pair.source_outcome, pair.target_disk.standing());
