@@ -55,6 +55,8 @@ struct Context {
     link: LinkEstimate,
     costs: FixedCosts,
     fence: u32,
+    /// Whether the dirty log may be on.
+    logging: bool,
 }
 
 impl Context {
@@ -132,6 +134,7 @@ impl Source {
             link: LinkEstimate::default(),
             costs: FixedCosts::default(),
             fence: 0,
+            logging: false,
         };
         let phase = negotiate::begin(&mut context, now);
         Self { context, phase }

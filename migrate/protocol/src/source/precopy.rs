@@ -70,9 +70,14 @@ struct Arrived {
 }
 
 pub(super) fn begin(context: &mut Context, now: Timestamp) -> Phase {
-    let standing = Standing::Running;
-    context.act(Action::WriteRecord(context.record(context.config.epoch, standing)));
+    rehearse(context);
     Phase::PreCopy(PreCopy { step: Step::Rehearsing, log_read_at: now, best_forecast: None, ping: None })
+}
+
+/// Writes the record that stands already once more.
+fn rehearse(context: &mut Context) {
+    let record = context.record(context.config.epoch, Standing::Running);
+    context.act(Action::WriteRecord(record));
 }
 
 impl PreCopy {
@@ -97,7 +102,13 @@ impl PreCopy {
             (Step::Rehearsing, Event::RecordWritten { took }) => {
                 context.costs.source_record = Estimate::new(took, took / 2);
                 context.act(Action::StartDirtyLog);
+                context.logging = true;
                 self.step = Step::Starting;
+                Phase::PreCopy(self)
+            }
+            (step, Event::RecordWritten { took }) => {
+                context.costs.source_record = Estimate::new(took, took / 2);
+                self.step = step;
                 Phase::PreCopy(self)
             }
             (Step::Starting, Event::DirtyLogStarted) => {
@@ -116,6 +127,11 @@ impl PreCopy {
                 self.after_round(last, pages, now, context)
             }
             (Step::Resting { last, .. }, Event::Timeout) => {
+                let fixed = Forecast::new(0, &context.link, &context.costs);
+                if decide(&fixed, context.config.downtime_budget) == Decision::Round {
+                    // Not even nothing to send would fit: perhaps because the disk was busy at the rehearsal.
+                    rehearse(context);
+                }
                 context.act(Action::ReadDirtyLog);
                 self.step = Step::Reading { last: Some(last) };
                 Phase::PreCopy(self)

@@ -38,7 +38,9 @@ pub(super) fn give_back(failure: Failure, epoch: Epoch, context: &mut Context) -
     context.act(Action::CloseStreams);
     // Resuming comes first: the guest's standstill is worth more than a tidy log.
     context.act(Action::ResumeVm);
-    context.act(Action::StopDirtyLog);
+    if context.logging {
+        context.act(Action::StopDirtyLog);
+    }
     Phase::Undoing(Undoing { failure, epoch })
 }
 

@@ -51,7 +51,7 @@ impl Prepared {
             }
             // It may have committed. Waiting a while costs nothing; discarding afterwards is safe, because a
             // source that did commit is answered `Discarded` and takes the guest back.
-            Event::Disconnected(_) | Event::StreamFailed { .. } => {
+            Event::Disconnected(_) => {
                 if self.discard_at.is_none() {
                     context.act(Action::Report(Progress::InDoubt));
                     self.discard_at = Some(now + PREPARED_WAIT_MAX);
