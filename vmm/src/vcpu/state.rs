@@ -28,6 +28,8 @@ const SECTION: &str = "vcpu";
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+const MSR_MACHINE_CHECK_CAPABILITY: u32 = 0x179;
+const MSR_MACHINE_CHECK_FIRST: u32 = 0x400;
 
 /// More than any KVM lists; bounds what saved state may ask for.
 const MSRS_MAX: usize = 4096;
@@ -70,7 +72,8 @@ pub(crate) fn save(index: u8, fd: &VcpuFd, context: StateContext<'_>) -> Result<
     let lapic = fd.get_lapic().map_err(call("get a vCPU's local APIC"))?;
     let tsc_khz = fd.get_tsc_khz().ok();
     let tsc_offset = get_tsc_offset(fd);
-    let msrs = get_msrs(fd, context.msr_indices)?;
+    let mut msrs = get_msrs(fd, context.msr_indices)?;
+    msrs.extend(get_msrs(fd, &machine_check_banks(fd)?)?);
     let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(call("get a vCPU's CPUID"))?;
     let events = fd.get_vcpu_events().map_err(call("get a vCPU's events"))?;
     Ok(SavedVcpu {
@@ -237,6 +240,15 @@ fn get_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, StateError>
         rest = rest.get(after(read, chunk.len())..).unwrap_or_default();
     }
     Ok(values)
+}
+
+/// The MSRs of the machine check banks, which KVM does not list: control, status, address and
+/// miscellany of each (Intel SDM, volume 3, section 16.3.2).
+fn machine_check_banks(fd: &VcpuFd) -> Result<Vec<u32>, StateError> {
+    let capability = get_msrs(fd, &[MSR_MACHINE_CHECK_CAPABILITY])?;
+    let banks = capability.first().map_or(0, |(_, value)| value & 0xff);
+    let end = MSR_MACHINE_CHECK_FIRST + 4 * u32::try_from(banks).expect("a byte");
+    Ok((MSR_MACHINE_CHECK_FIRST..end).collect())
 }
 
 /// Sets MSRs. One that KVM refuses is left out only if it has that value already.

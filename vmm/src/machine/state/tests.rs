@@ -24,6 +24,18 @@ const HALTING: &[u8] = &[
 const MSR_SYSENTER_EIP: u32 = 0x176;
 const SYSENTER_EIP: u64 = 0xffff_8000_1234_5678;
 
+/// MSRs that KVM does not list: a memory type range and a machine check's address.
+const MSR_MTRR_BASE_0: u32 = 0x200;
+const MTRR_BASE_0: u64 = 0x4000_0006;
+const MSR_MACHINE_CHECK_0_ADDRESS: u32 = 0x402;
+const MACHINE_CHECK_0_ADDRESS: u64 = 0x1234_5000;
+
+const KEPT_MSRS: [(u32, u64); 3] = [
+    (MSR_SYSENTER_EIP, SYSENTER_EIP),
+    (MSR_MTRR_BASE_0, MTRR_BASE_0),
+    (MSR_MACHINE_CHECK_0_ADDRESS, MACHINE_CHECK_0_ADDRESS),
+];
+
 /// Offsets in the extended state (Intel SDM, volume 1, section 13.4), and its bit for vector registers.
 const XSAVE_XMM3: usize = 160 + 3 * 16;
 const XSAVE_IN_USE: usize = 512;
@@ -142,8 +154,8 @@ fn set_what_no_guest_here_can(machine: &Machine) {
     saved.xsave[XSAVE_XMM3..XSAVE_XMM3 + 16].fill(0x5a);
     saved.xsave[XSAVE_IN_USE] |= XSAVE_SSE;
     vcpu::restore(&fd, &saved, context, TscPlan::Value).unwrap();
-    let entry = kvm_msr_entry { index: MSR_SYSENTER_EIP, data: SYSENTER_EIP, ..kvm_msr_entry::default() };
-    assert_eq!(fd.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).unwrap(), 1);
+    let entries = KEPT_MSRS.map(|(index, data)| kvm_msr_entry { index, data, ..kvm_msr_entry::default() });
+    assert_eq!(fd.set_msrs(&Msrs::from_entries(&entries).unwrap()).unwrap(), entries.len());
 }
 
 fn assert_same_vcpu(mut first: SavedVcpu, mut second: SavedVcpu) {
@@ -151,7 +163,9 @@ fn assert_same_vcpu(mut first: SavedVcpu, mut second: SavedVcpu) {
     let dr: kvm_bindings::kvm_debugregs = from_abi_bytes("vcpu", &second.debugregs).unwrap();
     if second.index == 0 {
         assert_eq!((regs.rax, regs.rcx, dr.db[0]), (0x1122_3344, 0x5566_7788, 0x5566_7788));
-        assert!(second.msrs.contains(&(MSR_SYSENTER_EIP, SYSENTER_EIP)));
+        for kept in KEPT_MSRS {
+            assert!(second.msrs.contains(&kept), "{kept:x?} is lost");
+        }
         assert!(second.xsave.windows(16).any(|bytes| bytes == [0x5a; 16]), "a vector register is lost");
     }
     let tsc =
