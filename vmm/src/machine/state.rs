@@ -1,8 +1,8 @@
 //! A machine's state as bytes, and back.
 //!
-//! Restoring goes through KVM in an order that it accepts: interrupt controllers first, so that local
-//! APICs find them; then the clock, because each vCPU's TSC is set by how far it went on; then the
-//! vCPUs; devices last, because they may raise an interrupt.
+//! Restoring goes through KVM in this order: the clock, because each vCPU's TSC is set by how far it went
+//! on; the vCPUs; the interrupt controllers, which hand what is pending to the vCPUs' local APICs as soon
+//! as they are set; the devices, which may raise an interrupt; and last the timer, which starts to count.
 
 use kvm_bindings::{
     KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
@@ -107,18 +107,18 @@ impl Machine {
             return Err(StateError::WrongStatus { action, status: phase.name(), needed: "just built" });
         }
         let Saved { irqchip, pit, clock, vcpus, serial, virtio } = self.decode(bytes)?;
-        self.restore_irqchip(&irqchip)?;
         let Pit { state } = pit;
         let pit = from_abi_bytes("pit", &state)?;
-        self.vm.set_pit2(&pit).map_err(KvmCallError::new("set the timer's state"))?;
         let tsc = self.restore_clock(&clock, vcpus[0].tsc_khz)?;
         for (vcpu, saved) in self.vcpus.iter().zip(&vcpus) {
             vcpu::restore(&vcpu.lock(), saved, self.state_context(), tsc)?;
         }
+        self.restore_irqchip(&irqchip)?;
         self.bus.serial.restore(&serial)?;
         for (transport, saved) in self.bus.virtio.iter().zip(&virtio) {
             transport.restore(saved, self.ram.tracked())?;
         }
+        self.vm.set_pit2(&pit).map_err(KvmCallError::new("set the timer's state"))?;
         self.set_phase(Phase::Ready);
         Ok(())
     }
