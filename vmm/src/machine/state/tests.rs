@@ -72,6 +72,34 @@ fn the_tsc_goes_on_by_the_time_that_passed() {
 }
 
 #[test]
+fn offsets_are_only_kept_between_equal_frequencies() {
+    let clock = |guest_ns, tsc, host_tsc_khz| Clock {
+        guest_ns,
+        host: Some(HostInstant { realtime_ns: 0, tsc }),
+        host_tsc_khz,
+    };
+    let plan = |before_khz, after_khz, guest_khz| {
+        tsc_plan(&clock(1_000, 50, before_khz), &clock(2_000_001_000, 90, after_khz), guest_khz)
+    };
+    let same = plan(Some(3_000_000), Some(3_000_700), Some(3_000_000));
+    assert_eq!(same.offset_change, Some(6_000_000_000 + 50 - 90));
+    for (before_khz, after_khz, guest_khz) in [
+        (Some(3_000_000), Some(3_001_000), Some(3_000_000)),
+        (Some(2_000_000), Some(3_000_000), Some(3_000_000)),
+        (Some(3_000_000), Some(3_000_000), Some(2_000_000)),
+        (None, Some(3_000_000), Some(3_000_000)),
+        (Some(3_000_000), Some(3_000_000), None),
+    ] {
+        let plan = plan(before_khz, after_khz, guest_khz);
+        assert_eq!(plan, TscPlan { offset_change: None, passed_ns: 2_000_000_000 });
+        assert_eq!(plan.advance(7, guest_khz), 7 + 2_000_000 * u64::from(guest_khz.unwrap_or(0)) / 1_000);
+    }
+    let mut unknown = clock(0, 0, Some(3_000_000));
+    unknown.host = None;
+    assert_eq!(tsc_plan(&unknown, &clock(5, 0, Some(3_000_000)), Some(3_000_000)).offset_change, None);
+}
+
+#[test]
 fn a_description_becomes_a_configuration_with_local_choices() {
     let describe = |net_mac| {
         let mut writer = Writer::new();
@@ -153,7 +181,7 @@ fn set_what_no_guest_here_can(machine: &Machine) {
     let mut saved = vcpu::save(0, &fd, context).unwrap();
     saved.xsave[XSAVE_XMM3..XSAVE_XMM3 + 16].fill(0x5a);
     saved.xsave[XSAVE_IN_USE] |= XSAVE_SSE;
-    vcpu::restore(&fd, &saved, context, TscPlan::Value).unwrap();
+    vcpu::restore(&fd, &saved, context, TscPlan::default()).unwrap();
     let entries = KEPT_MSRS.map(|(index, data)| kvm_msr_entry { index, data, ..kvm_msr_entry::default() });
     assert_eq!(fd.set_msrs(&Msrs::from_entries(&entries).unwrap()).unwrap(), entries.len());
 }
