@@ -91,10 +91,10 @@ fn the_pvh_note_is_found_between_other_notes() {
     // An empty name and five bytes, padded; then the entry's note; then the first again.
     let other = [&[0, 0, 0, 0, 5, 0, 0, 0, 18, 0, 0, 0][..], &[7; 8]].concat();
     let notes = [&other[..], &tiny[SEGMENT_NOTE + SEGMENT_BYTES..][..20], &other].concat();
-    for (segment, offset, bytes) in [(0, NOTES, 40), (1, NOTES + 40, 20)] {
+    for (segment, offset, bytes) in [(0, NOTES, 40_u64), (1, NOTES + 40, 20)] {
         let at = SEGMENT_NOTE + segment * SEGMENT_BYTES;
         image[at + FIELD_OFFSET..][..8].copy_from_slice(&(offset as u64).to_le_bytes());
-        image[at + FIELD_FILE_BYTES..][..8].copy_from_slice(&(bytes as u64).to_le_bytes());
+        image[at + FIELD_FILE_BYTES..][..8].copy_from_slice(&bytes.to_le_bytes());
     }
     image.extend(notes);
     let code = image.len() as u64;
