@@ -34,6 +34,11 @@ const REQUIRED: [(Cap, &str); 15] = [
     (Cap::AdjustClock, "ADJUST_CLOCK"),
 ];
 
+/// Memory type range registers, which KVM keeps for each vCPU and does not list: the variable and the
+/// fixed ranges, and the default type (Intel SDM, volume 3, section 12.11).
+const MTRRS: [std::ops::RangeInclusive<u32>; 5] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
+
 /// KVM refused a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("KVM refused to {action}")]
@@ -126,9 +131,12 @@ pub(crate) fn open() -> Result<(Kvm, Capabilities), KvmError> {
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(KvmCallError::new("list the CPUID leaves that it supports"))?;
     let msrs = kvm.get_msr_index_list().map_err(KvmCallError::new("list the MSRs of a vCPU"))?;
+    let mut msr_indices = msrs.as_slice().to_vec();
+    let unlisted = MTRRS.into_iter().flatten().filter(|index| !msrs.as_slice().contains(index));
+    msr_indices.extend(unlisted);
     let capabilities = Capabilities {
         cpuid,
-        msr_indices: msrs.as_slice().to_vec(),
+        msr_indices,
         tsc_deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
         identity_map_address: kvm.check_extension(Cap::SetIdentityMapAddr),
         vcpus_max: kvm.get_max_vcpus(),

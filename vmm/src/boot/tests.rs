@@ -80,6 +80,31 @@ fn a_kernel_finds_its_code_command_line_and_initial_ram_disk() {
 }
 
 #[test]
+fn the_pvh_note_is_found_between_other_notes() {
+    // Three program headers: the code, the notes, and notes without an entry behind them.
+    const SEGMENT_BYTES: usize = 56;
+    const NOTES: usize = 64 + 3 * SEGMENT_BYTES;
+    let tiny = tiny_elf(CODE);
+    let mut image = tiny[..SEGMENT_NOTE + SEGMENT_BYTES].to_vec();
+    image[56..58].copy_from_slice(&3_u16.to_le_bytes());
+    image.extend_from_within(SEGMENT_NOTE..);
+    // An empty name and five bytes, padded; then the entry's note; then the first again.
+    let other = [&[0, 0, 0, 0, 5, 0, 0, 0, 18, 0, 0, 0][..], &[7; 8]].concat();
+    let notes = [&other[..], &tiny[SEGMENT_NOTE + SEGMENT_BYTES..][..20], &other].concat();
+    for (segment, offset, bytes) in [(0, NOTES, 40_u64), (1, NOTES + 40, 20)] {
+        let at = SEGMENT_NOTE + segment * SEGMENT_BYTES;
+        image[at + FIELD_OFFSET..][..8].copy_from_slice(&(offset as u64).to_le_bytes());
+        image[at + FIELD_FILE_BYTES..][..8].copy_from_slice(&bytes.to_le_bytes());
+    }
+    image.extend(notes);
+    let code = image.len() as u64;
+    image[SEGMENT_LOAD + FIELD_OFFSET..][..8].copy_from_slice(&code.to_le_bytes());
+    image.extend(CODE);
+    let entry = load_bytes(&ram(), &image, "", 0).unwrap();
+    assert_eq!(entry.address, u64::from(CODE_ADDRESS));
+}
+
+#[test]
 fn what_is_not_bootable_is_refused_with_file_and_cause() {
     assert!(refusal(b"").contains("too few"));
     assert!(refusal(&[0x90; 4096]).contains("not an ELF image"));

@@ -1,8 +1,8 @@
 //! A machine's state as bytes, and back.
 //!
-//! Restoring goes through KVM in an order that it accepts: interrupt controllers first, so that local
-//! APICs find them; then the clock, because each vCPU's TSC is set by how far it went on; then the
-//! vCPUs; devices last, because they may raise an interrupt.
+//! Restoring goes through KVM in this order: the clock, because each vCPU's TSC is set by how far it went
+//! on; the vCPUs; the interrupt controllers, which hand what is pending to the vCPUs' local APICs as soon
+//! as they are set; the devices, which may raise an interrupt; and last the timer, which starts to count.
 
 use kvm_bindings::{
     KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
@@ -19,6 +19,9 @@ use crate::saved::sections::{
 };
 use crate::saved::{Reader, StateError, Writer, from_abi_bytes, to_abi_bytes};
 use crate::vcpu::{self, StateContext, TscPlan};
+
+/// KVM's default tolerance (its module parameter `tsc_tolerance_ppm`), below which it doesn't scale.
+const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// A whole saved state, decoded.
 #[derive(Debug)]
@@ -107,18 +110,18 @@ impl Machine {
             return Err(StateError::WrongStatus { action, status: phase.name(), needed: "just built" });
         }
         let Saved { irqchip, pit, clock, vcpus, serial, virtio } = self.decode(bytes)?;
-        self.restore_irqchip(&irqchip)?;
         let Pit { state } = pit;
         let pit = from_abi_bytes("pit", &state)?;
-        self.vm.set_pit2(&pit).map_err(KvmCallError::new("set the timer's state"))?;
         let tsc = self.restore_clock(&clock, vcpus[0].tsc_khz)?;
         for (vcpu, saved) in self.vcpus.iter().zip(&vcpus) {
             vcpu::restore(&vcpu.lock(), saved, self.state_context(), tsc)?;
         }
+        self.restore_irqchip(&irqchip)?;
         self.bus.serial.restore(&serial)?;
         for (transport, saved) in self.bus.virtio.iter().zip(&virtio) {
             transport.restore(saved, self.ram.tracked())?;
         }
+        self.vm.set_pit2(&pit).map_err(KvmCallError::new("set the timer's state"))?;
         self.set_phase(Phase::Ready);
         Ok(())
     }
@@ -207,7 +210,8 @@ impl Machine {
 
     fn save_clock(&self) -> Result<Clock, StateError> {
         let now = self.vm.get_clock().map_err(KvmCallError::new("read its clock"))?;
-        Ok(Clock { guest_ns: now.clock, host: host_instant(&now) })
+        // Taken when the machine was built, before a guest brought a frequency of its own.
+        Ok(Clock { guest_ns: now.clock, host: host_instant(&now), host_tsc_khz: self.tsc_khz })
     }
 
     /// Sets the guest's clock to what it was plus the real time since, and says how TSCs follow.
@@ -215,7 +219,7 @@ impl Machine {
     /// The time since is taken from the two hosts' wall clocks, so they should be synchronised; KVM
     /// never sets the guest's clock back.
     fn restore_clock(&self, saved: &Clock, tsc_khz: Option<u32>) -> Result<TscPlan, StateError> {
-        let Clock { guest_ns, host } = saved;
+        let Clock { guest_ns, host, host_tsc_khz: _ } = saved;
         let flags = u32::try_from(self.vm.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
         let realtime = host.filter(|_| flags & KVM_CLOCK_REALTIME != 0);
         let clock = kvm_clock_data {
@@ -225,12 +229,30 @@ impl Machine {
             ..kvm_clock_data::default()
         };
         self.vm.set_clock(&clock).map_err(KvmCallError::new("set its clock"))?;
-        let now = self.vm.get_clock().map_err(KvmCallError::new("read its clock"))?;
-        let (Some(then), Some(here), Some(khz)) = (realtime, host_instant(&now), tsc_khz) else {
-            return Ok(TscPlan::Value);
-        };
-        Ok(TscPlan::Offset { add: tsc_offset_change(*guest_ns, now.clock, then.tsc, here.tsc, khz) })
+        Ok(tsc_plan(saved, &self.save_clock()?, tsc_khz))
     }
+}
+
+/// How TSCs follow the clock, which was `then` and is `now`. An offset is only one to the host's TSC if
+/// nothing is scaled, so both hosts and the guest must agree on the frequency.
+fn tsc_plan(then: &Clock, now: &Clock, guest_khz: Option<u32>) -> TscPlan {
+    let passed_ns = now.guest_ns.saturating_sub(then.guest_ns);
+    let offset_change = match (then, now, guest_khz) {
+        (
+            Clock { host: Some(before), host_tsc_khz: Some(before_khz), guest_ns: _ },
+            Clock { host: Some(after), host_tsc_khz: Some(after_khz), guest_ns: _ },
+            Some(khz),
+        ) if is_same_tsc(*before_khz, khz) && is_same_tsc(*after_khz, khz) => {
+            Some(tsc_offset_change(then.guest_ns, now.guest_ns, before.tsc, after.tsc, khz))
+        }
+        _ => None,
+    };
+    TscPlan { offset_change, passed_ns }
+}
+
+/// Whether two frequencies differ by no more than KVM tolerates without scaling.
+fn is_same_tsc(host_khz: u32, guest_khz: u32) -> bool {
+    u64::from(host_khz.abs_diff(guest_khz)) * 1_000_000 <= u64::from(guest_khz) * TSC_TOLERANCE_PPM
 }
 
 /// The host's clocks, where KVM gave both.

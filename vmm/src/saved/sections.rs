@@ -57,6 +57,8 @@ pub(crate) struct Clock {
     pub(crate) guest_ns: u64,
     /// Host's wall clock and TSC at the same moment, where KVM gave them.
     pub(crate) host: Option<HostInstant>,
+    /// Frequency of the host's TSC, where it is stable.
+    pub(crate) host_tsc_khz: Option<u32>,
 }
 
 /// A moment by two clocks of the host.
@@ -132,7 +134,7 @@ sections! {
     Vcpu = 16, version 1, "vcpu";
     Irqchip = 17, version 1, "irqchip";
     Pit = 18, version 1, "pit";
-    Clock = 19, version 1, "clock";
+    Clock = 19, version 2, "clock";
     Serial = 32, version 1, "serial";
     VirtioMmio = 33, version 1, "virtio-mmio";
 }

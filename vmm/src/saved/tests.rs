@@ -13,7 +13,8 @@ fn envelope() -> Vec<u8> {
     let mut writer = Writer::new();
     writer.add(&shape()).unwrap();
     writer.add(&Pit { state: vec![1, 2, 3] }).unwrap();
-    writer.add(&Clock { guest_ns: 5, host: Some(HostInstant { realtime_ns: 6, tsc: 7 }) }).unwrap();
+    let host = Some(HostInstant { realtime_ns: 6, tsc: 7 });
+    writer.add(&Clock { guest_ns: 5, host, host_tsc_khz: Some(8) }).unwrap();
     writer.finish().unwrap()
 }
 

@@ -10,8 +10,8 @@ use std::mem::offset_of;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
@@ -38,8 +38,18 @@ pub(crate) struct VcpuKick {
     /// A second mapping of the first page of the vCPU's `kvm_run`, so that no Rust reference of
     /// kvm-ioctls aliases the byte that is written here.
     page: NonNull<u8>,
-    /// The thread, once it runs.
-    thread: OnceLock<libc::pid_t>,
+    /// The thread, while it lives: its number may belong to another one afterwards.
+    thread: Mutex<Option<libc::pid_t>>,
+}
+
+/// Held by a vCPU's thread for as long as it can be signalled.
+#[derive(Debug)]
+pub(super) struct Signalled<'a>(&'a VcpuKick);
+
+impl Drop for Signalled<'_> {
+    fn drop(&mut self) {
+        *self.0.lock_thread() = None;
+    }
 }
 
 // SAFETY: the mapping belongs to this value alone and is only accessed atomically.
@@ -58,24 +68,28 @@ impl VcpuKick {
         // no memory of ours.
         let page = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0) };
         let page = page.map_err(|error| errno::Error::new(error as i32))?;
-        Ok(Self { page: page.cast(), thread: OnceLock::new() })
+        Ok(Self { page: page.cast(), thread: Mutex::new(None) })
     }
 
-    /// Called by the vCPU's thread, once.
-    pub(super) fn set_thread(&self) {
+    /// Called by the vCPU's thread, once, which keeps what is returned until its end.
+    pub(super) fn set_thread(&self) -> Signalled<'_> {
         let id = nix::unistd::gettid().as_raw();
-        assert!(self.thread.set(id).is_ok(), "a vCPU has one thread");
+        assert!(self.lock_thread().replace(id).is_none(), "a vCPU has one thread");
+        Signalled(self)
+    }
+
+    fn lock_thread(&self) -> MutexGuard<'_, Option<libc::pid_t>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn request_exit(&self) {
         self.immediate_exit().store(1, Ordering::SeqCst);
-        let Some(thread) = self.thread.get() else {
-            return;
-        };
+        let thread = self.lock_thread();
+        let Some(id) = *thread else { return };
         let (process, signal) = (nix::unistd::getpid().as_raw(), SIGRTMIN());
-        // The thread is counted by Control and so alive, or gone for good, and then ESRCH is right.
+        // The thread can't end while its number is locked, so the signal reaches nobody else.
         // SAFETY: tgkill takes numbers only, and the signal has a handler that does nothing.
-        unsafe { libc::syscall(libc::SYS_tgkill, process, *thread, signal) };
+        unsafe { libc::syscall(libc::SYS_tgkill, process, id, signal) };
     }
 
     pub(super) fn clear(&self) {

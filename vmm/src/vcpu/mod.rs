@@ -63,7 +63,7 @@ impl Vcpu {
         let thread = thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || {
             let guard = PanicGuard { control, vcpu: self.index, what: "vCPU" };
             let control = &guard.control;
-            self.kick.set_thread();
+            let _signalled = self.kick.set_thread();
             // Whoever built the machine may have blocked it, and threads inherit that.
             if let Err(error) = kick::unblock_signal() {
                 tracing::error!(%error, "the vCPU can't be interrupted by its signal");

@@ -28,6 +28,8 @@ const SECTION: &str = "vcpu";
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+const MSR_MACHINE_CHECK_CAPABILITY: u32 = 0x179;
+const MSR_MACHINE_CHECK_FIRST: u32 = 0x400;
 
 /// More than any KVM lists; bounds what saved state may ask for.
 const MSRS_MAX: usize = 4096;
@@ -50,12 +52,22 @@ pub(crate) struct StateContext<'a> {
 }
 
 /// How the TSC of a restored vCPU is set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum TscPlan {
-    /// By the offset to the host's TSC: what to add (modulo 2^64) to the saved one.
-    Offset { add: u64 },
-    /// By value: it stands still while the guest is between two hosts.
-    Value,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TscPlan {
+    /// What to add (modulo 2^64) to its offset to the host's TSC, where that is exact. Otherwise, or if
+    /// KVM refuses, it is set by value.
+    pub(crate) offset_change: Option<u64>,
+    /// The time in ns by which a value goes on.
+    pub(crate) passed_ns: u64,
+}
+
+impl TscPlan {
+    /// The TSC that follows `value` at a frequency of `khz`; without one, it stands still.
+    pub(crate) fn advance(self, value: u64, khz: Option<u32>) -> u64 {
+        let cycles = u128::from(self.passed_ns) * u128::from(khz.unwrap_or(0)) / 1_000_000;
+        let reduced = (u128::from(value) + cycles) & u128::from(u64::MAX);
+        u64::try_from(reduced).expect("reduced modulo 2^64")
+    }
 }
 
 /// Saves a vCPU whose thread is parked.
@@ -70,7 +82,8 @@ pub(crate) fn save(index: u8, fd: &VcpuFd, context: StateContext<'_>) -> Result<
     let lapic = fd.get_lapic().map_err(call("get a vCPU's local APIC"))?;
     let tsc_khz = fd.get_tsc_khz().ok();
     let tsc_offset = get_tsc_offset(fd);
-    let msrs = get_msrs(fd, context.msr_indices)?;
+    let mut msrs = get_msrs(fd, context.msr_indices)?;
+    msrs.extend(get_msrs(fd, &machine_check_banks(fd)?)?);
     let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(call("get a vCPU's CPUID"))?;
     let events = fd.get_vcpu_events().map_err(call("get a vCPU's events"))?;
     Ok(SavedVcpu {
@@ -134,7 +147,7 @@ pub(crate) fn restore(
     fd.set_debug_regs(&debugregs).map_err(call("set a vCPU's debug registers"))?;
     let lapic = from_abi_bytes(SECTION, lapic)?;
     fd.set_lapic(&lapic).map_err(call("set a vCPU's local APIC"))?;
-    set_msrs_around_tsc(fd, *index, msrs, tsc, *tsc_offset)?;
+    set_msrs_around_tsc(fd, *index, msrs, tsc, (*tsc_offset, *tsc_khz))?;
     let events = from_abi_bytes(SECTION, events)?;
     fd.set_vcpu_events(&events).map_err(call("set a vCPU's events"))?;
     Ok(())
@@ -146,14 +159,14 @@ fn set_msrs_around_tsc(
     vcpu: u8,
     msrs: &[(u32, u64)],
     tsc: TscPlan,
-    saved_offset: Option<u64>,
+    (saved_offset, khz): (Option<u64>, Option<u32>),
 ) -> Result<(), StateError> {
     if msrs.len() > MSRS_MAX {
         return Err(invalid(format!("{} MSRs", msrs.len())));
     }
-    let by_offset = match (tsc, saved_offset) {
-        (TscPlan::Offset { add }, Some(offset)) => set_tsc_offset(fd, offset.wrapping_add(add)),
-        (TscPlan::Offset { .. } | TscPlan::Value, _) => false,
+    let by_offset = match (tsc.offset_change, saved_offset) {
+        (Some(change), Some(offset)) => set_tsc_offset(fd, offset.wrapping_add(change)),
+        (Some(_) | None, _) => false,
     };
     let is_timed = |index: u32| matches!(index, MSR_TSC | MSR_TSC_DEADLINE);
     let plain: Vec<_> = msrs.iter().copied().filter(|(index, _)| !is_timed(*index)).collect();
@@ -162,7 +175,10 @@ fn set_msrs_around_tsc(
         if timed == MSR_TSC && by_offset {
             continue;
         }
-        let one: Vec<_> = msrs.iter().copied().filter(|(index, _)| *index == timed).collect();
+        let mut one: Vec<_> = msrs.iter().copied().filter(|(index, _)| *index == timed).collect();
+        if timed == MSR_TSC {
+            one.iter_mut().for_each(|(_, value)| *value = tsc.advance(*value, khz));
+        }
         set_msrs(fd, vcpu, &one)?;
     }
     Ok(())
@@ -237,6 +253,15 @@ fn get_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, StateError>
         rest = rest.get(after(read, chunk.len())..).unwrap_or_default();
     }
     Ok(values)
+}
+
+/// The MSRs of the machine check banks, which KVM does not list: control, status, address and
+/// miscellany of each (Intel SDM, volume 3, section 16.3.2).
+fn machine_check_banks(fd: &VcpuFd) -> Result<Vec<u32>, StateError> {
+    let capability = get_msrs(fd, &[MSR_MACHINE_CHECK_CAPABILITY])?;
+    let banks = capability.first().map_or(0, |(_, value)| value & 0xff);
+    let end = MSR_MACHINE_CHECK_FIRST + 4 * u32::try_from(banks).expect("a byte");
+    Ok((MSR_MACHINE_CHECK_FIRST..end).collect())
 }
 
 /// Sets MSRs. One that KVM refuses is left out only if it has that value already.

@@ -138,7 +138,7 @@ pub enum Event {
     ResumeFailed(String),
     /// The operator wants it cancelled.
     Cancel,
-    /// [`Source::poll_timeout`]'s time has come.
+    /// [`super::Source::poll_timeout`]'s time has come.
     Timeout,
 }
 

@@ -449,6 +449,9 @@ fn place_frame(queue: &mut Queue, memory: &TrackedMemory, frame: &[u8]) -> Resul
 /// Breaks the queue if a chain uses indirect descriptors: they are not offered, and virtio-queue would
 /// follow them to chains far longer than a queue.
 fn refuse_indirect(queue: &Queue, memory: &TrackedMemory, head: u16) -> Result<(), BrokenQueue> {
+    if head >= queue.size() {
+        return Err(BrokenQueue(virtio_queue::Error::InvalidDescriptorIndex));
+    }
     let mut index = head;
     for _ in 0..queue.size() {
         let place = DESCRIPTOR_BYTES * u64::from(index);

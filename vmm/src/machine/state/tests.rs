@@ -24,6 +24,18 @@ const HALTING: &[u8] = &[
 const MSR_SYSENTER_EIP: u32 = 0x176;
 const SYSENTER_EIP: u64 = 0xffff_8000_1234_5678;
 
+/// MSRs that KVM does not list: a memory type range and a machine check's address.
+const MSR_MTRR_BASE_0: u32 = 0x200;
+const MTRR_BASE_0: u64 = 0x4000_0006;
+const MSR_MACHINE_CHECK_0_ADDRESS: u32 = 0x402;
+const MACHINE_CHECK_0_ADDRESS: u64 = 0x1234_5000;
+
+const KEPT_MSRS: [(u32, u64); 3] = [
+    (MSR_SYSENTER_EIP, SYSENTER_EIP),
+    (MSR_MTRR_BASE_0, MTRR_BASE_0),
+    (MSR_MACHINE_CHECK_0_ADDRESS, MACHINE_CHECK_0_ADDRESS),
+];
+
 /// Offsets in the extended state (Intel SDM, volume 1, section 13.4), and its bit for vector registers.
 const XSAVE_XMM3: usize = 160 + 3 * 16;
 const XSAVE_IN_USE: usize = 512;
@@ -57,6 +69,34 @@ fn the_tsc_goes_on_by_the_time_that_passed() {
     let guest_before = before.wrapping_add(offset_before);
     let guest_after = after.wrapping_add(offset_before).wrapping_add(change);
     assert_eq!(guest_after - guest_before, 6_000_000_000);
+}
+
+#[test]
+fn offsets_are_only_kept_between_equal_frequencies() {
+    let clock = |guest_ns, tsc, host_tsc_khz| Clock {
+        guest_ns,
+        host: Some(HostInstant { realtime_ns: 0, tsc }),
+        host_tsc_khz,
+    };
+    let plan = |before_khz, after_khz, guest_khz| {
+        tsc_plan(&clock(1_000, 50, before_khz), &clock(2_000_001_000, 90, after_khz), guest_khz)
+    };
+    let same = plan(Some(3_000_000), Some(3_000_700), Some(3_000_000));
+    assert_eq!(same.offset_change, Some(6_000_000_000 + 50 - 90));
+    for (before_khz, after_khz, guest_khz) in [
+        (Some(3_000_000), Some(3_001_000), Some(3_000_000)),
+        (Some(2_000_000), Some(3_000_000), Some(3_000_000)),
+        (Some(3_000_000), Some(3_000_000), Some(2_000_000)),
+        (None, Some(3_000_000), Some(3_000_000)),
+        (Some(3_000_000), Some(3_000_000), None),
+    ] {
+        let plan = plan(before_khz, after_khz, guest_khz);
+        assert_eq!(plan, TscPlan { offset_change: None, passed_ns: 2_000_000_000 });
+        assert_eq!(plan.advance(7, guest_khz), 7 + 2_000_000 * u64::from(guest_khz.unwrap_or(0)) / 1_000);
+    }
+    let mut unknown = clock(0, 0, Some(3_000_000));
+    unknown.host = None;
+    assert_eq!(tsc_plan(&unknown, &clock(5, 0, Some(3_000_000)), Some(3_000_000)).offset_change, None);
 }
 
 #[test]
@@ -141,9 +181,9 @@ fn set_what_no_guest_here_can(machine: &Machine) {
     let mut saved = vcpu::save(0, &fd, context).unwrap();
     saved.xsave[XSAVE_XMM3..XSAVE_XMM3 + 16].fill(0x5a);
     saved.xsave[XSAVE_IN_USE] |= XSAVE_SSE;
-    vcpu::restore(&fd, &saved, context, TscPlan::Value).unwrap();
-    let entry = kvm_msr_entry { index: MSR_SYSENTER_EIP, data: SYSENTER_EIP, ..kvm_msr_entry::default() };
-    assert_eq!(fd.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).unwrap(), 1);
+    vcpu::restore(&fd, &saved, context, TscPlan::default()).unwrap();
+    let entries = KEPT_MSRS.map(|(index, data)| kvm_msr_entry { index, data, ..kvm_msr_entry::default() });
+    assert_eq!(fd.set_msrs(&Msrs::from_entries(&entries).unwrap()).unwrap(), entries.len());
 }
 
 fn assert_same_vcpu(mut first: SavedVcpu, mut second: SavedVcpu) {
@@ -151,7 +191,9 @@ fn assert_same_vcpu(mut first: SavedVcpu, mut second: SavedVcpu) {
     let dr: kvm_bindings::kvm_debugregs = from_abi_bytes("vcpu", &second.debugregs).unwrap();
     if second.index == 0 {
         assert_eq!((regs.rax, regs.rcx, dr.db[0]), (0x1122_3344, 0x5566_7788, 0x5566_7788));
-        assert!(second.msrs.contains(&(MSR_SYSENTER_EIP, SYSENTER_EIP)));
+        for kept in KEPT_MSRS {
+            assert!(second.msrs.contains(&kept), "{kept:x?} is lost");
+        }
         assert!(second.xsave.windows(16).any(|bytes| bytes == [0x5a; 16]), "a vector register is lost");
     }
     let tsc =

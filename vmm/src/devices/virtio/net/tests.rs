@@ -336,16 +336,12 @@ fn frames_wait_in_the_tap_until_there_are_buffers() {
     assert_eq!((driver.used(RECEIVE), driver.get(STATUS) & NEEDS_RESET), (3, 0));
 }
 
-#[test]
-#[expect(clippy::too_many_lines, reason = "one device's way from working to broken and back, told in order")]
-fn a_driver_that_breaks_a_queue_must_reset_and_can_go_on() {
-    let Some((tap, peer)) = taps_or_skip() else { return };
-    let driver = Driver::new(tap);
-    let running = driver.spawn();
-    assert!(running.control.run());
+type Fault = Box<dyn Fn(&Driver)>;
+
+/// Ways to break a queue.
+fn faults() -> Vec<(&'static str, Fault)> {
     let beyond = 1_u64 << 40;
-    type Fault = Box<dyn Fn(&Driver)>;
-    let faults: Vec<(&str, Fault)> = vec![
+    vec![
         (
             "more available than the ring holds",
             Box::new(|driver| {
@@ -410,8 +406,16 @@ fn a_driver_that_breaks_a_queue_must_reset_and_can_go_on() {
                 driver.set(STATUS, STATUS_LIVE);
             }),
         ),
-    ];
-    for (what, fault) in faults {
+    ]
+}
+
+#[test]
+fn a_driver_that_breaks_a_queue_must_reset_and_can_go_on() {
+    let Some((tap, peer)) = taps_or_skip() else { return };
+    let driver = Driver::new(tap);
+    let running = driver.spawn();
+    assert!(running.control.run());
+    for (what, fault) in faults() {
         driver.start(FEATURES);
         fault(&driver);
         if what.contains("receive") {
