@@ -1,0 +1,54 @@
+//! The command line of the harness.
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::scenario::file;
+
+/// Measures live migrations: ferry and its peers on the same guest, side by side.
+#[derive(Debug, Parser)]
+#[command(name = "ferry-bench", version)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+/// What the harness can do.
+#[derive(Debug, Subcommand)]
+pub enum Task {
+    /// Lists the scenarios of a suite
+    List(ListArgs),
+}
+
+/// Arguments of `list`.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// A suite that comes along, or a TOML file
+    suite: String,
+}
+
+/// Runs the harness with this process's arguments.
+///
+/// # Errors
+/// Whatever went wrong, in words.
+pub fn main() -> anyhow::Result<ExitCode> {
+    run(Cli::parse().task)
+}
+
+/// Runs one task of the harness.
+///
+/// # Errors
+/// Whatever went wrong, in words.
+pub fn run(task: Task) -> anyhow::Result<ExitCode> {
+    match task {
+        Task::List(args) => list(&args),
+    }
+}
+
+fn list(args: &ListArgs) -> anyhow::Result<ExitCode> {
+    for scenario in file::load(&args.suite)?.scenarios {
+        println!("{:<24} {}", scenario.name, scenario.title);
+    }
+    Ok(ExitCode::SUCCESS)
+}

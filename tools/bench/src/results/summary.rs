@@ -1,0 +1,82 @@
+//! Runs taken together: distributions, and engines against each other.
+
+use serde::{Deserialize, Serialize};
+
+/// The runs of one engine in one scenario.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EngineSummary {
+    /// The engine's name.
+    pub engine: String,
+    /// Its runs that ended in `moved`.
+    pub moved: u32,
+    /// All its runs.
+    pub runs: u32,
+    /// The distribution of each metric over the runs that moved and have it.
+    pub metrics: Vec<(Metric, Distribution)>,
+}
+
+/// A figure that runs are compared by. Less is better, but for the throughput.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    /// Start to end.
+    TotalMs,
+    /// Downtime by the guest's heartbeat.
+    DowntimeGuestMs,
+    /// Downtime by the engine's own word.
+    DowntimeEngineMs,
+    /// The guest's less the engine's.
+    DowntimeUntoldMs,
+    /// Downtime by a client's echoes.
+    UdpGapMs,
+    /// Downtime by a client's TCP connection.
+    TcpStallMs,
+    /// Downtime by a client's web requests.
+    HttpGapMs,
+    /// Failed web requests.
+    HttpFailed,
+    /// Bytes on the wire.
+    WireBytes,
+    /// CPU time of both processes without vCPUs.
+    CpuS,
+    /// Peak memory of both processes.
+    PeakMemoryBytes,
+    /// By how much the guest was slowed down meanwhile: 1 less the rate during over that before.
+    SlowDown,
+}
+
+/// How the values of several runs are spread.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Distribution {
+    /// How many there are.
+    pub count: u32,
+    /// The least.
+    pub min: f64,
+    /// The median.
+    pub p50: f64,
+    /// Nine in ten are not above.
+    pub p90: f64,
+    /// Ninety-nine in a hundred are not above; the largest unless there are many.
+    pub p99: f64,
+    /// The largest.
+    pub max: f64,
+    /// The arithmetic mean.
+    pub mean: f64,
+    /// The 95 % confidence interval of the median.
+    pub p50_ci95: (f64, f64),
+}
+
+/// One engine's metric over another's, in one scenario.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ratio {
+    /// What is compared.
+    pub metric: Metric,
+    /// The engine above the line.
+    pub engine: String,
+    /// The engine below it.
+    pub to: String,
+    /// The ratio of the medians.
+    pub ratio: f64,
+    /// Its 95 % confidence interval.
+    pub ci95: (f64, f64),
+}

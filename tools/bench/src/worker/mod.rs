@@ -1,0 +1,39 @@
+//! What this program does in processes of its own: `bench-worker KIND ...`, for the harness alone.
+//!
+//! Both `ferry-bench` and `ferry` hand over to [`run`] if their first argument is [`WORD`].
+
+use std::ffi::{CString, OsString};
+use std::os::unix::ffi::OsStringExt;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use nix::unistd::execvp;
+
+/// The first argument of a worker.
+pub const WORD: &str = "bench-worker";
+
+/// Runs the worker that the arguments after [`WORD`] describe.
+///
+/// # Errors
+/// Whatever keeps it from its work, in words.
+pub fn run(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
+    let mut arguments = arguments.into_iter();
+    let kind = arguments.next().context("a worker needs to know its work")?;
+    // The parent is the thread of a namespace that lives as long as the harness needs the worker.
+    set_pdeathsig(Signal::SIGKILL).context("the kernel does not tie this process to its parent")?;
+    match kind.to_str() {
+        Some("exec") => exec(arguments.collect()),
+        _ => bail!("there is no worker '{}'", kind.display()),
+    }
+}
+
+/// Becomes another program.
+fn exec(command: Vec<OsString>) -> anyhow::Result<ExitCode> {
+    let words: Vec<CString> =
+        command.into_iter().map(|word| CString::new(word.into_vec())).collect::<Result<_, _>>()?;
+    let program = words.first().context("exec needs a program")?;
+    let Err(error) = execvp(program, &words);
+    Err(error).with_context(|| format!("can't start {}", program.to_string_lossy()))
+}
