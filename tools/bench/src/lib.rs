@@ -16,4 +16,5 @@ pub mod cli;
 pub mod engine;
 pub mod results;
 pub mod scenario;
+pub mod simulate;
 pub mod worker;
