@@ -14,6 +14,10 @@
 
 pub mod cli;
 pub mod engine;
+pub mod hosts;
+pub mod measure;
 pub mod results;
+pub mod runner;
 pub mod scenario;
+pub mod stats;
 pub mod worker;

@@ -2,6 +2,8 @@
 //!
 //! Both `ferry-bench` and `ferry` hand over to [`run`] if their first argument is [`WORD`].
 
+pub mod ferry;
+
 use std::ffi::{CString, OsString};
 use std::os::unix::ffi::OsStringExt;
 use std::process::ExitCode;
@@ -25,8 +27,14 @@ pub fn run(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
     set_pdeathsig(Signal::SIGKILL).context("the kernel does not tie this process to its parent")?;
     match kind.to_str() {
         Some("exec") => exec(arguments.collect()),
+        Some("ferry-source") => ferry::source(&order(arguments.next())?),
+        Some("ferry-target") => ferry::target(&order(arguments.next())?),
         _ => bail!("there is no worker '{}'", kind.display()),
     }
+}
+
+fn order(argument: Option<OsString>) -> anyhow::Result<String> {
+    argument.and_then(|order| order.into_string().ok()).context("an order is missing")
 }
 
 /// Becomes another program.
