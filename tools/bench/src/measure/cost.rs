@@ -4,7 +4,8 @@
 //! the threads that ended: the difference is shown as `(ended)`.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use nix::time::clock_getcpuclockid;
@@ -91,12 +92,56 @@ pub fn between(
     }
 }
 
+/// A thread's CPU time, cheap to look at often: threads that end take their accounts with them.
+#[derive(Debug)]
+pub struct ThreadClock {
+    /// The thread's id.
+    pub id: i32,
+    account: File,
+}
+
+impl ThreadClock {
+    /// The clock of thread `id` of `pid`, if it is still there.
+    #[must_use]
+    pub fn of(pid: u32, id: i32) -> Option<Self> {
+        let account = File::open(format!("/proc/{pid}/task/{id}/schedstat")).ok()?;
+        Some(Self { id, account })
+    }
+
+    /// What it has used; `None` once it has ended.
+    #[must_use]
+    pub fn cpu(&self) -> Option<Duration> {
+        let mut text = [0; 64];
+        let length = self.account.read_at(&mut text, 0).ok()?;
+        let words = std::str::from_utf8(&text[..length]).ok()?;
+        words.split_ascii_whitespace().next()?.parse().ok().map(Duration::from_nanos)
+    }
+}
+
 fn peak_memory_bytes(pid: u32) -> Option<u64> {
     let status = Process::new(i32::try_from(pid).ok()?).ok()?.status().ok()?;
     Some(status.vmhwm? * 1024)
 }
 
 impl CostSnapshot {
+    /// Adds threads that have ended since `earlier`, with what they had used then.
+    pub fn keep_ended(&mut self, earlier: &Self) {
+        for (id, thread) in &earlier.threads {
+            self.threads.entry(*id).or_insert_with(|| thread.clone());
+        }
+    }
+
+    /// The ids of the threads that `wanted` names.
+    pub fn threads(&self, wanted: impl Fn(&str) -> bool) -> impl Iterator<Item = i32> {
+        self.threads.iter().filter(move |(_, (name, _))| wanted(name)).map(|(id, _)| *id)
+    }
+
+    /// Notes that thread `id` had used `cpu`.
+    pub fn update(&mut self, id: i32, cpu: Duration) {
+        if let Some((_, known)) = self.threads.get_mut(&id) {
+            *known = cpu.max(*known);
+        }
+    }
     /// CPU time of all threads, those included that have ended.
     #[must_use]
     pub fn cpu(&self) -> Duration {

@@ -20,6 +20,7 @@ use ferry_guest_abi::report::Gap;
 use ferry_lab::LabClock;
 
 use super::MeasureError;
+use super::cost::{self, CostSnapshot, ThreadClock};
 use super::counters::InterfaceCounter;
 use super::guest::GuestWindow;
 
@@ -27,6 +28,9 @@ const EVERY: Duration = Duration::from_millis(5);
 
 /// The interface is read every so many looks: its table costs more than the guest's page.
 const LOOKS_PER_COUNTER: u32 = 4;
+
+/// Threads are listed every so many looks, for those that end later.
+const LOOKS_PER_THREADS: u32 = 20;
 
 /// After so many looks without a heartbeat the source counts as stopped; a guest may also just wait for a core.
 const STILL_LOOKS: u32 = 3;
@@ -44,6 +48,10 @@ pub struct Watched {
     pub target_pid: u32,
     /// Its memory.
     pub memory_mib: u32,
+    /// Where it comes from.
+    pub source_pid: u32,
+    /// The source's vCPU threads; they may end before anybody else can ask what they used.
+    pub vcpus: Vec<ThreadClock>,
 }
 
 /// A moment of the guest.
@@ -62,6 +70,8 @@ pub struct Samples {
     pub wire: Vec<(Duration, u64)>,
     /// The guest.
     pub guest: Vec<GuestMoment>,
+    /// The threads of source and target that were ever seen, with what they had used when they were seen last.
+    pub threads: [CostSnapshot; 2],
     /// Gaps between heartbeats by the tick at which they began.
     gaps: BTreeMap<u64, Gap>,
     /// A tick and the latest moment that it can have been.
@@ -99,6 +109,7 @@ impl Sampler {
                 if looks.is_multiple_of(LOOKS_PER_COUNTER) {
                     samples.look_at_wire(&watched, clock.now());
                 }
+                samples.look_at_threads(&watched, looks.is_multiple_of(LOOKS_PER_THREADS));
                 samples.look_at_guest(&watched, &mut target, clock);
                 looks = looks.wrapping_add(1);
                 std::thread::sleep(EVERY);
@@ -132,6 +143,22 @@ impl Drop for Sampler {
 }
 
 impl Samples {
+    fn look_at_threads(&mut self, watched: &Watched, all: bool) {
+        if all {
+            for (costs, pid) in self.threads.iter_mut().zip([watched.source_pid, watched.target_pid]) {
+                if let Ok(mut now) = cost::snapshot(pid) {
+                    now.keep_ended(costs);
+                    *costs = now;
+                }
+            }
+        }
+        for vcpu in &watched.vcpus {
+            if let Some(cpu) = vcpu.cpu() {
+                self.threads[0].update(vcpu.id, cpu);
+            }
+        }
+    }
+
     fn look_at_wire(&mut self, watched: &Watched, now: Duration) {
         let tap = watched.tap.as_ref().map_or(Ok(0), InterfaceCounter::bytes);
         // An interface that is gone has no more traffic.
@@ -255,14 +282,16 @@ mod tests {
     #[test]
     fn counts_become_rates() {
         let counts = [(100 * MS, 0), (200 * MS, 1000), (200 * MS, 1000), (300 * MS, 1000)];
-        assert_eq!(rates(&counts, 100 * MS), [(100.0, 10_000.0), (200.0, 0.0)]);
+        let seen: Vec<(f64, f64)> =
+            rates(&counts, 100 * MS).into_iter().map(|(ms, rate)| (ms.round(), rate.round())).collect();
+        assert_eq!(seen, [(100.0, 10_000.0), (200.0, 0.0)]);
         let samples = Samples {
             guest: (0..10_u32)
                 .map(|n| GuestMoment { at: n * 10 * MS, pages_written: u64::from(n) * 5 })
                 .collect(),
             ..Samples::default()
         };
-        assert_eq!(samples.guest_rate(15 * MS, 55 * MS), Some(500.0));
+        assert_eq!(samples.guest_rate(15 * MS, 55 * MS).map(f64::round), Some(500.0));
         assert_eq!(samples.guest_rate(11 * MS, 12 * MS), None);
     }
 

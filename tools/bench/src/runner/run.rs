@@ -11,7 +11,7 @@ use ferry_lab::LabClock;
 use crate::engine::{Engine, EngineError, EngineReport, GuestBoot, Pair, PairOrder};
 use crate::hosts::{self, Hosts};
 use crate::measure::clients::Clients;
-use crate::measure::cost::{self, CostSnapshot};
+use crate::measure::cost::{self, CostSnapshot, ThreadClock};
 use crate::measure::guest::GuestWindow;
 use crate::measure::idle::{self, MachineTime};
 use crate::measure::sampler::{Sampler, Watched};
@@ -119,6 +119,8 @@ impl Attempt<'_> {
             wire,
             tap,
             source: window,
+            source_pid: pair.source_pid(),
+            vcpus: vcpus(&*pair)?,
             target_pid: pair.target_pid(),
             memory_mib: self.scenario.memory_mib,
         };
@@ -131,6 +133,9 @@ impl Attempt<'_> {
         self.until_alive(&*pair, &seen);
         let samples = sampler.stop();
         let clients = clients.map(|clients| clients.stop(seen.engine.ordered.as_secs_f64() * 1e3));
+        for ((_, after), threads) in seen.costs.iter_mut().zip(&samples.threads) {
+            after.keep_ended(threads);
+        }
         assemble::fill_in(run, &seen, &samples, clients, &*pair);
         Ok(())
     }
@@ -235,6 +240,14 @@ impl Attempt<'_> {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// The clocks of the source's vCPU threads.
+fn vcpus(pair: &dyn Pair) -> anyhow::Result<Vec<ThreadClock>> {
+    let pid = pair.source_pid();
+    let threads = cost::snapshot(pid)?;
+    let clocks = threads.threads(|name| pair.is_vcpu(name)).filter_map(|id| ThreadClock::of(pid, id));
+    Ok(clocks.collect())
 }
 
 /// Waits until nobody but the two VMMs uses the machine, for a while; returns the share that others still use.

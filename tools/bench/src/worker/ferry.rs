@@ -155,11 +155,11 @@ fn in_words(update: Update) -> Option<Said> {
     match update {
         Update::Progress(progress) => match *progress {
             Progress::RoundStarted { round, pages } => Some(Said::RoundStarted { round, pages }),
+            Progress::Handed => Some(Said::Handed),
             Progress::Negotiated { .. }
             | Progress::RoundDone(_)
             | Progress::Stopping { .. }
             | Progress::Paused
-            | Progress::Handed
             | Progress::InDoubt { .. }
             | Progress::Undoing { .. } => None,
         },

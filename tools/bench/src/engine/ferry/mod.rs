@@ -95,6 +95,7 @@ impl Engine for Ferry {
             Said::Up
             | Said::RoundStarted { .. }
             | Said::Sent { .. }
+            | Said::Handed
             | Said::Moved { .. }
             | Said::Stayed { .. } => None,
         })?;
@@ -241,8 +242,8 @@ impl Pair for FerryPair {
                     let left = pages_of_round.saturating_sub(round_pages);
                     report.dirty_pages.push((since(now), count(left)));
                 }
+                Said::Handed => report.done = now,
                 Said::Moved { report: numbers } => {
-                    report.done = now;
                     fill_in(&mut report, &numbers, &starts);
                     return Ok(report);
                 }

@@ -79,6 +79,8 @@ pub enum Said {
         round_pages: u64,
     },
     /// The target runs the guest.
+    Handed,
+    /// The source has let go of everything.
     Moved {
         /// The migration in numbers.
         report: Box<MigrationReport>,

@@ -50,12 +50,18 @@ pub(super) fn fill_in(
         idleness: seen.idleness(),
         more: engine.more.iter().cloned().collect(),
     };
+    // Clients have waited for the guest long before that.
+    let begin_ms = samples.wire.first().map_or(0.0, |(at, _)| at.as_secs_f64() * 1e3 - origin_ms);
     run.timeline = Timeline {
         done_ms: Some(total_ms),
         standstill: gap.map(|(ms, from)| (from - origin_ms, from - origin_ms + ms)),
         link_bytes_per_s: samples.wire_rates(engine.ordered),
         guest_pages_per_s: if writes { samples.guest_rates(engine.ordered) } else { Vec::new() },
-        client_bytes_per_s: client_rates.into_iter().map(|(ms, rate)| (ms - origin_ms, rate)).collect(),
+        client_bytes_per_s: client_rates
+            .into_iter()
+            .map(|(ms, rate)| (ms - origin_ms, rate))
+            .filter(|(ms, _)| *ms >= begin_ms)
+            .collect(),
         dirty_pages: engine.dirty_pages.clone(),
     };
 }
