@@ -15,7 +15,7 @@ use crate::measure::cost::{self, CostSnapshot, ThreadClock};
 use crate::measure::guest::GuestWindow;
 use crate::measure::idle::{self, MachineTime};
 use crate::measure::sampler::{Sampler, Watched};
-use crate::measure::warm;
+use crate::measure::warm::WarmMemory;
 use crate::results::{Idleness, Measures, Outcome, ProcessRole, Run, Timeline};
 use crate::scenario::{EngineSetting, Guest, Scenario, file};
 
@@ -112,7 +112,7 @@ impl Attempt<'_> {
             }
             _ => None,
         };
-        warm::touch(self.scenario.memory_mib);
+        let warm = WarmMemory::hold(self.scenario.memory_mib);
         let others_before = until_quiet(&*pair, self.clock)?;
         let (wire, tap) = hosts.counters()?;
         let watched = Watched {
@@ -127,6 +127,7 @@ impl Attempt<'_> {
         let sampler = Sampler::start(watched, self.clock)?;
         let watch = Duration::from_millis(self.scenario.watch_ms);
         std::thread::sleep(watch);
+        drop(warm);
         let mut seen = self.migrate(&mut *pair, &hosts)?;
         seen.others_before = others_before;
         std::thread::sleep(watch);
