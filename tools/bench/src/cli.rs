@@ -1,5 +1,7 @@
 //! The command line of the harness.
 
+mod suite;
+
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -17,6 +19,8 @@ struct Cli {
 /// What the harness can do.
 #[derive(Debug, Subcommand)]
 pub enum Task {
+    /// Runs a suite and reports
+    Suite(suite::SuiteArgs),
     /// Lists the scenarios of a suite
     List(ListArgs),
 }
@@ -42,6 +46,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
 /// Whatever went wrong, in words.
 pub fn run(task: Task) -> anyhow::Result<ExitCode> {
     match task {
+        Task::Suite(args) => suite::run(&args),
         Task::List(args) => list(&args),
     }
 }

@@ -14,7 +14,11 @@
 
 pub mod cli;
 pub mod engine;
+pub mod hosts;
+pub mod measure;
 pub mod results;
+pub mod runner;
 pub mod scenario;
 pub mod simulate;
+pub mod stats;
 pub mod worker;

@@ -10,6 +10,7 @@
 //! Engines only start, order and listen. What things cost and how long they took is measured from outside
 //! ([`crate::measure`]), the same way for all.
 
+pub mod ferry;
 pub mod process;
 
 use std::fmt::Debug;
@@ -21,7 +22,7 @@ use std::time::Duration;
 use ferry_lab::{LabClock, Mac, Namespace};
 
 use crate::results::{EngineInfo, Part, Round};
-use crate::scenario::{EngineSetting, Guest, Scenario};
+use crate::scenario::{EngineConfig, EngineSetting, Guest, Scenario};
 
 /// Why a pair could not be started, or a migration not be ordered.
 #[derive(Debug, thiserror::Error)]
@@ -172,4 +173,10 @@ pub enum Ending {
     NotConverged,
     /// It failed.
     Failed(String),
+}
+
+/// The engine that `config` names.
+#[must_use]
+pub fn find(config: &EngineConfig) -> Box<dyn Engine> {
+    Box::new(ferry::Ferry::find(config))
 }

@@ -1,6 +1,8 @@
 //! What this program does in processes of its own: `bench-worker KIND ...`, for the harness alone.
 //!
-//! Both `ferry-bench` and `ferry` hand over to [`run`] if their first argument is [`WORD`].
+//! Both `ferry-bench` and `ferry` hand over to [`main`] if their first argument is [`WORD`].
+
+pub mod ferry;
 
 use std::ffi::{CString, OsString};
 use std::os::unix::ffi::OsStringExt;
@@ -14,19 +16,30 @@ use nix::unistd::execvp;
 /// The first argument of a worker.
 pub const WORD: &str = "bench-worker";
 
-/// Runs the worker that the arguments after [`WORD`] describe.
-///
-/// # Errors
-/// Whatever keeps it from its work, in words.
-pub fn run(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
+/// Runs the worker that `arguments`, those after [`WORD`], describe; what keeps it from its work goes to standard error.
+#[must_use]
+pub fn main(arguments: &[OsString]) -> ExitCode {
+    run(arguments.to_vec()).unwrap_or_else(|error| {
+        eprintln!("{WORD}: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let mut arguments = arguments.into_iter();
     let kind = arguments.next().context("a worker needs to know its work")?;
     // The parent is the thread of a namespace that lives as long as the harness needs the worker.
     set_pdeathsig(Signal::SIGKILL).context("the kernel does not tie this process to its parent")?;
     match kind.to_str() {
         Some("exec") => exec(arguments.collect()),
+        Some("ferry-source") => ferry::source(&order(arguments.next())?),
+        Some("ferry-target") => ferry::target(&order(arguments.next())?),
         _ => bail!("there is no worker '{}'", kind.display()),
     }
+}
+
+fn order(argument: Option<OsString>) -> anyhow::Result<String> {
+    argument.and_then(|order| order.into_string().ok()).context("an order is missing")
 }
 
 /// Becomes another program.

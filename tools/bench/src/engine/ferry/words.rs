@@ -1,0 +1,95 @@
+//! What the harness and its ferry workers say to each other: one JSON object a line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use ferry_migrate::report::MigrationReport;
+use serde::{Deserialize, Serialize};
+
+/// What a source is to boot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SourceOrder {
+    /// The ELF kernel.
+    pub kernel: PathBuf,
+    /// Its RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Its command line.
+    pub cmdline: String,
+    /// Its memory.
+    pub memory_mib: u32,
+    /// Its vCPUs.
+    pub cpus: u8,
+    /// Its tap and MAC.
+    pub net: Option<(String, [u8; 6])>,
+    /// Where its serial output goes.
+    pub serial: PathBuf,
+    /// Where its record is kept.
+    pub folder: PathBuf,
+}
+
+/// What a target is to wait for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TargetOrder {
+    /// Where to listen; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// The tap for the guest that comes.
+    pub tap: Option<String>,
+    /// Where its record is kept.
+    pub folder: PathBuf,
+}
+
+/// The order to migrate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MoveOrder {
+    /// `host:port` of the target.
+    pub target: String,
+    /// Data streams.
+    pub streams: u16,
+    /// Whether pages are packed with lz4.
+    pub lz4: bool,
+    /// The most that is sent while the guest runs.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// The downtime that is allowed.
+    pub downtime_ms: f64,
+    /// How long it may take until the guest is stopped.
+    pub timeout_ms: f64,
+}
+
+/// What a worker says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "said", rename_all = "kebab-case")]
+pub enum Said {
+    /// The source's guest runs.
+    Up,
+    /// The target listens.
+    Listening {
+        /// Where.
+        address: SocketAddr,
+    },
+    /// A round begins.
+    RoundStarted {
+        /// Counted from 1.
+        round: u32,
+        /// Its pages.
+        pages: u64,
+    },
+    /// How far the round is.
+    Sent {
+        /// Pages of it that are sent.
+        round_pages: u64,
+    },
+    /// The target runs the guest.
+    Handed,
+    /// The source has let go of everything.
+    Moved {
+        /// The migration in numbers.
+        report: Box<MigrationReport>,
+    },
+    /// The guest goes on at the source.
+    Stayed {
+        /// Whether that is for want of time.
+        timeout: bool,
+        /// Why.
+        reason: String,
+    },
+}

@@ -1,0 +1,112 @@
+//! What users of the guest see: web requests, a datagram a millisecond, one watched connection.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ferry_guest_abi::{HTTP_FILE_LEN, HTTP_FILE_PATH, UDP_ECHO_PORT};
+use ferry_lab::http::fetch_when_served;
+use ferry_lab::network::lab::VM_IPV4;
+use ferry_lab::probe::{TcpProbe, UdpProbe};
+use ferry_lab::timeline::Gap;
+use ferry_lab::{ExpectedBody, HttpLoad, HttpTarget, LabClock, Namespace};
+
+use super::MeasureError;
+use crate::results::ClientSeen;
+use crate::scenario::Client;
+
+/// How long the guest may take to serve its first request.
+const SERVED_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The TCP probe's rest between two requests.
+const TCP_PAUSE: Duration = Duration::from_millis(5);
+
+/// The width of a bar of the throughput's timeline.
+const TIMELINE_STEP_MS: u64 = 20;
+
+const HTTP_PORT: u16 = 80;
+
+/// Clients at work. Dropping it ends them.
+#[derive(Debug)]
+pub struct Clients {
+    http: Option<HttpLoad>,
+    udp: Option<UdpProbe>,
+    tcp: Option<TcpProbe>,
+}
+
+impl Clients {
+    /// Waits until the guest serves, then starts the clients that `wanted` asks for inside `namespace`.
+    ///
+    /// # Errors
+    /// [`MeasureError::Client`] if the guest does not serve, or a client can't start.
+    pub fn start(wanted: Client, namespace: &Namespace, clock: LabClock) -> Result<Self, MeasureError> {
+        let failed =
+            |what, source: Box<dyn std::error::Error + Send + Sync>| MeasureError::Client { what, source };
+        let length = HTTP_FILE_LEN as u64;
+        let target = HttpTarget::new(SocketAddr::new(VM_IPV4.into(), HTTP_PORT), HTTP_FILE_PATH)
+            .expecting(ExpectedBody::Length(length));
+        fetch_when_served(namespace, clock, &target, SERVED_TIMEOUT)
+            .map_err(|error| failed("the load: the guest does not serve", error.into()))?;
+        let udp = wanted.udp.then(|| {
+            UdpProbe::start(namespace, clock, SocketAddr::new(VM_IPV4.into(), UDP_ECHO_PORT))
+                .map_err(|error| failed("the UDP probe", error.into()))
+        });
+        let tcp = wanted.tcp.then(|| {
+            TcpProbe::start(namespace, clock, target.clone(), TCP_PAUSE)
+                .map_err(|error| failed("the TCP probe", error.into()))
+        });
+        let connections = usize::try_from(wanted.http_connections).unwrap_or(usize::MAX);
+        let http = (connections > 0).then(|| {
+            HttpLoad::start(namespace, clock, target, connections)
+                .map_err(|error| failed("the web load", error.into()))
+        });
+        Ok(Self { http: http.transpose()?, udp: udp.transpose()?, tcp: tcp.transpose()? })
+    }
+
+    /// Ends the clients and says what they saw since `since_ms`; with the throughput as points of clock time in ms and
+    /// bytes/s. Counts and the TCP stall are of the whole time.
+    #[must_use]
+    pub fn stop(self, since_ms: f64) -> (ClientSeen, Vec<(f64, f64)>) {
+        let mut seen = ClientSeen::default();
+        if let Some(report) = self.udp.map(UdpProbe::stop) {
+            seen.udp_gap_ms = Some(longest_since(since_ms, report.longest_gap, &report.gaps));
+            seen.udp_send_gap_ms = Some(report.longest_send_gap.ms);
+            seen.udp_sent = Some(report.sent);
+            seen.udp_lost = Some(report.lost);
+        }
+        if let Some(report) = self.tcp.map(TcpProbe::stop) {
+            seen.tcp_stall_ms = Some(report.longest_stall.ms);
+            seen.tcp_broken = Some(report.broken.is_some());
+        }
+        let Some(report) = self.http.map(HttpLoad::stop) else { return (seen, Vec::new()) };
+        seen.http_gap_ms = Some(longest_since(since_ms, report.longest_data_gap, &report.data_gaps));
+        seen.http_ok = Some(report.ok);
+        seen.http_failed = Some(report.failed);
+        seen.http_latency_ms =
+            vec![(0.5, report.latency.p50_ms), (0.99, report.latency.p99_ms), (1.0, report.latency.max_ms)];
+        let rates = report.timeline.samples(TIMELINE_STEP_MS);
+        (seen, rates.into_iter().map(|(ms, mib_per_s)| (ms, mib_per_s * 1024.0 * 1024.0)).collect())
+    }
+}
+
+/// The longest of the `listed` gaps that ended after `since_ms`. If there is none, no gap since then was long enough
+/// to be listed, and the longest of all, or what came before, bounds it.
+fn longest_since(since_ms: f64, longest: Gap, listed: &[Gap]) -> f64 {
+    let since = listed.iter().chain([&longest]).filter(|gap| gap.from_ms + gap.ms > since_ms);
+    let found = since.map(|gap| gap.ms).fold(0.0, f64::max);
+    let shortest_listed = listed.iter().map(|gap| gap.ms).fold(longest.ms, f64::min);
+    if found > 0.0 { found } else { shortest_listed }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_gaps_since_the_order_count() {
+        let gap = |from_ms, ms| Gap { from_ms, ms };
+        let listed = [gap(100.0, 50.0), gap(900.0, 12.0), gap(1200.0, 30.0)];
+        assert_eq!(longest_since(0.0, listed[0], &listed).to_bits(), 50.0_f64.to_bits());
+        assert_eq!(longest_since(905.0, listed[0], &listed).to_bits(), 30.0_f64.to_bits());
+        assert_eq!(longest_since(2000.0, listed[0], &listed).to_bits(), 12.0_f64.to_bits());
+    }
+}

@@ -1,0 +1,185 @@
+//! ferry's source and target, each in a process of its own, on top of the library alone.
+//!
+//! Each gets its order as its one argument and says what happens line by line on standard output
+//! ([`Said`]). The source takes one [`MoveOrder`] from standard input. Both stay until they are killed, as the
+//! VMMs of the other engines do.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use ferry_migrate::machine::{MachineHost, MigratableMachine};
+use ferry_migrate::ports::{RecordStore, SystemClock};
+use ferry_migrate::protocol::page::Compression;
+use ferry_migrate::protocol::record::{Record, Standing};
+use ferry_migrate::protocol::source::{Failure, OnTimeout, Outcome, Progress};
+use ferry_migrate::protocol::{Epoch, MigrationId, VmId, VmName};
+use ferry_migrate::report::MigrationReport;
+use ferry_migrate::{FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
+use ferry_vmm::{
+    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryConfig, NetConfig, SerialTarget,
+};
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::sync::{mpsc, watch};
+
+use crate::engine::ferry::words::{MoveOrder, Said, SourceOrder, TargetOrder};
+
+/// Threads for the control plane; data streams and vCPUs have threads of their own.
+const RUNTIME_THREADS: usize = 2;
+
+const NAME: &str = "guest";
+
+/// Runs a source.
+///
+/// # Errors
+/// If the guest can't be booted, or the order is none.
+pub fn source(order: &str) -> anyhow::Result<ExitCode> {
+    runtime()?.block_on(run_source(parse(order)?))
+}
+
+/// Runs a target.
+///
+/// # Errors
+/// If it can't listen, or the order is none.
+pub fn target(order: &str) -> anyhow::Result<ExitCode> {
+    runtime()?.block_on(run_target(parse(order)?))
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(RUNTIME_THREADS).enable_all().build().context("no runtime can be had")
+}
+
+fn parse<T: DeserializeOwned>(text: &str) -> anyhow::Result<T> {
+    serde_json::from_str(text).with_context(|| format!("not an order: {text}"))
+}
+
+fn say(said: &Said) -> anyhow::Result<()> {
+    let mut line = serde_json::to_string(said)?;
+    line.push('\n');
+    std::io::stdout().write_all(line.as_bytes()).context("the harness does not listen any more")
+}
+
+fn records(folder: &Path) -> anyhow::Result<Arc<FileRecords>> {
+    std::fs::create_dir_all(folder).with_context(|| format!("can't make {}", folder.display()))?;
+    Ok(Arc::new(FileRecords::new(folder.to_owned(), name()?)))
+}
+
+fn name() -> anyhow::Result<VmName> {
+    Ok(NAME.parse()?)
+}
+
+fn random_id() -> anyhow::Result<[u8; 16]> {
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).map_err(|error| anyhow!("no random numbers: {error}"))?;
+    Ok(id)
+}
+
+async fn run_source(order: SourceOrder) -> anyhow::Result<ExitCode> {
+    let SourceOrder { kernel, initrd, cmdline, memory_mib, cpus, net, serial, folder } = order;
+    let config = MachineConfig {
+        memory: MemoryConfig { size_bytes: u64::from(memory_mib) << 20, backing: Backing::PrivateAnonymous },
+        cpus,
+        net: net.map(|(tap, mac)| NetConfig { tap, mac }),
+        serial: SerialTarget::File(serial),
+    };
+    let machine = Arc::new(Machine::build(&config)?);
+    machine.load(&BootSource { kernel: Kernel::File(kernel), initrd, cmdline })?;
+    machine.run()?;
+    let records = records(&folder)?;
+    let vm = VmId(random_id()?);
+    let record = Record::of_own(vm, name()?, Epoch::FIRST, Standing::Running);
+    records.store(&record).map_err(|error| anyhow!(error))?;
+    let machine = MigratableMachine::new(machine, Vec::new(), Vec::new());
+    say(&Said::Up)?;
+
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    let Some(line) = lines.next_line().await? else { return Ok(ExitCode::SUCCESS) };
+    move_away(machine, records, vm, parse(&line)?).await?;
+    // Whatever it holds now is part of what is measured afterwards; the harness ends it.
+    lines.next_line().await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn move_away(
+    machine: MigratableMachine,
+    records: Arc<FileRecords>,
+    vm: VmId,
+    order: MoveOrder,
+) -> anyhow::Result<()> {
+    let budget = Duration::from_secs_f64(order.downtime_ms / 1e3);
+    let options = MigrateOptions {
+        migration: MigrationId(random_id()?),
+        vm,
+        name: name()?,
+        epoch: Epoch::FIRST,
+        target: order.target,
+        streams: order.streams,
+        compression: if order.lz4 { Compression::Lz4 } else { Compression::None },
+        bandwidth_bytes_per_s: order.bandwidth_bytes_per_s,
+        downtime_budget: budget,
+        timeout: Duration::from_secs_f64(order.timeout_ms / 1e3),
+        on_timeout: OnTimeout::Cancel,
+    };
+    let (updates, mut told) = mpsc::unbounded_channel();
+    let never = watch::channel(false);
+    let clock = Arc::new(SystemClock::default());
+    let moving = migrate(Arc::new(machine), records, clock, options, never.1.clone(), updates);
+    let telling = async {
+        while let Some(update) = told.recv().await {
+            if let Some(said) = in_words(update) {
+                say(&said)?;
+            }
+        }
+        anyhow::Ok(())
+    };
+    let (outcome, told) = tokio::join!(moving, telling);
+    told?;
+    match outcome? {
+        Outcome::Moved(summary) => {
+            let report = Box::new(MigrationReport::new(NAME, budget, &summary));
+            say(&Said::Moved { report })
+        }
+        Outcome::Stayed { failure, .. } => {
+            let timeout = matches!(failure, Failure::Timeout(_));
+            say(&Said::Stayed { timeout, reason: failure.to_string() })
+        }
+    }
+}
+
+fn in_words(update: Update) -> Option<Said> {
+    match update {
+        Update::Progress(progress) => match *progress {
+            Progress::RoundStarted { round, pages } => Some(Said::RoundStarted { round, pages }),
+            Progress::Handed => Some(Said::Handed),
+            Progress::Negotiated { .. }
+            | Progress::RoundDone(_)
+            | Progress::Stopping { .. }
+            | Progress::Paused
+            | Progress::InDoubt { .. }
+            | Progress::Undoing { .. } => None,
+        },
+        Update::Transferred { round_pages, .. } => Some(Said::Sent { round_pages }),
+    }
+}
+
+async fn run_target(order: TargetOrder) -> anyhow::Result<ExitCode> {
+    let TargetOrder { listen, tap, folder } = order;
+    let host = MachineHost::new(LocalChoices { tap, serial: SerialTarget::Null });
+    let options = ReceiveOptions { listen, host: "target".to_owned(), name: None };
+    let (updates, _) = mpsc::unbounded_channel();
+    let clock = Arc::new(SystemClock::default());
+    let mut receiver = Receiver::bind(options, Arc::new(host), records(&folder)?, clock, updates)?;
+    say(&Said::Listening { address: receiver.local_address()? })?;
+    let never = watch::channel(false);
+    let received = receiver.receive(never.1.clone()).await?;
+    // The machine lives as long as `received`; the harness ends this process.
+    let end = BufReader::new(tokio::io::stdin()).lines().next_line().await;
+    drop(received);
+    end?;
+    Ok(ExitCode::SUCCESS)
+}
