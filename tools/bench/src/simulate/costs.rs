@@ -34,7 +34,7 @@ pub(super) struct RoundWork {
 }
 
 /// Pages of one region on one stream, and the frames that they need.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 struct Load {
     pages: u64,
     frames: u64,
@@ -42,7 +42,7 @@ struct Load {
 }
 
 /// What pages of a region are made of.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 struct Content {
     zero_share: f64,
     packable_share: f64,
@@ -50,38 +50,51 @@ struct Content {
     first: bool,
 }
 
-/// What sending `pages` takes. In the `first` round every page is new to the target.
-pub(super) fn round_work(
-    pages: &PageBitmap,
-    first: bool,
-    guest: &GuestModel,
-    (streams, compression): (u16, Compression),
-    hardware: &Hardware,
-) -> RoundWork {
-    let loads = loads(pages, guest, streams, compression);
-    let mut work = RoundWork::default();
-    let rest = Content { zero_share: guest.zero_share, packable_share: guest.packable_share, first };
-    for of_stream in loads.chunks(guest.sets.len() + 1) {
-        let (mut source_us, mut target_us) = (0.0, 0.0);
-        for (region, load) in of_stream.iter().enumerate().filter(|(_, load)| load.pages > 0) {
-            let content = guest.sets.get(region).map_or(rest, |set| {
-                let packable_share = set.packable_share;
-                Content { zero_share: 0.0, packable_share, first }
-            });
-            let (source, target) = add_load(&mut work.sent, *load, content, compression, hardware);
-            source_us += source;
-            target_us += target;
-        }
-        work.streams += u16::from(source_us > 0.0);
-        work.source_cpu_s += source_us / 1e6;
-        work.target_cpu_s += target_us / 1e6;
-        work.slowest_s = work.slowest_s.max(source_us.max(target_us) / 1e6);
-        work.slowest_source_s = work.slowest_source_s.max(source_us / 1e6);
+/// What a round is made of, whatever things cost.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct RoundLoad {
+    /// By stream and, within a stream, by region: each set, then the rest.
+    loads: Vec<Load>,
+    contents: Vec<Content>,
+    streams: u16,
+    compression: Compression,
+}
+
+impl RoundLoad {
+    /// A round of `pages`. In the `first` round every page is new to the target.
+    pub(super) fn new(
+        pages: &PageBitmap,
+        first: bool,
+        guest: &GuestModel,
+        (streams, compression): (u16, Compression),
+    ) -> Self {
+        let of_set = |packable_share| Content { zero_share: 0.0, packable_share, first };
+        let mut contents: Vec<Content> = guest.sets.iter().map(|set| of_set(set.packable_share)).collect();
+        contents.push(Content { zero_share: guest.zero_share, packable_share: guest.packable_share, first });
+        Self { loads: loads(pages, guest, streams, compression), contents, streams, compression }
     }
-    // Every stream ends a round with its fence.
-    work.sent.wire_bytes += u64::from(streams) * header_bytes();
-    work.streams = work.streams.max(1);
-    work
+
+    /// What it takes.
+    pub(super) fn work(&self, hardware: &Hardware) -> RoundWork {
+        let mut work = RoundWork::default();
+        for of_stream in self.loads.chunks(self.contents.len()) {
+            let (mut source_us, mut target_us) = (0.0, 0.0);
+            for (load, content) in of_stream.iter().zip(&self.contents).filter(|(load, _)| load.pages > 0) {
+                let (source, target) = add_load(&mut work.sent, *load, *content, self.compression, hardware);
+                source_us += source;
+                target_us += target;
+            }
+            work.streams += u16::from(source_us > 0.0);
+            work.source_cpu_s += source_us / 1e6;
+            work.target_cpu_s += target_us / 1e6;
+            work.slowest_s = work.slowest_s.max(source_us.max(target_us) / 1e6);
+            work.slowest_source_s = work.slowest_source_s.max(source_us / 1e6);
+        }
+        // Every stream ends a round with its fence.
+        work.sent.wire_bytes += u64::from(self.streams) * header_bytes();
+        work.streams = work.streams.max(1);
+        work
+    }
 }
 
 /// The pages by stream and, within a stream, by region: each set, then the rest. A chunk that a set ends in counts as
@@ -178,7 +191,7 @@ mod tests {
 
     fn work(guest: &GuestModel, streams: u16, compression: Compression) -> RoundWork {
         let pages = PageBitmap::full(guest.page_count());
-        round_work(&pages, true, guest, (streams, compression), &Hardware::default())
+        RoundLoad::new(&pages, true, guest, (streams, compression)).work(&Hardware::default())
     }
 
     #[test]
@@ -209,7 +222,7 @@ mod tests {
         assert!((one.target_cpu_s - four.target_cpu_s).abs() < 1e-9);
         let mut few = PageBitmap::empty(guest.page_count());
         (0..100).for_each(|page| few.insert(page));
-        let few = round_work(&few, false, &guest, (4, Compression::None), &Hardware::default());
+        let few = RoundLoad::new(&few, false, &guest, (4, Compression::None)).work(&Hardware::default());
         assert_eq!(few.streams, 1);
         assert!((few.slowest_s - 100.0 * Hardware::default().target_page_us / 1e6).abs() < 1e-12);
     }

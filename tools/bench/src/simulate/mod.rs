@@ -4,12 +4,16 @@
 //! [`ferry_migrate::protocol`]; only time is modelled: links by fluid flows with max-min fair shares, everything else
 //! by the parameters of [`Hardware`]. Pages have no contents here.
 
+pub mod calibrate;
+pub mod cli;
 mod costs;
 pub mod guest;
 pub mod hardware;
 mod moving;
 pub mod network;
 pub mod order;
+pub mod output;
+pub mod real;
 pub mod run;
 pub mod world;
 

@@ -9,7 +9,7 @@ use ferry_migrate::protocol::target as target_core;
 use ferry_migrate::protocol::{PageBitmap, StreamIndex};
 use ferry_migrate::report::ms;
 
-use super::super::costs::{float, round, round_work};
+use super::super::costs::{RoundLoad, float, round};
 use super::super::hardware::Hardware;
 use super::super::network::{FlowRequest, Milestone};
 use super::super::run::RoundLine;
@@ -120,7 +120,7 @@ impl Moving {
         let settings = &self.order.settings;
         let first = fence == 1;
         let how = (settings.streams, settings.compression);
-        let work = round_work(pages, first, &self.order.guest, how, &hardware);
+        let work = RoundLoad::new(pages, first, &self.order.guest, how).work(&hardware);
         let route = &self.order.route;
         let bytes = float(work.sent.wire_bytes);
         let mut rate_max = (bytes / work.slowest_s.max(1e-9)).min(route.window_rate(work.streams, &hardware));
