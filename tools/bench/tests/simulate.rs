@@ -20,6 +20,7 @@ fn pair() -> Pair {
         queue: Duration::ZERO,
         cores: 16.0,
         one_machine: false,
+        switched: false,
     }
 }
 
@@ -130,6 +131,7 @@ fn anything() -> impl Strategy<Value = (GuestModel, Settings, Pair)> {
             queue: Duration::from_micros(queue_us),
             cores: 2.0,
             one_machine,
+            switched: false,
         },
     );
     (guest, settings, pair)

@@ -25,7 +25,9 @@ pub struct GuestModel {
     pub memory_bytes: u64,
     /// Its vCPUs.
     pub cpus: u16,
-    /// The share of pages outside the sets that are zero, 0 to 1.
+    /// The share of pages outside the sets that lie together and were never touched, so are zero; 0 to 1.
+    pub untouched_share: f64,
+    /// The share of pages outside the sets that are zero and lie scattered among others, 0 to 1.
     pub zero_share: f64,
     /// The share of pages outside the sets that can be packed, 0 to 1.
     pub packable_share: f64,
@@ -88,7 +90,14 @@ impl GuestModel {
     /// An idle guest whose memory is all in use, with nothing that could be packed.
     #[must_use]
     pub const fn idle(memory_bytes: u64, cpus: u16) -> Self {
-        Self { memory_bytes, cpus, zero_share: 0.0, packable_share: 0.0, sets: Vec::new() }
+        Self {
+            memory_bytes,
+            cpus,
+            untouched_share: 0.0,
+            zero_share: 0.0,
+            packable_share: 0.0,
+            sets: Vec::new(),
+        }
     }
 
     /// How many pages it has.
@@ -107,6 +116,12 @@ impl GuestModel {
         MemoryLayout::new(vec![Region { gpa: 0, bytes }]).map_err(|_| GuestError::Memory(self.memory_bytes))
     }
 
+    /// How many pages it wants to write a second.
+    #[must_use]
+    pub fn pages_per_s(&self) -> f64 {
+        self.sets.iter().map(|set| set.pages_per_s).sum()
+    }
+
     fn check(&self) -> Result<(), GuestError> {
         if self.cpus == 0 {
             let right = "give it one at least";
@@ -117,9 +132,12 @@ impl GuestModel {
             let right = "give a share from 0 to 1";
             if fine { Ok(()) } else { Err(GuestError::Value { what, value, right }) }
         };
+        share("the share of untouched pages", self.untouched_share)?;
         share("the share of zero pages", self.zero_share)?;
         share("the share of pages that can be packed", self.packable_share)?;
-        share("zero and packable pages together", self.zero_share + self.packable_share)?;
+        let together = self.untouched_share + self.zero_share + self.packable_share;
+        // Shares that were worked out may miss 1 by rounding.
+        share("untouched, zero and packable pages together", (together - 1e-9).max(0.0))?;
         for set in &self.sets {
             share("a set's share of pages that can be packed", set.packable_share)?;
             if !(set.pages_per_s.is_finite() && set.pages_per_s >= 0.0) {
@@ -164,11 +182,10 @@ pub(super) struct GuestMemory {
 }
 
 impl GuestMemory {
-    /// The memory of `guest`, whose writes are at least `write_us` apart on each vCPU.
-    pub(super) fn new(guest: &GuestModel, write_us: f64, random: ChaCha8Rng) -> Self {
-        let wanted: f64 = guest.sets.iter().map(|set| set.pages_per_s).sum();
-        let possible = f64::from(guest.cpus) * 1e6 / write_us;
-        let slowed = if wanted > possible { possible / wanted } else { 1.0 };
+    /// The memory of `guest`, which can write at most `pages_per_s_max`.
+    pub(super) fn new(guest: &GuestModel, pages_per_s_max: f64, random: ChaCha8Rng) -> Self {
+        let wanted = guest.pages_per_s();
+        let slowed = if wanted > pages_per_s_max { pages_per_s_max / wanted } else { 1.0 };
         let slow = |set: &WorkingSet| WorkingSet { pages_per_s: set.pages_per_s * slowed, ..*set };
         let sets = guest.sets.iter().map(slow).zip(place(&guest.sets)).collect();
         Self { page_count: guest.page_count(), sets, read_at: Duration::ZERO, stopped_at: None, random }
@@ -314,7 +331,7 @@ mod tests {
     fn memory(order: Order, pages_per_s: f64) -> GuestMemory {
         let set = WorkingSet { bytes: 64 * MIB, pages_per_s, order, packable_share: 0.0 };
         let guest = GuestModel { sets: vec![set], ..GuestModel::idle(256 * MIB, 1) };
-        GuestMemory::new(&guest, 0.01, ChaCha8Rng::seed_from_u64(1))
+        GuestMemory::new(&guest, 1e9, ChaCha8Rng::seed_from_u64(1))
     }
 
     fn seconds(s: f64) -> Duration {
@@ -353,8 +370,7 @@ mod tests {
         let set = WorkingSet { bytes: 3 * MIB, pages_per_s: 1e6, order: Order::Uniform, packable_share: 0.0 };
         let sets = vec![set, WorkingSet { order: Order::Linear, ..set }];
         let guest = GuestModel { sets, ..GuestModel::idle(64 * MIB, 2) };
-        let mut memory = GuestMemory::new(&guest, 10.0, ChaCha8Rng::seed_from_u64(1));
-        // Two vCPUs write 200,000 pages a second at best.
+        let mut memory = GuestMemory::new(&guest, 2e5, ChaCha8Rng::seed_from_u64(1));
         assert!((memory.sets[0].0.pages_per_s - 1e5).abs() < 1e-6);
         let ranges: Vec<(u64, u64)> =
             memory.read(seconds(1.0)).ranges().map(|range| (range.first(), range.count())).collect();

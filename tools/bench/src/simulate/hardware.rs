@@ -55,6 +55,11 @@ parameters! {
     target_page_us: 1.25, "docs/performance.md: loopback bench, 3,010 MiB/s with the receiver as the limit";
     /// The same once more, for a page that arrives for the first time: the target's memory has to be given to it.
     first_touch_page_us: 0.25, "2 MiB at a time with transparent huge pages, about 0.1 ms each to zero";
+    /// CPU time at the target for each run of consecutive pages: a system call.
+    extent_us: 0.8, "one read of a socket for each run of pages";
+    /// CPU time at the source for a page that leaves through a switch in software on the same machine, as in the
+    /// harness's lab; real hosts have none.
+    switch_page_us: 1.0, "assumed; set by calibration";
     /// CPU time at the source for a page of zeroes.
     source_zero_page_us: 0.45, "docs/performance.md: 25 GiB/s zero scan, 14 GiB/s digest; 16 GiB idle guest in 1.9 s";
     /// CPU time at the target for a page of zeroes.
@@ -83,8 +88,9 @@ parameters! {
     log_clear_page_us: 0.033, "330 us for 10,000 pages";
     /// Switching the dirty log on, for each GiB of guest memory.
     log_start_us_per_gib: 50.0, "INITIALLY_SET: nothing is protected until it is cleared";
-    /// The least time between two pages that a vCPU dirties while the log is on: the write itself and its fault.
-    logged_write_us: 1.5, "assumed; matters only to guests that write as fast as they can";
+    /// CPU time of a vCPU for each page that it dirties while the log is on: the write itself and its fault. It bounds
+    /// how fast a guest can write, and is what guests take of processors that they share with the migration.
+    logged_write_us: 1.5, "assumed; set by calibration";
     /// Stopping the device threads and a guest without vCPUs.
     pause_us: 250.0, "docs/performance.md: 0.2 to 0.4 ms with one vCPU";
     /// More for each vCPU.
@@ -225,6 +231,12 @@ impl HardwareFile {
 }
 
 impl Hardware {
+    /// The costs where pages leave through a switch in software, which takes its time from the source's threads.
+    #[must_use]
+    pub fn behind_switch(&self) -> Self {
+        Self { source_page_us: self.source_page_us + self.switch_page_us, ..*self }
+    }
+
     /// The first parameter that has no sense, with its value and the least that it may be.
     fn wrong_value(&self) -> Option<(&'static str, f64, f64)> {
         let least = |name: &str| match name {

@@ -60,6 +60,8 @@ impl Flow {
 #[derive(Debug)]
 struct Resource {
     capacity: f64,
+    /// What others than flows take.
+    reserved: f64,
     used: f64,
 }
 
@@ -83,7 +85,7 @@ const SAME_LEVEL: f64 = 1.0 + 1e-9;
 impl Network {
     /// A new resource that gives `capacity` a second.
     pub fn add_resource(&mut self, capacity: f64) -> ResourceId {
-        self.resources.push(Resource { capacity, used: 0.0 });
+        self.resources.push(Resource { capacity, reserved: 0.0, used: 0.0 });
         ResourceId(self.resources.len() - 1)
     }
 
@@ -93,7 +95,14 @@ impl Network {
         self.resources[resource.0].capacity
     }
 
-    /// What is used of a resource now, a second.
+    /// Takes `amount` a second of a resource away from all flows, or gives it back if it is negative.
+    pub fn reserve(&mut self, resource: ResourceId, amount: f64) {
+        let resource = &mut self.resources[resource.0];
+        resource.reserved = (resource.reserved + amount).max(0.0);
+        self.stale = true;
+    }
+
+    /// What flows use of a resource now, a second.
     pub fn used(&mut self, resource: ResourceId) -> f64 {
         self.settle();
         self.resources[resource.0].used
@@ -101,7 +110,9 @@ impl Network {
 
     /// Whether flows want more of a resource than there is.
     pub fn is_full(&mut self, resource: ResourceId) -> bool {
-        self.used(resource) >= FULL * self.capacity(resource)
+        let used = self.used(resource);
+        let Resource { capacity, reserved, .. } = self.resources[resource.0];
+        used >= FULL * (capacity - reserved)
     }
 
     /// How many flows there are.
@@ -214,7 +225,7 @@ impl Network {
 }
 
 fn level_of(resource: &Resource, slope: f64) -> f64 {
-    (resource.capacity - resource.used).max(0.0) / slope
+    (resource.capacity - resource.reserved - resource.used).max(0.0) / slope
 }
 
 /// How high the flows can rise together until the first of them has to stay.
@@ -270,6 +281,10 @@ mod tests {
         let capped = network.add_flow(FlowRequest { rate_max: 6.0, ..request(1e9, &[link]) });
         assert_rates(&mut network, &[56.0, 28.0, 6.0]);
         network.remove_flow(capped);
+        network.reserve(link, 30.0);
+        assert_rates(&mut network, &[40.0, 20.0]);
+        assert!(network.is_full(link));
+        network.reserve(link, -30.0);
         let processor = network.add_resource(1.0);
         network.add_flow(FlowRequest { uses: vec![(processor, 0.25)], ..request(1e9, &[]) });
         assert_rates(&mut network, &[60.0, 30.0, 4.0]);

@@ -66,6 +66,10 @@ pub struct Route {
     pub source_cpu: ResourceId,
     /// The target host's; the same where both run on one machine.
     pub target_cpu: ResourceId,
+    /// Whether the guest's vCPUs run on the processors that the migration may use. Otherwise they have their own.
+    pub guest_on_cpu: bool,
+    /// Whether pages leave through a switch in software.
+    pub switched: bool,
 }
 
 impl Route {
@@ -88,6 +92,14 @@ impl Route {
         let round_trip_s = (self.latency * 2).as_secs_f64();
         if round_trip_s > 0.0 { f64::from(streams) * hardware.window_bytes / round_trip_s } else { f64::MAX }
     }
+}
+
+/// The most processors that a guest gets of `cores` that it shares with the threads of all streams at both ends: what
+/// they leave free, or its fair share.
+pub(super) fn guest_cores_max(guest: &GuestModel, streams: u16, cores: f64) -> f64 {
+    let cpus = f64::from(guest.cpus);
+    let threads = 2.0 * f64::from(streams);
+    cpus.min((cores - threads).max(cores * cpus / (cpus + threads)))
 }
 
 impl MigrationOrder {

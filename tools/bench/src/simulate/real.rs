@@ -10,7 +10,7 @@ use ferry_migrate::protocol::source::OnTimeout;
 
 use super::costs::float;
 use super::guest::{GuestModel, Order, WorkingSet};
-use super::order::Settings;
+use super::order::{Settings, guest_cores_max};
 use super::run::Pair;
 use crate::scenario::{self, EngineSetting, Guest, Link, Scenario, Strategy, file};
 
@@ -34,6 +34,13 @@ pub struct RealOrder {
     pub settings: Settings,
     /// The link, and the machine that both hosts share.
     pub pair: Pair,
+}
+
+impl RealOrder {
+    /// The most processors that the guest gets beside the migration.
+    pub(super) fn guest_cores_max(&self) -> f64 {
+        guest_cores_max(&self.guest, self.settings.streams, self.pair.cores)
+    }
 }
 
 /// The scenario as `setting`'s engine ran it on a machine with `cores` processors; in words why not, if it can't be
@@ -81,6 +88,7 @@ fn pair(link: Link, cores: u32) -> Pair {
         queue,
         cores: f64::from(cores.max(1)),
         one_machine: true,
+        switched: link != Link::Loopback,
     }
 }
 
@@ -109,11 +117,11 @@ fn workload_guest(words: &str, memory_mib: u64, cpus: u8) -> Result<GuestModel, 
     }
     let in_sets: u64 = sets.iter().map(|set| set.bytes).sum();
     let rest = float((memory_mib * MIB).saturating_sub(in_sets)).max(1.0);
-    let untouched = (rest - filled).max(0.0);
     Ok(GuestModel {
         memory_bytes: memory_mib * MIB,
         cpus: u16::from(cpus),
-        zero_share: ((untouched + of_filled(shares.zero_percent())) / rest).min(1.0),
+        untouched_share: (rest - filled).max(0.0) / rest,
+        zero_share: of_filled(shares.zero_percent()) / rest,
         packable_share: of_filled(shares.text_percent()) / rest,
         sets,
     })
@@ -159,9 +167,10 @@ mod tests {
         let guest =
             workload_guest("dirty rate=50 set=128 fill=320 zero=25 text=50 random=25", 512, 1).unwrap();
         let rest_mib = 512.0 - 128.0;
-        assert!((guest.zero_share - (rest_mib - 320.0 + 80.0) / rest_mib).abs() < 1e-3, "{guest:?}");
+        assert!((guest.untouched_share - (rest_mib - 320.0) / rest_mib).abs() < 1e-3, "{guest:?}");
+        assert!((guest.zero_share - 80.0 / rest_mib).abs() < 1e-3, "{guest:?}");
         assert!((guest.packable_share - 160.0 / rest_mib).abs() < 1e-3);
         assert_eq!((guest.sets[1].bytes, guest.sets[1].pages_per_s), (128 * MIB, 50.0 * 256.0));
-        assert!(workload_guest("idle", 512, 1).unwrap().zero_share > 0.999);
+        assert!(workload_guest("idle", 512, 1).unwrap().untouched_share > 0.999);
     }
 }

@@ -78,8 +78,10 @@ pub struct Pair {
     pub queue: Duration,
     /// Processors of a host that the migration may use.
     pub cores: f64,
-    /// Whether source and target share them: both on one machine.
+    /// Whether source, target and guest share them: all on one machine.
     pub one_machine: bool,
+    /// Whether pages leave through a switch in software.
+    pub switched: bool,
 }
 
 /// Simulates one migration between hosts that do nothing else.
@@ -102,7 +104,16 @@ pub fn migrate_one(
         if rate.is_finite() { vec![network.add_resource(rate)] } else { Vec::new() }
     };
     let (forward, backward) = (link(), link());
-    let route = Route { forward, backward, latency: pair.latency, queue: pair.queue, source_cpu, target_cpu };
+    let route = Route {
+        forward,
+        backward,
+        latency: pair.latency,
+        queue: pair.queue,
+        source_cpu,
+        target_cpu,
+        guest_on_cpu: pair.one_machine,
+        switched: pair.switched,
+    };
     world.order(MigrationOrder { guest: guest.clone(), settings, route })?;
     let (_, run) = world.run_to_next_end().expect("the core's timeouts end every migration");
     Ok(run)

@@ -11,10 +11,13 @@ use super::observe::Observation;
 type Handle = fn(&mut Hardware) -> &mut f64;
 
 /// All that runs of ferry say something about.
-const FITTED: [Handle; 26] = [
+const FITTED: [Handle; 29] = [
     |h| &mut h.source_page_us,
     |h| &mut h.target_page_us,
     |h| &mut h.first_touch_page_us,
+    |h| &mut h.extent_us,
+    |h| &mut h.switch_page_us,
+    |h| &mut h.logged_write_us,
     |h| &mut h.source_zero_page_us,
     |h| &mut h.target_zero_page_us,
     |h| &mut h.pack_page_us,

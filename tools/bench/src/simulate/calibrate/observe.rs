@@ -7,7 +7,7 @@
 use ferry_migrate::protocol::PageBitmap;
 use ferry_migrate::protocol::page::Compression;
 
-use super::super::costs::{RoundLoad, float};
+use super::super::costs::{RoundLoad, RoundWork, float};
 use super::super::hardware::Hardware;
 use super::super::real::RealOrder;
 use crate::results::{ProcessRole, Run};
@@ -70,6 +70,9 @@ pub(super) struct RoundInput {
     pub(super) link_bytes_per_s: f64,
     pub(super) rate_max: f64,
     pub(super) cores: f64,
+    /// How many pages the guest writes a second meanwhile, and the most processors that it gets for that.
+    pub(super) guest: (f64, f64),
+    pub(super) switched: bool,
 }
 
 impl Observation {
@@ -92,13 +95,9 @@ impl Observation {
                     + by.log_read_us_per_gib * gib
             }
             Observed::Round(round) => round.took_us(by),
-            Observed::RoundBytes(round) => float(round.load.work(by).sent.wire_bytes),
-            Observed::SourceCpu(rounds) => {
-                rounds.iter().map(|round| round.load.work(by).source_cpu_s * 1e6).sum()
-            }
-            Observed::TargetCpu(rounds) => {
-                rounds.iter().map(|round| round.load.work(by).target_cpu_s * 1e6).sum()
-            }
+            Observed::RoundBytes(round) => float(round.work(by).sent.wire_bytes),
+            Observed::SourceCpu(rounds) => rounds.iter().map(|round| round.work(by).source_cpu_s * 1e6).sum(),
+            Observed::TargetCpu(rounds) => rounds.iter().map(|round| round.work(by).target_cpu_s * 1e6).sum(),
             Observed::Pause { cpus } => by.pause_us + by.pause_us_per_vcpu * cpus,
             Observed::DirtyLog { gib, pages } => {
                 by.log_read_us + by.log_read_us_per_gib * gib + by.log_clear_page_us * pages
@@ -127,14 +126,22 @@ impl RoundInput {
             link_bytes_per_s: order.pair.link_bytes_per_s,
             rate_max: order.settings.bandwidth_bytes_per_s.unwrap_or(f64::INFINITY),
             cores: order.pair.cores,
+            guest: (order.guest.pages_per_s(), order.guest_cores_max()),
+            switched: order.pair.switched,
         }
+    }
+
+    fn work(&self, by: &Hardware) -> RoundWork {
+        let by = if self.switched { by.behind_switch() } else { *by };
+        self.load.work(&by)
     }
 
     /// How long such a round takes when nothing else is under way.
     fn took_us(&self, by: &Hardware) -> f64 {
-        let work = self.load.work(by);
+        let work = self.work(by);
         let bytes = float(work.sent.wire_bytes);
-        let on_processors_s = (work.source_cpu_s + work.target_cpu_s) / self.cores;
+        let guest_cores = (self.guest.0 * by.logged_write_us / 1e6).min(self.guest.1);
+        let on_processors_s = (work.source_cpu_s + work.target_cpu_s) / (self.cores - guest_cores);
         let on_link_s = bytes * by.wire_overhead / self.link_bytes_per_s;
         let took_s = work.slowest_s.max(on_processors_s).max(on_link_s).max(bytes / self.rate_max);
         took_s * 1e6 + by.round_us + by.message_us

@@ -26,7 +26,7 @@ use super::costs::RoundWork;
 use super::guest::GuestMemory;
 use super::hardware::Hardware;
 use super::network::{FlowId, FlowRequest, Milestone, Network};
-use super::order::MigrationOrder;
+use super::order::{MigrationOrder, guest_cores_max};
 use super::run::{Ending, MigrationRun, RoundLine};
 use super::world::Agenda;
 
@@ -108,6 +108,8 @@ pub(super) struct Moving {
     source_side: Side,
     target_side: Side,
     memory: GuestMemory,
+    /// What the guest takes of the migration's processors while it runs.
+    guest_load: f64,
     random: ChaCha8Rng,
     /// The round whose pages are on their way.
     round: Option<RoundWork>,
@@ -125,8 +127,17 @@ impl Moving {
     /// A migration that is ordered now; `seed` decides all of its chances.
     pub(super) fn new(order: MigrationOrder, layout: MemoryLayout, seed: u64, stage: &mut Stage<'_>) -> Self {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
-        let memory =
-            GuestMemory::new(&order.guest, stage.hardware.logged_write_us, ChaCha8Rng::from_rng(&mut random));
+        let write_s = stage.hardware.logged_write_us / 1e6;
+        let shared = order.route.guest_on_cpu;
+        let cores = if shared {
+            let cores = stage.network.capacity(order.route.source_cpu);
+            guest_cores_max(&order.guest, order.settings.streams, cores)
+        } else {
+            f64::from(order.guest.cpus)
+        };
+        let memory = GuestMemory::new(&order.guest, cores / write_s, ChaCha8Rng::from_rng(&mut random));
+        let guest_load = if shared { (order.guest.pages_per_s() * write_s).min(cores) } else { 0.0 };
+        stage.network.reserve(order.route.source_cpu, guest_load);
         let side = || Side { worker_free_at: Duration::ZERO, lane: Lane::default(), timer: None };
         stage.at(stage.now + us(stage.hardware.overhead_us), Due::Begin);
         Self {
@@ -138,6 +149,7 @@ impl Moving {
             source_side: side(),
             target_side: side(),
             memory,
+            guest_load,
             random,
             round: None,
             flow: None,
@@ -200,6 +212,12 @@ impl Moving {
         for (flow, _) in [self.flow.take(), self.message_flow.take()].into_iter().flatten() {
             network.remove_flow(flow);
         }
+        self.free_processors(network);
+    }
+
+    /// The guest needs no processor any more.
+    fn free_processors(&mut self, network: &mut Network) {
+        network.reserve(self.order.route.source_cpu, -std::mem::take(&mut self.guest_load));
     }
 
     /// Whether it has ended.

@@ -56,6 +56,7 @@ impl Moving {
                 // A guest of which one vCPU stands still is not counted as running.
                 self.stopped_at = Some(began);
                 self.memory.stop(began);
+                self.free_processors(stage.network);
                 stage.at(done, Due::Source(Event::Paused));
             }
             Action::SaveState => self.save_state(stage),
@@ -116,7 +117,8 @@ impl Moving {
 
     fn send_pages(&mut self, pages: &PageBitmap, fence: u32, paused: bool, stage: &mut Stage<'_>) {
         let page_factor = factor(stage.hardware.page_jitter, &mut self.random);
-        let hardware = slower(stage.hardware, page_factor);
+        let costs = if self.order.route.switched { stage.hardware.behind_switch() } else { *stage.hardware };
+        let hardware = slower(&costs, page_factor);
         let settings = &self.order.settings;
         let first = fence == 1;
         let how = (settings.streams, settings.compression);
@@ -229,6 +231,7 @@ fn slower(hardware: &Hardware, by: f64) -> Hardware {
         source_page_us: hardware.source_page_us * by,
         target_page_us: hardware.target_page_us * by,
         first_touch_page_us: hardware.first_touch_page_us * by,
+        extent_us: hardware.extent_us * by,
         source_zero_page_us: hardware.source_zero_page_us * by,
         target_zero_page_us: hardware.target_zero_page_us * by,
         pack_page_us: hardware.pack_page_us * by,
