@@ -14,7 +14,7 @@ use std::time::Duration;
 use ferry_migrate::protocol::bitmap::CHUNK_PAGES;
 use ferry_migrate::protocol::layout::PAGE_BYTES_U64;
 use ferry_migrate::protocol::{MemoryLayout, PageBitmap, Region};
-use rand::{Rng, RngExt};
+use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -222,6 +222,23 @@ impl GuestMemory {
     }
 }
 
+/// `count` pages of a set as they would be dirty together.
+pub(super) fn dirty_pages(guest: &GuestModel, set: usize, count: u64) -> PageBitmap {
+    let page_count = guest.page_count();
+    let mut words = vec![0; PageBitmap::words_for(page_count)];
+    if let (Some(place), Some(set)) = (place(&guest.sets).get(set), guest.sets.get(set)) {
+        let count = count.min(place.pages);
+        match set.order {
+            Order::Linear => fill(&mut words, place.first, count),
+            Order::Shuffled | Order::Uniform => {
+                let share = float(count) / float(place.pages.max(1));
+                scatter(&mut words, *place, share, &mut ChaCha8Rng::seed_from_u64(count));
+            }
+        }
+    }
+    PageBitmap::from_words(words, page_count).expect("sets lie inside the guest's memory")
+}
+
 /// The pages that a sweep writes from its `from`-th write to its `to`-th.
 fn sweep(words: &mut [u64], place: Place, from: f64, to: f64) {
     let (from, to) = (whole(from), whole(to));
@@ -324,7 +341,6 @@ fn whole(count: f64) -> u64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use rand::SeedableRng;
 
     const MIB: u64 = 1 << 20;
 

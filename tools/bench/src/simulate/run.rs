@@ -21,6 +21,10 @@ pub struct MigrationRun {
     pub standstill: Option<Duration>,
     /// Bytes on the wire, headers included.
     pub wire_bytes: f64,
+    /// CPU time for pages at the source, in s.
+    pub source_cpu_s: f64,
+    /// CPU time for pages at the target, in s.
+    pub target_cpu_s: f64,
     /// Every round, the one of the standstill included.
     pub rounds: Vec<RoundLine>,
     /// What ferry itself would report, if the guest moved.

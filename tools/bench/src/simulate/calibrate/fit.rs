@@ -5,7 +5,7 @@
 //! observations say nothing about where it was.
 
 use super::super::hardware::Hardware;
-use super::observe::Observation;
+use super::observe::{Observation, Scatter};
 
 /// A parameter that is looked for.
 type Handle = fn(&mut Hardware) -> &mut f64;
@@ -48,10 +48,10 @@ const STEP_FIRST: f64 = 0.8;
 const STEP_LAST: f64 = 0.002;
 
 /// How much a parameter that is off its default by a factor of e weighs, in observations.
-const PULL: f64 = 0.25;
+const PULL: f64 = 0.1;
 
 /// Misses far below this logarithm are as good as none.
-const SMOOTH: f64 = 0.05;
+const SMOOTH: f64 = 0.02;
 
 /// Added to both sides before they are compared, in µs: below, nobody cares for factors.
 const FLOOR_US: f64 = 20.0;
@@ -80,11 +80,11 @@ pub(super) fn fit(observations: &[Observation], start: Hardware) -> Hardware {
             step /= 2.0;
         }
     }
-    let of_kind = |of_pages: bool| {
-        let logs = observations.iter().filter(|seen| seen.is_of_pages() == of_pages);
-        spread(logs.map(|seen| log_miss(seen, &best)).collect())
+    let of_kind = |scatter: Scatter| {
+        let seen = observations.iter().filter(|seen| seen.scatter() == Some(scatter));
+        spread(seen.map(|seen| log_miss(seen, &best)).collect())
     };
-    Hardware { jitter: of_kind(false), page_jitter: of_kind(true), ..best }
+    Hardware { jitter: of_kind(Scatter::Fixed), page_jitter: of_kind(Scatter::Pages), ..best }
 }
 
 fn loss(observations: &[Observation], by: &Hardware, start: &Hardware) -> f64 {

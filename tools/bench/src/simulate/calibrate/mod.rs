@@ -11,6 +11,8 @@
 mod fit;
 mod observe;
 pub mod report;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 

@@ -8,9 +8,10 @@ use ferry_migrate::protocol::PageBitmap;
 use ferry_migrate::protocol::page::Compression;
 
 use super::super::costs::{RoundLoad, RoundWork, float};
+use super::super::guest::dirty_pages;
 use super::super::hardware::Hardware;
 use super::super::real::RealOrder;
-use crate::results::{ProcessRole, Run};
+use crate::results::{ProcessRole, Round, Run};
 
 const GIB: f64 = 1_073_741_824.0;
 
@@ -28,6 +29,15 @@ pub(super) struct Observation {
     pub(super) value: f64,
     /// Which scenario and engine it comes from.
     pub(super) group: usize,
+}
+
+/// What scatters on its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scatter {
+    /// What a step costs.
+    Fixed,
+    /// What the pages of a round cost.
+    Pages,
 }
 
 /// What was measured, with all that it depends on.
@@ -112,9 +122,25 @@ impl Observation {
         }
     }
 
-    /// Whether its scatter is that of pages rather than of fixed costs.
-    pub(super) const fn is_of_pages(&self) -> bool {
-        matches!(self.what, Observed::Round(_))
+    /// Whose scatter it shows, if it is a single cost.
+    pub(super) fn scatter(&self) -> Option<Scatter> {
+        match &self.what {
+            // A link that is full hides how long pages took.
+            Observed::Round(round) => round.link_bytes_per_s.is_infinite().then_some(Scatter::Pages),
+            Observed::Pause { .. }
+            | Observed::DirtyLog { .. }
+            | Observed::Save { .. }
+            | Observed::Restore { .. }
+            | Observed::SourceRecord
+            | Observed::TargetRecord
+            | Observed::Start { .. } => Some(Scatter::Fixed),
+            Observed::SetUp { .. }
+            | Observed::RoundBytes(_)
+            | Observed::SourceCpu(_)
+            | Observed::TargetCpu(_)
+            | Observed::Prepare { .. }
+            | Observed::Commit { .. } => None,
+        }
     }
 }
 
@@ -199,21 +225,16 @@ pub(super) fn observations(run: &Run, order: &RealOrder, group: usize) -> Vec<Ob
 
 /// Each round's load; of later rounds only the number of pages is known, so they are put where the guest writes most.
 fn round_inputs(run: &Run, order: &RealOrder) -> Vec<RoundInput> {
-    let page_count = order.guest.page_count();
-    let places = super::super::guest::place(&order.guest.sets);
-    let busiest = places.last().map_or(0, |place| place.first);
-    run.measures
-        .rounds
-        .iter()
-        .enumerate()
-        .map(|(index, round)| {
-            let first = index == 0;
-            let mut pages = if first { PageBitmap::full(page_count) } else { PageBitmap::empty(page_count) };
-            if !first {
-                let count = round.dirty_pages.unwrap_or(0).min(page_count);
-                (0..count).for_each(|page| pages.insert((busiest + page) % page_count));
-            }
-            RoundInput::new(&pages, first, order)
-        })
-        .collect()
+    let guest = &order.guest;
+    let busiest = guest.sets.len().saturating_sub(1);
+    let input = |(index, round): (usize, &Round)| {
+        let first = index == 0;
+        let pages = if first {
+            PageBitmap::full(guest.page_count())
+        } else {
+            dirty_pages(guest, busiest, round.dirty_pages.unwrap_or(0))
+        };
+        RoundInput::new(&pages, first, order)
+    };
+    run.measures.rounds.iter().enumerate().map(input).collect()
 }

@@ -120,6 +120,8 @@ pub(super) struct Moving {
     stopped_at: Option<Duration>,
     runs_at: Option<Duration>,
     wire_bytes: f64,
+    /// CPU time for pages at source and target, in s.
+    cpu_s: (f64, f64),
     outcome: Option<Outcome>,
 }
 
@@ -159,6 +161,7 @@ impl Moving {
             stopped_at: None,
             runs_at: None,
             wire_bytes: 0.0,
+            cpu_s: (0.0, 0.0),
             outcome: None,
         }
     }
@@ -290,6 +293,8 @@ impl Moving {
             took: now.saturating_sub(self.ordered_at),
             standstill: stopped_for(self.runs_at.unwrap_or(now)),
             wire_bytes: self.wire_bytes,
+            source_cpu_s: self.cpu_s.0,
+            target_cpu_s: self.cpu_s.1,
             rounds: self.rounds,
             report,
         }

@@ -145,6 +145,8 @@ impl Moving {
             stage.at(written, Due::Source(Event::RoundSent(work.sent)));
         }
         self.wire_bytes += bytes * hardware.wire_overhead;
+        self.cpu_s.0 += work.source_cpu_s;
+        self.cpu_s.1 += work.target_cpu_s;
         self.round = Some(work);
         stage.at(begins, Due::Flow { request: Box::new(request), fence });
     }
