@@ -94,6 +94,7 @@ impl Engine for Ferry {
             Said::Listening { address } => Some(address),
             Said::Up
             | Said::RoundStarted { .. }
+            | Said::RoundDone { .. }
             | Said::Sent { .. }
             | Said::Handed
             | Said::Moved { .. }
@@ -238,6 +239,7 @@ impl Pair for FerryPair {
                     pages_of_round = pages;
                     report.dirty_pages.push((since(now), count(pages)));
                 }
+                Said::RoundDone { round } => report.rounds.push(in_results(&round, starts.last().copied())),
                 Said::Sent { round_pages } => {
                     let left = pages_of_round.saturating_sub(round_pages);
                     report.dirty_pages.push((since(now), count(left)));
@@ -283,18 +285,23 @@ fn fill_in(report: &mut EngineReport, numbers: &MigrationReport, starts: &[f64])
         .rounds
         .iter()
         .enumerate()
-        .map(|(index, round)| Round {
-            round: round.round,
-            from_ms: starts.get(index).copied(),
-            ms: Some(round.ms),
-            dirty_pages: Some(round.dirty_pages),
-            sent_pages: Some(round.sent_pages),
-            wire_bytes: Some(round.wire_bytes),
-        })
+        .map(|(index, round)| in_results(round, starts.get(index).copied()))
         .collect();
     report.digest_equal = Some(numbers.digest_equal);
     report.more = vec![
         ("total_own_ms".to_owned(), numbers.total_ms),
         ("forecast_upper_ms".to_owned(), numbers.forecast.upper_ms),
     ];
+}
+
+fn in_results(round: &ferry_migrate::report::Round, from_ms: Option<f64>) -> Round {
+    Round {
+        round: round.round,
+        from_ms,
+        ms: Some(round.ms),
+        dirty_pages: Some(round.dirty_pages),
+        sent_pages: Some(round.sent_pages),
+        wire_bytes: Some(round.wire_bytes),
+        forecast_upper_ms: round.forecast.map(|forecast| forecast.upper_ms),
+    }
 }
