@@ -168,20 +168,18 @@ impl Pair for QemuPair {
         let mut progress = Progress::new(clock, ordered);
         let (status, info) = self.follow(&mut progress, clock)?;
         let mut done = clock.now();
-        let (ending, info) = match status {
+        let ending = match status {
             Status::Completed => {
                 let resumed = self.until_resumed(&mut progress)?;
                 done = clock.now();
-                let silent =
-                    || Ending::Failed("the source is done, but the target does not run the guest".into());
-                (if resumed { Ending::Moved } else { silent() }, self.figures()?)
+                progress.look(&self.figures()?, done);
+                let silent = "the source is done, but the target does not run the guest";
+                if resumed { Ending::Moved } else { Ending::Failed(silent.to_owned()) }
             }
-            Status::Cancelled | Status::UnderWay | Status::Active | Status::PostCopy => {
-                (Ending::NotConverged, info)
-            }
-            Status::Failed => (self.failure(&info), info),
+            Status::Cancelled | Status::UnderWay | Status::Active | Status::PostCopy => Ending::NotConverged,
+            Status::Failed => self.failure(&info),
         };
-        Ok(EngineReport { ending, ..progress.report(&info, done) })
+        Ok(EngineReport { ending, ..progress.report(done) })
     }
 }
 

@@ -97,6 +97,8 @@ pub(super) struct Progress {
     forecast_ms: Option<f64>,
     throttle_percent_max: Option<f64>,
     total_pages: Option<f64>,
+    /// The last answer that had figures: QEMU forgets them when it gives up.
+    figures: Value,
 }
 
 impl Progress {
@@ -113,6 +115,7 @@ impl Progress {
             forecast_ms: None,
             throttle_percent_max: None,
             total_pages: None,
+            figures: Value::Null,
         }
     }
 
@@ -156,6 +159,7 @@ impl Progress {
                 wire_bytes,
                 left_pages: number(info, "/ram/remaining").unwrap_or_default() / page_bytes,
             });
+            self.figures.clone_from(info);
             self.total_pages = number(info, "/ram/total").map(|bytes| bytes / page_bytes);
         }
         // Before the guest has been seen writing, the forecast is only the limit that was set.
@@ -168,9 +172,10 @@ impl Progress {
         status
     }
 
-    /// Everything that QEMU told, for a migration that was done at `done` and of which it said `info` at last.
+    /// Everything that QEMU told of a migration that was done at `done`.
     #[must_use]
-    pub(super) fn report(&self, info: &Value, done: Duration) -> EngineReport {
+    pub(super) fn report(&self, done: Duration) -> EngineReport {
+        let info = &self.figures;
         let mut more: Vec<(String, f64)> = MORE
             .iter()
             .filter_map(|(place, name)| Some(((*name).to_owned(), number(info, place)?)))
@@ -221,8 +226,9 @@ impl Progress {
 
     /// Pages and bytes sent until `at`.
     fn sent_until(&self, at: Duration) -> (f64, f64) {
-        let order = Look { at: self.ordered, sent_pages: 0.0, wire_bytes: 0.0, left_pages: 0.0 };
-        let before = self.looks.iter().rev().find(|look| look.at <= at).unwrap_or(&order);
+        let begin = self.passes.first().map_or(self.ordered, |(_, begin)| *begin);
+        let nothing = Look { at: begin, sent_pages: 0.0, wire_bytes: 0.0, left_pages: 0.0 };
+        let before = self.looks.iter().rev().find(|look| look.at <= at).unwrap_or(&nothing);
         let Some(after) = self.looks.iter().find(|look| look.at > at) else {
             return (before.sent_pages, before.wire_bytes);
         };
@@ -276,6 +282,8 @@ mod tests {
         assert!(progress.source_event(&pass(1), 102 * MS));
         assert_eq!(progress.look(&active(0, 1000, 0), 102 * MS), Status::Active);
         assert_eq!(progress.look(&active(800, 200, 0), 110 * MS), Status::Active);
+        // QEMU has no figures while it is busy with something else.
+        assert_eq!(progress.look(&json!({ "status": "device" }), 111 * MS), Status::UnderWay);
         // Half way between these looks, 200 pages left over and 100 dirtied since.
         progress.source_event(&pass(2), 115 * MS);
         assert_eq!(progress.passes(), 2);
@@ -285,7 +293,7 @@ mod tests {
             "transferred": 6_500_000, "remaining": 0, "total": 4_096_000, "page-size": 4096, "normal": 700,
             "duplicate": 600, "dirty-sync-count": 3, "mbps": 1.5 } });
         assert_eq!(progress.look(&done, 140 * MS), Status::Completed);
-        let report = progress.report(&done, 141 * MS);
+        let report = progress.report(141 * MS);
         let seen: Vec<_> = report
             .rounds
             .iter()
@@ -322,7 +330,7 @@ mod tests {
         let stop = Event { name: "STOP".into(), data: Value::Null, at: at(320 * MS) };
         progress.source_event(&stop, 320 * MS);
         progress.target_resumed(at(332 * MS));
-        let report = progress.report(&Value::Null, 340 * MS);
+        let report = progress.report(340 * MS);
         assert_eq!(report.more, [("stop_to_resume_ms".to_owned(), 12.0)]);
         // Nothing is made up where nothing was told.
         assert_eq!((report.downtime_ms, report.forecast_ms, report.wire_bytes), (None, None, None));
