@@ -140,7 +140,7 @@ impl Worker {
         to_do: &impl Serialize,
     ) -> Result<Self, EngineError> {
         let broken = |what: String| EngineError::Broken { engine: engine.to_owned(), side, what };
-        let program = std::env::current_exe().map_err(|error| broken(format!("where is it? {error}")))?;
+        let program = crate::worker::program().map_err(|error| broken(format!("where is it? {error}")))?;
         let text = serde_json::to_string(to_do).map_err(|error| broken(error.to_string()))?;
         let arguments: Vec<OsString> =
             vec![crate::worker::WORD.into(), format!("ferry-{side}").into(), text.into()];
