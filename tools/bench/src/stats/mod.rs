@@ -9,4 +9,5 @@ pub mod metric;
 mod summary;
 
 pub use interval::Interval;
+pub(crate) use summary::values_of;
 pub use summary::{RatioView, paired, ratio_of, summarise};
