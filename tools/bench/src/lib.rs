@@ -16,6 +16,7 @@ pub mod cli;
 pub mod engine;
 pub mod hosts;
 pub mod measure;
+pub mod report;
 pub mod results;
 pub mod runner;
 pub mod scenario;

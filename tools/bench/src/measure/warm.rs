@@ -3,7 +3,8 @@
 //! On a virtual host the first touch of memory that was idle for a while is a fault of the host below and costs many
 //! times what a migration costs; and memory that is given back goes to the host below within seconds. So as much memory
 //! as a target is about to take is touched beforehand, held, and given back at the moment of the order: the kernel then
-//! hands out memory that is there. No engine's own memory is touched.
+//! hands out memory that is there. Before a scenario's first run the same is done with enough for both VMMs, since the
+//! kernel need not hand out what it was given back last. No engine's own memory is touched.
 
 use ferry_vmm::{Backing, Machine, MachineConfig, MemoryConfig, SerialTarget};
 

@@ -128,12 +128,16 @@ impl Attempt<'_> {
         let watch = Duration::from_millis(self.scenario.watch_ms);
         std::thread::sleep(watch);
         drop(warm);
+        if let Some(clients) = &clients {
+            clients.order_is_near();
+        }
         let mut seen = self.migrate(&mut *pair, &hosts)?;
         seen.others_before = others_before;
         std::thread::sleep(watch);
         self.until_alive(&*pair, &seen);
         let samples = sampler.stop();
-        let clients = clients.map(|clients| clients.stop(seen.engine.ordered.as_secs_f64() * 1e3));
+        let clients =
+            clients.map(|clients| clients.stop(self.clock, seen.engine.ordered.as_secs_f64() * 1e3));
         for ((_, after), threads) in seen.costs.iter_mut().zip(&samples.threads) {
             after.keep_ended(threads);
         }

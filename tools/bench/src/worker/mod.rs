@@ -5,8 +5,11 @@
 pub mod ferry;
 
 use std::ffi::{CString, OsString};
+use std::io;
 use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use anyhow::{Context, bail};
 use nix::sys::prctl::set_pdeathsig;
@@ -15,6 +18,22 @@ use nix::unistd::execvp;
 
 /// The first argument of a worker.
 pub const WORD: &str = "bench-worker";
+
+static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+
+/// Names the program that hands over to [`main`], for callers that don't do so themselves, such as tests. The first
+/// name given counts.
+pub fn use_program(program: PathBuf) {
+    PROGRAM.get_or_init(|| program);
+}
+
+/// The program that workers are started from: the one named, or else this process's own.
+///
+/// # Errors
+/// If the kernel does not say which program this is.
+pub fn program() -> io::Result<PathBuf> {
+    PROGRAM.get().cloned().map_or_else(std::env::current_exe, Ok)
+}
 
 /// Runs the worker that `arguments`, those after [`WORD`], describe; what keeps it from its work goes to standard error.
 #[must_use]

@@ -106,6 +106,7 @@ fn as_measured(engine: &str, repetition: u32, run: &MigrationRun, by: &Hardware)
         dirty_pages: Some(round.dirty_pages),
         sent_pages: Some(round.dirty_pages),
         wire_bytes: Some(round.wire_bytes),
+        forecast_upper_ms: None,
     });
     let measures = Measures {
         total_ms: Some(report.total_ms + by.overhead_us / 1e3),

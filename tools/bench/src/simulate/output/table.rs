@@ -11,7 +11,7 @@ impl Table {
     #[must_use]
     pub fn new(headings: &[&str]) -> Self {
         let mut table = comfy_table::Table::new();
-        table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
         table.set_header(headings);
         Self(table)
     }

@@ -1,0 +1,6 @@
+//! Reports of results as people and programs read them, from made-up results: the HTML page in a real browser, CSV,
+//! terminal, comparisons, and the documentation of the schema.
+
+mod browser;
+mod page;
+mod sample;
