@@ -12,7 +12,7 @@
 pub mod cast;
 pub mod html;
 pub mod number;
-mod plots;
+pub(crate) mod plots;
 
 use crate::results::{EngineInfo, Results, ScenarioResult};
 use crate::scenario::EngineKind;
