@@ -7,6 +7,7 @@
 pub mod calibrate;
 pub mod cli;
 mod costs;
+pub mod curves;
 pub mod guest;
 pub mod hardware;
 mod moving;

@@ -10,6 +10,7 @@ use clap::{Args, Subcommand};
 
 use self::arguments::{FileArgs, GuestArgs, LinkArgs, SettingsArgs, write_json};
 use super::calibrate::{self, HoldOut};
+use super::curves::{self, Varied};
 use super::hardware::{Hardware, HardwareFile};
 use super::one::One;
 use super::run::{Pair, migrate_one};
@@ -27,6 +28,8 @@ pub struct SimulateArgs {
 enum SimulateTask {
     /// Simulates one migration and shows its rounds
     One(OneArgs),
+    /// Simulates many migrations and draws time and downtime along one quantity after another
+    Curves(CurvesArgs),
     /// Derives the model's parameters from real runs of a suite, and says how far off it is on others
     Calibrate(CalibrateArgs),
 }
@@ -46,6 +49,16 @@ struct OneArgs {
     /// Model each page of guests above 1 TiB, too, instead of larger ones: takes seconds a round
     #[arg(long)]
     exact: bool,
+    #[command(flatten)]
+    files: FileArgs,
+}
+
+/// Arguments of `simulate curves`.
+#[derive(Debug, Args)]
+struct CurvesArgs {
+    /// What is varied; all of these if not given
+    #[arg(long = "only", value_enum)]
+    only: Vec<Varied>,
     #[command(flatten)]
     files: FileArgs,
 }
@@ -77,6 +90,7 @@ struct CalibrateArgs {
 pub fn run(args: &SimulateArgs) -> anyhow::Result<ExitCode> {
     match &args.task {
         SimulateTask::One(args) => run_one(args),
+        SimulateTask::Curves(args) => run_curves(args),
         SimulateTask::Calibrate(args) => run_calibrate(args),
     }
 }
@@ -92,6 +106,21 @@ fn run_one(args: &OneArgs) -> anyhow::Result<ExitCode> {
     let one = One::new(run, args.settings.budget_ms(), facts, parameters);
     print!("{}", one.terminal());
     args.files.write(&one, || one.html())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_curves(args: &CurvesArgs) -> anyhow::Result<ExitCode> {
+    let parameters = args.files.parameters(false)?;
+    let varied: &[Varied] = if args.only.is_empty() { &Varied::ALL } else { &args.only };
+    let all = curves::count(varied);
+    let progress = |done: usize| {
+        if done.is_multiple_of(10) || done == all {
+            eprintln!("{done} of {all} migrations");
+        }
+    };
+    let curves = curves::simulate(varied, parameters, &progress)?;
+    print!("{}", curves.terminal());
+    args.files.write(&curves, || curves.html())?;
     Ok(ExitCode::SUCCESS)
 }
 
