@@ -399,6 +399,7 @@ impl Figure {
                 .collect(),
             line: budget.filter(|_| quantity.contains("downtime")).map(|ms| (ms, "budget".to_owned())),
             diagonal: false,
+            linear: (false, false),
         }
     }
 }

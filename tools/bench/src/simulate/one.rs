@@ -133,8 +133,8 @@ impl One {
     /// As a page.
     #[must_use]
     pub fn html(&self) -> String {
-        let over_time = |of: &dyn Fn(&RoundLine) -> Option<f64>| {
-            self.rounds.iter().filter_map(|round| Some((round.from_ms / 1e3, Some(of(round)?)))).collect()
+        let over_time = |at: fn(&RoundLine) -> f64, of: &dyn Fn(&RoundLine) -> Option<f64>| {
+            self.rounds.iter().filter_map(|round| Some((at(round) / 1e3, Some(of(round)?)))).collect()
         };
         let dirty = Chart {
             describe: "Pages to send at the beginning of each round".to_owned(),
@@ -142,18 +142,19 @@ impl One {
             y: "to send, MiB".to_owned(),
             series: vec![Series {
                 name: "dirty when the round began".to_owned(),
-                points: over_time(&|round| Some(round.dirty_pages as f64 / 256.0)),
+                points: over_time(|round| round.from_ms, &|round| Some(round.dirty_pages as f64 / 256.0)),
                 joined: true,
             }],
             line: None,
             diagonal: false,
+            linear: (true, false),
         };
         let forecast = Chart {
             describe: "The forecast downtime after each round, beside the budget".to_owned(),
             y: "downtime if it stopped then, at most, ms".to_owned(),
             series: vec![Series {
                 name: "forecast".to_owned(),
-                points: over_time(&|round| round.forecast_upper_ms),
+                points: over_time(|round| round.from_ms + round.ms, &|round| round.forecast_upper_ms),
                 joined: true,
             }],
             line: Some((self.budget_ms, "budget".to_owned())),

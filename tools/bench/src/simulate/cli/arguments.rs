@@ -56,8 +56,7 @@ impl FileArgs {
             write_json(path, found)?;
         }
         if let Some(path) = &self.html {
-            std::fs::write(path, page()).with_context(|| format!("can't write {}", path.display()))?;
-            println!("{}", path.display());
+            write_page(path, &page())?;
         }
         Ok(())
     }
@@ -67,6 +66,13 @@ impl FileArgs {
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
     let text = serde_json::to_string_pretty(value)?;
     std::fs::write(path, text + "\n").with_context(|| format!("can't write {}", path.display()))?;
+    println!("{}", path.display());
+    Ok(())
+}
+
+/// Writes a page and says where.
+pub(super) fn write_page(path: &Path, page: &str) -> anyhow::Result<()> {
+    std::fs::write(path, page).with_context(|| format!("can't write {}", path.display()))?;
     println!("{}", path.display());
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, Subcommand};
 
-use self::arguments::{FileArgs, GuestArgs, LinkArgs, SettingsArgs, write_json};
+use self::arguments::{FileArgs, GuestArgs, LinkArgs, SettingsArgs, write_json, write_page};
 use super::calibrate::{self, HoldOut};
 use super::curves::{self, Varied};
 use super::evacuation::report::EvacuationReport;
@@ -104,6 +104,9 @@ struct CalibrateArgs {
     /// Where to write everything that was found
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Where to write a page with figures
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
 /// How often an evacuation says how many VMs are left.
@@ -192,6 +195,9 @@ fn run_calibrate(args: &CalibrateArgs) -> anyhow::Result<ExitCode> {
     }
     if let Some(path) = &args.json {
         write_json(path, &calibrated)?;
+    }
+    if let Some(path) = &args.html {
+        write_page(path, &calibrate::report::html(&calibrated))?;
     }
     Ok(ExitCode::SUCCESS)
 }

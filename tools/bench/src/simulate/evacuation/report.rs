@@ -223,12 +223,14 @@ impl EvacuationReport {
             }],
             line: None,
             diagonal: false,
+            linear: (false, false),
         };
         let downtimes = Chart {
             describe: "The share of VMs with at most a downtime".to_owned(),
             x: "downtime, ms".to_owned(),
             y: "share of VMs with at most that, %".to_owned(),
             series: self.by_kind(|vms| cumulative(vms.iter().filter_map(|vm| vm.downtime_ms))),
+            linear: (false, true),
             ..left.clone()
         };
         let by_size = |of: fn(&VmLine) -> Option<f64>| {

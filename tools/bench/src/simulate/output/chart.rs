@@ -38,6 +38,8 @@ pub struct Chart {
     pub line: Option<(f64, String)>,
     /// Whether equal values of both axes are joined: for what was predicted against what was measured.
     pub diagonal: bool,
+    /// Whether each axis is linear from zero whatever its values span.
+    pub linear: (bool, bool),
 }
 
 /// One curve, or points.
@@ -69,7 +71,12 @@ impl Chart {
             let both: Vec<f64> = values(0).chain(values(1)).collect();
             (Scale::showing(both.iter().copied(), across), Scale::showing(both, up))
         } else {
-            (across_all(values(0), across), Scale::showing(values(1).chain(line), up))
+            let showing = |values: Vec<f64>, linear: bool, places| {
+                if linear { Scale::from_zero(ends(&values), places) } else { Scale::showing(values, places) }
+            };
+            let up = showing(values(1).chain(line).collect(), self.linear.1, up);
+            let over = showing(values(0).collect(), self.linear.0, across);
+            (ending_with(over, values(0)), up)
         };
         let drawn = html! {
             text class="unit" x="4" y="14" { (self.y) }
@@ -111,13 +118,17 @@ fn look(index: usize) -> Look {
     Look { class: CLASSES[index % CLASSES.len()].to_owned(), mark }
 }
 
-/// A scale for the horizontal axis: a linear one ends where the values do.
-fn across_all(values: impl Iterator<Item = f64>, places: (f64, f64)) -> Scale {
-    let values: Vec<f64> = values.collect();
-    let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let scale = Scale::showing(values, places);
+/// The least value and the largest.
+fn ends(values: &[f64]) -> (f64, f64) {
+    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+    (least, values.iter().copied().fold(f64::NEG_INFINITY, f64::max))
+}
+
+/// The same scale, which ends where the values do if it is linear.
+fn ending_with(scale: Scale, values: impl Iterator<Item = f64>) -> Scale {
+    let (_, most) = ends(&values.collect::<Vec<_>>());
     match scale.kind {
-        Kind::Linear if most > scale.values.0 => Scale::exactly((scale.values.0, most), places),
+        Kind::Linear if most > scale.values.0 => Scale::exactly((scale.values.0, most), scale.places),
         Kind::Linear | Kind::Logarithmic => scale,
     }
 }

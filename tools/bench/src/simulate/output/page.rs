@@ -3,6 +3,7 @@
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde::Serialize;
 
+use super::table::looks_like_number;
 use crate::report::html::STYLE;
 
 /// The id of the element with the page's numbers as JSON.
@@ -72,16 +73,24 @@ pub fn captioned(title: &str, caption: &str, inside: &Markup) -> Markup {
     }
 }
 
-/// A table; all columns but the first hold numbers.
+/// A table; columns of numbers stand to the right.
 #[must_use]
 pub fn table(headings: &[&str], rows: &[Vec<String>]) -> Markup {
+    let is_number: Vec<bool> = (0..headings.len())
+        .map(|column| {
+            let numbers =
+                rows.iter().filter_map(|row| row.get(column)).filter(|cell| looks_like_number(cell));
+            numbers.count() * 2 > rows.len()
+        })
+        .collect();
+    let class = |column: usize| is_number.get(column).copied().unwrap_or(false).then_some("num");
     html! {
         div class="scroll" {
             table {
                 thead {
                     tr {
                         @for (index, heading) in headings.iter().enumerate() {
-                            th class=[(index > 0).then_some("num")] scope="col" { (heading) }
+                            th class=[class(index)] scope="col" { (heading) }
                         }
                     }
                 }
@@ -89,7 +98,7 @@ pub fn table(headings: &[&str], rows: &[Vec<String>]) -> Markup {
                     @for row in rows {
                         tr {
                             @for (index, cell) in row.iter().enumerate() {
-                                td class=[(index > 0).then_some("num")] { (cell) }
+                                td class=[class(index)] { (cell) }
                             }
                         }
                     }

@@ -25,10 +25,8 @@ impl Table {
     #[must_use]
     pub fn to_text(mut self) -> String {
         for index in 0..self.0.column_count() {
-            let is_number =
-                |text: String| text.starts_with(|c: char| c.is_ascii_digit() || "+-−∞".contains(c));
             let column = |row: &comfy_table::Row| row.cell_iter().nth(index).map(comfy_table::Cell::content);
-            let numbers = self.0.row_iter().filter_map(column).filter(|text| is_number(text.clone())).count();
+            let numbers = self.0.row_iter().filter_map(column).filter(|text| looks_like_number(text)).count();
             if numbers * 2 > self.0.row_count()
                 && let Some(column) = self.0.column_mut(index)
             {
@@ -38,6 +36,12 @@ impl Table {
         let lines = self.0.lines().map(|line| line.trim_end().to_owned() + "\n");
         lines.collect()
     }
+}
+
+/// Whether a cell holds a number, or says that there is none.
+#[must_use]
+pub fn looks_like_number(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_digit() || "+-−–∞".contains(c)) || text == "stays"
 }
 
 /// Values with their names in front, a line each.
