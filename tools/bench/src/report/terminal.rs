@@ -156,7 +156,7 @@ fn failures(results: &Results) -> String {
 }
 
 /// `text` without characters that would steer the terminal.
-fn plain(text: &str) -> String {
+pub(crate) fn plain(text: &str) -> String {
     text.chars().map(|character| if character.is_control() { '·' } else { character }).collect()
 }
 
