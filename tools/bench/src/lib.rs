@@ -21,5 +21,6 @@ pub mod report;
 pub mod results;
 pub mod runner;
 pub mod scenario;
+pub mod simulate;
 pub mod stats;
 pub mod worker;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Args;
 
+use crate::report::html;
 use crate::results::{Outcome, Results, Run, ScenarioResult};
 use crate::runner::{self, Progress, Selection};
 use crate::scenario::{Scenario, file};
@@ -44,10 +45,12 @@ pub(super) fn run(args: &SuiteArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn write(out: &Path, results: &Results) -> anyhow::Result<()> {
-    let path = out.with_added_extension("json");
-    let text = serde_json::to_string(results)?;
-    std::fs::write(&path, text).with_context(|| format!("can't write {}", path.display()))?;
-    println!("{}", path.display());
+    let texts = [("json", serde_json::to_string(results)?), ("html", html::page(results))];
+    for (extension, text) in texts {
+        let path = out.with_added_extension(extension);
+        std::fs::write(&path, text).with_context(|| format!("can't write {}", path.display()))?;
+        println!("{}", path.display());
+    }
     Ok(())
 }
 

@@ -10,8 +10,11 @@
 //! Engines only start, order and listen. What things cost and how long they took is measured from outside
 //! ([`crate::measure`]), the same way for all.
 
+pub mod cloud_hypervisor;
 pub mod ferry;
 pub mod process;
+pub mod program;
+pub mod qemu;
 
 use std::fmt::Debug;
 use std::io;
@@ -22,7 +25,7 @@ use std::time::Duration;
 use ferry_lab::{LabClock, Mac, Namespace};
 
 use crate::results::{EngineInfo, Part, Round};
-use crate::scenario::{EngineConfig, EngineSetting, Guest, Scenario};
+use crate::scenario::{EngineConfig, EngineKind, EngineSetting, Guest, Scenario};
 
 /// Why a pair could not be started, or a migration not be ordered.
 #[derive(Debug, thiserror::Error)]
@@ -178,5 +181,9 @@ pub enum Ending {
 /// The engine that `config` names.
 #[must_use]
 pub fn find(config: &EngineConfig) -> Box<dyn Engine> {
-    Box::new(ferry::Ferry::find(config))
+    match config.kind {
+        EngineKind::Ferry => Box::new(ferry::Ferry::find(config)),
+        EngineKind::Qemu => Box::new(qemu::Qemu::find(config)),
+        EngineKind::CloudHypervisor => Box::new(cloud_hypervisor::CloudHypervisor::find(config)),
+    }
 }

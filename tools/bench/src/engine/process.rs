@@ -94,7 +94,7 @@ impl Drop for Process {
 }
 
 fn through_worker(program: &Path, arguments: &[OsString]) -> io::Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
+    let mut command = Command::new(worker::program()?);
     command.arg(worker::WORD).arg("exec").arg(program).args(arguments);
     Ok(command)
 }

@@ -1,12 +1,15 @@
 //! What this program does in processes of its own: `bench-worker KIND ...`, for the harness alone.
 //!
-//! Both `ferry-bench` and `ferry` hand over to [`run`] if their first argument is [`WORD`].
+//! Both `ferry-bench` and `ferry` hand over to [`main`] if their first argument is [`WORD`].
 
 pub mod ferry;
 
 use std::ffi::{CString, OsString};
+use std::io;
 use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use anyhow::{Context, bail};
 use nix::sys::prctl::set_pdeathsig;
@@ -16,11 +19,32 @@ use nix::unistd::execvp;
 /// The first argument of a worker.
 pub const WORD: &str = "bench-worker";
 
-/// Runs the worker that the arguments after [`WORD`] describe.
+static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+
+/// Names the program that hands over to [`main`], for callers that don't do so themselves, such as tests. The first
+/// name given counts.
+pub fn use_program(program: PathBuf) {
+    PROGRAM.get_or_init(|| program);
+}
+
+/// The program that workers are started from: the one named, or else this process's own.
 ///
 /// # Errors
-/// Whatever keeps it from its work, in words.
-pub fn run(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
+/// If the kernel does not say which program this is.
+pub fn program() -> io::Result<PathBuf> {
+    PROGRAM.get().cloned().map_or_else(std::env::current_exe, Ok)
+}
+
+/// Runs the worker that `arguments`, those after [`WORD`], describe; what keeps it from its work goes to standard error.
+#[must_use]
+pub fn main(arguments: &[OsString]) -> ExitCode {
+    run(arguments.to_vec()).unwrap_or_else(|error| {
+        eprintln!("{WORD}: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let mut arguments = arguments.into_iter();
     let kind = arguments.next().context("a worker needs to know its work")?;
     // The parent is the thread of a namespace that lives as long as the harness needs the worker.

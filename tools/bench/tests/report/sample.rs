@@ -294,6 +294,7 @@ impl Model {
             dirty_pages: Some(whole(bytes / PAGE_BYTES)),
             sent_pages: Some(whole(bytes / PAGE_BYTES)),
             wire_bytes: Some(whole(bytes * 1.01)),
+            forecast_upper_ms: None,
         }
     }
 
