@@ -2,6 +2,7 @@
 //! terminal, comparisons, and the documentation of the schema.
 
 mod browser;
+mod compare;
 mod drawn;
 mod page;
 mod sample;
