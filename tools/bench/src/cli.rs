@@ -27,6 +27,8 @@ pub enum Task {
     Report(report::ReportArgs),
     /// Tells whether anything changed for real between two results; exit code 1 if anything is worse
     Compare(report::CompareArgs),
+    /// Prints the JSON Schema of results
+    Schema,
     /// Drives the same protocol core in virtual time, for what can't be run here
     Simulate(SimulateArgs),
     /// Lists the scenarios of a suite
@@ -57,6 +59,7 @@ pub fn run(task: Task) -> anyhow::Result<ExitCode> {
         Task::Suite(args) => suite::run(&args),
         Task::Report(args) => report::run_report(&args),
         Task::Compare(args) => report::run_compare(&args),
+        Task::Schema => report::run_schema(),
         Task::Simulate(args) => crate::simulate::cli::run(&args),
         Task::List(args) => list(&args),
     }

@@ -81,6 +81,12 @@ pub(super) fn run_report(args: &ReportArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Prints the JSON Schema of results, derived from the types that are written.
+pub(super) fn run_schema() -> anyhow::Result<ExitCode> {
+    println!("{}", serde_json::to_string_pretty(&schemars::schema_for!(Results))?);
+    Ok(ExitCode::SUCCESS)
+}
+
 /// The summary, as wide as the terminal.
 pub(super) fn summary(results: &Results) -> String {
     let columns = console::Term::stdout().size_checked().map_or(COLUMNS_ELSEWHERE, |(_, columns)| columns);

@@ -3,6 +3,7 @@
 
 mod browser;
 mod compare;
+mod docs;
 mod drawn;
 mod page;
 mod sample;
