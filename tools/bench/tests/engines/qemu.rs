@@ -8,8 +8,6 @@ use std::time::Duration;
 use ferry_bench::engine::{Ending, EngineError, EngineReport, Pair};
 use ferry_lab::LabClock;
 use ferry_lab::network::lab::VM_IPV4;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use crate::world::World;
 
@@ -153,9 +151,7 @@ fn a_migration_that_does_not_converge_is_cancelled_and_the_guest_stays() {
 fn a_target_that_is_gone_is_a_failure_and_the_guest_stays() {
     let Some(world) = world("a_target_that_is_gone_is_a_failure_and_the_guest_stays", "") else { return };
     let mut pair = world.ready();
-    kill(Pid::from_raw(i32::try_from(pair.target_pid()).unwrap()), Signal::SIGKILL).unwrap();
-    // Its port closes with it, a moment later.
-    world.until(pair.source_pid(), "write on", |report| report.heartbeat_count > 500);
+    crate::world::end(pair.target_pid());
     match pair.migrate(LabClock::start()).unwrap().ending {
         Ending::Failed(why) => assert!(why.contains("ocket") || why.contains("onnect"), "{why}"),
         other @ (Ending::Moved | Ending::NotConverged) => panic!("{other:?}"),

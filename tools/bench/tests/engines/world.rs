@@ -15,6 +15,8 @@ use ferry_guest_abi::Report;
 use ferry_guest_abi::report::Stage;
 use ferry_guest_image::WORKLOAD_GUEST;
 use ferry_lab::{LabClock, Namespace};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 /// How long a guest may take for anything: this is patience, not a measure.
@@ -148,5 +150,21 @@ fn boot(scenario: &Scenario, folder: &Path) -> GuestBoot {
         initrd: None,
         cmdline: format!("workload {words}"),
         serial: folder.join("serial.log"),
+    }
+}
+
+/// Ends process `pid` and everything that it has open.
+pub(crate) fn end(pid: u32) {
+    let id = i32::try_from(pid).unwrap();
+    kill(Pid::from_raw(id), Signal::SIGKILL).unwrap();
+    let clock = LabClock::start();
+    let is_gone = || {
+        procfs::process::Process::new(id)
+            .and_then(|process| process.stat())
+            .is_ok_and(|stat| stat.state == 'Z')
+    };
+    while !is_gone() {
+        assert!(clock.now() < PATIENCE, "process {pid} does not end");
+        thread::sleep(Duration::from_millis(5));
     }
 }
