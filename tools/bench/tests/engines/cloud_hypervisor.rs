@@ -81,6 +81,20 @@ fn post_copy_runs_the_guest_at_the_target_first() {
 }
 
 #[test]
+fn a_migration_that_does_not_converge_is_cancelled_and_the_guest_stays() {
+    let test = "a_migration_that_does_not_converge_is_cancelled_and_the_guest_stays";
+    let scenario = "guest = 'dirty rate=max set=64'\nmemory_mib = 128\ndowntime_ms = 1\ntimeout_s = 1\n\
+                    link = { kind = 'tbf', rate_mbit_s = 200, queue_ms = 10 }";
+    let Some(world) = world(test, "", scenario) else { return };
+    let mut pair = world.ready();
+    let report = pair.migrate(LabClock::start()).unwrap();
+    assert_eq!(report.ending, Ending::NotConverged);
+    assert!(report.done > report.ordered && report.downtime_ms.is_none(), "{report:?}");
+    let after = world.until(pair.source_pid(), "stay", |_| true);
+    world.goes_on(pair.source_pid(), &after);
+}
+
+#[test]
 fn a_target_that_is_gone_is_a_failure_and_the_guest_stays() {
     let test = "a_target_that_is_gone_is_a_failure_and_the_guest_stays";
     let Some(world) = world(test, "", DIRTYING) else { return };

@@ -70,7 +70,8 @@ impl World {
     }
 
     pub(crate) fn start(&self) -> Result<Box<dyn Pair>, EngineError> {
-        let has_net = self.scenario.link != Link::Loopback;
+        let serves = matches!(&self.scenario.guest, Guest::Workload(words) if words.starts_with("http"));
+        let has_net = serves && self.scenario.link != Link::Loopback;
         self.engine.start(&PairOrder {
             scenario: &self.scenario,
             setting: &self.scenario.engines[0],
