@@ -2,5 +2,7 @@
 //! terminal, comparisons, and the documentation of the schema.
 
 mod browser;
+mod drawn;
 mod page;
 mod sample;
+mod text;
