@@ -1,5 +1,6 @@
 //! The command line of the harness.
 
+mod output;
 mod suite;
 
 use std::process::ExitCode;
