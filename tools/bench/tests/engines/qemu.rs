@@ -151,7 +151,7 @@ fn a_migration_that_does_not_converge_is_cancelled_and_the_guest_stays() {
     assert_eq!(report.ending, Ending::NotConverged);
     assert!(report.wire_bytes.is_some_and(|bytes| bytes > 0) && !report.dirty_pages.is_empty(), "{report:?}");
     let after = world.until(pair.source_pid(), "stay", |_| true);
-    world.goes_on(pair.source_pid(), &after);
+    let after = world.goes_on(pair.source_pid(), &after);
     // A cancelled migration sends nothing any more.
     let (wire, _) = world.hosts.counters().unwrap();
     let before = wire.bytes().unwrap();
