@@ -22,7 +22,11 @@ pub fn is_root(tier: &str) -> bool {
     runs(tier, made.map_err(|error| error.to_string()))
 }
 
-fn runs(tier: &str, possible: Result<(), String>) -> bool {
+/// Whether `tier` can run, as `possible` has found out; if not, that is said with its reason.
+///
+/// # Panics
+/// Under CI if it can't.
+pub fn runs(tier: &str, possible: Result<(), String>) -> bool {
     if let Err(why) = &possible {
         assert!(
             std::env::var_os("CI").is_none_or(|ci| ci != "true"),

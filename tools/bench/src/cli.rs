@@ -1,5 +1,6 @@
 //! The command line of the harness.
 
+mod output;
 mod suite;
 
 use std::process::ExitCode;
@@ -7,6 +8,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::scenario::file;
+use crate::simulate::cli::SimulateArgs;
 
 /// Measures live migrations: ferry and its peers on the same guest, side by side.
 #[derive(Debug, Parser)]
@@ -21,6 +23,8 @@ struct Cli {
 pub enum Task {
     /// Runs a suite and reports
     Suite(suite::SuiteArgs),
+    /// Drives the same protocol core in virtual time, for what can't be run here
+    Simulate(SimulateArgs),
     /// Lists the scenarios of a suite
     List(ListArgs),
 }
@@ -47,6 +51,7 @@ pub fn main() -> anyhow::Result<ExitCode> {
 pub fn run(task: Task) -> anyhow::Result<ExitCode> {
     match task {
         Task::Suite(args) => suite::run(&args),
+        Task::Simulate(args) => crate::simulate::cli::run(&args),
         Task::List(args) => list(&args),
     }
 }

@@ -13,11 +13,14 @@
 //! ```
 
 pub mod cli;
+pub mod compare;
 pub mod engine;
 pub mod hosts;
 pub mod measure;
+pub mod report;
 pub mod results;
 pub mod runner;
 pub mod scenario;
+pub mod simulate;
 pub mod stats;
 pub mod worker;

@@ -4,11 +4,12 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    let done = match arguments.first() {
-        Some(word) if word == ferry_bench::worker::WORD => ferry_bench::worker::run(arguments[1..].to_vec()),
-        _ => ferry_bench::cli::main(),
-    };
-    done.unwrap_or_else(|error| {
+    if let Some((word, order)) = arguments.split_first()
+        && word == ferry_bench::worker::WORD
+    {
+        return ferry_bench::worker::main(order);
+    }
+    ferry_bench::cli::main().unwrap_or_else(|error| {
         eprintln!("ferry-bench: {error:#}");
         ExitCode::FAILURE
     })

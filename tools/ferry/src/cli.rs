@@ -38,6 +38,11 @@ pub(crate) enum Command {
     Stop(NameArgs),
     /// Show a live migration from start to end: two hosts, a loaded web server, one command
     Demo(DemoArgs),
+    /// Measure ferry and its peers on this machine, side by side; the same as ferry-bench
+    Bench {
+        #[command(subcommand)]
+        task: Box<ferry_bench::cli::Task>,
+    },
 }
 
 #[derive(Debug, Clone, Copy, Args)]

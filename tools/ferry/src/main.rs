@@ -25,6 +25,12 @@ use clap::Parser;
 use cli::{Cli, Command, Output};
 
 fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some((word, order)) = arguments.split_first()
+        && word == ferry_bench::worker::WORD
+    {
+        return ferry_bench::worker::main(order);
+    }
     let cli = Cli::parse();
     tracing_subscriber::fmt()
         .with_env_filter(
@@ -56,8 +62,8 @@ fn wants_json(command: &Command) -> bool {
         Command::Info(args) | Command::Pause(args) | Command::Resume(args) | Command::Stop(args) => {
             args.output.json
         }
-        // Its JSON goes into a file.
-        Command::Demo(_) => false,
+        // Their JSON goes into files.
+        Command::Demo(_) | Command::Bench { .. } => false,
     }
 }
 
@@ -74,6 +80,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Resume(args) => commands::control::resume(args).await,
             Command::Stop(args) => commands::control::stop(args).await,
             Command::Demo(args) => demo::run(args).await,
+            // It waits on threads of its own.
+            Command::Bench { task } => {
+                tokio::task::spawn_blocking(move || ferry_bench::cli::run(*task)).await?
+            }
         }
     });
     // A task may still be in a blocking call (a guest that will not stop); the process ends all the same.

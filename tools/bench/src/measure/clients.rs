@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ferry_guest_abi::{HTTP_FILE_LEN, HTTP_FILE_PATH, UDP_ECHO_PORT};
 use ferry_lab::http::fetch_when_served;
+use ferry_lab::http::report::Latency;
 use ferry_lab::network::lab::VM_IPV4;
 use ferry_lab::probe::{TcpProbe, UdpProbe};
 use ferry_lab::timeline::Gap;
@@ -62,13 +63,24 @@ impl Clients {
         Ok(Self { http: http.transpose()?, udp: udp.transpose()?, tcp: tcp.transpose()? })
     }
 
+    /// The order is about to be given: the watched connection's stalls count from now on. A guest that has just booted
+    /// refuses some first connections, which is none of the migration's business.
+    pub fn order_is_near(&self) {
+        if let Some(tcp) = &self.tcp {
+            tcp.forget_stalls();
+        }
+    }
+
     /// Ends the clients and says what they saw since `since_ms`; with the throughput as points of clock time in ms and
-    /// bytes/s. Counts and the TCP stall are of the whole time.
+    /// bytes/s. Counts are of the whole time.
     #[must_use]
-    pub fn stop(self, since_ms: f64) -> (ClientSeen, Vec<(f64, f64)>) {
+    pub fn stop(self, clock: LabClock, since_ms: f64) -> (ClientSeen, Vec<(f64, f64)>) {
         let mut seen = ClientSeen::default();
+        let until_ms = clock.now_ms();
+        // The load first: what it still has under way is answered while the others listen.
+        let http = self.http.map(HttpLoad::stop);
         if let Some(report) = self.udp.map(UdpProbe::stop) {
-            seen.udp_gap_ms = Some(longest_since(since_ms, report.longest_gap, &report.gaps));
+            seen.udp_gap_ms = Some(longest_between(since_ms, until_ms, report.longest_gap, &report.gaps));
             seen.udp_send_gap_ms = Some(report.longest_send_gap.ms);
             seen.udp_sent = Some(report.sent);
             seen.udp_lost = Some(report.lost);
@@ -77,22 +89,27 @@ impl Clients {
             seen.tcp_stall_ms = Some(report.longest_stall.ms);
             seen.tcp_broken = Some(report.broken.is_some());
         }
-        let Some(report) = self.http.map(HttpLoad::stop) else { return (seen, Vec::new()) };
-        seen.http_gap_ms = Some(longest_since(since_ms, report.longest_data_gap, &report.data_gaps));
+        let Some(report) = http else { return (seen, Vec::new()) };
+        seen.http_gap_ms =
+            Some(longest_between(since_ms, until_ms, report.longest_data_gap, &report.data_gaps));
         seen.http_ok = Some(report.ok);
         seen.http_failed = Some(report.failed);
-        seen.http_latency_ms =
-            vec![(0.5, report.latency.p50_ms), (0.99, report.latency.p99_ms), (1.0, report.latency.max_ms)];
+        #[expect(clippy::cast_precision_loss, reason = "microseconds of a run")]
+        let recent = report.requests.iter().filter(|request| request.end_us as f64 / 1e3 >= since_ms);
+        let latency = Latency::of(&recent.copied().collect::<Vec<_>>());
+        seen.http_latency_ms = vec![(0.5, latency.p50_ms), (0.99, latency.p99_ms), (1.0, latency.max_ms)];
         let rates = report.timeline.samples(TIMELINE_STEP_MS);
         (seen, rates.into_iter().map(|(ms, mib_per_s)| (ms, mib_per_s * 1024.0 * 1024.0)).collect())
     }
 }
 
-/// The longest of the `listed` gaps that ended after `since_ms`. If there is none, no gap since then was long enough
-/// to be listed, and the longest of all, or what came before, bounds it.
-fn longest_since(since_ms: f64, longest: Gap, listed: &[Gap]) -> f64 {
-    let since = listed.iter().chain([&longest]).filter(|gap| gap.from_ms + gap.ms > since_ms);
-    let found = since.map(|gap| gap.ms).fold(0.0, f64::max);
+/// The longest of the `listed` gaps that ended after `since_ms`, as far as they lie before `until_ms`, when the clients
+/// were told to stop asking. If there is none, no gap in between was long enough to be listed, and the shortest that was
+/// bounds it.
+fn longest_between(since_ms: f64, until_ms: f64, longest: Gap, listed: &[Gap]) -> f64 {
+    let all = listed.iter().chain([&longest]);
+    let between = all.filter(|gap| gap.from_ms + gap.ms > since_ms && gap.from_ms < until_ms);
+    let found = between.map(|gap| gap.ms.min(until_ms - gap.from_ms)).fold(0.0, f64::max);
     let shortest_listed = listed.iter().map(|gap| gap.ms).fold(longest.ms, f64::min);
     if found > 0.0 { found } else { shortest_listed }
 }
@@ -105,8 +122,11 @@ mod tests {
     fn only_gaps_since_the_order_count() {
         let gap = |from_ms, ms| Gap { from_ms, ms };
         let listed = [gap(100.0, 50.0), gap(900.0, 12.0), gap(1200.0, 30.0)];
-        assert_eq!(longest_since(0.0, listed[0], &listed).to_bits(), 50.0_f64.to_bits());
-        assert_eq!(longest_since(905.0, listed[0], &listed).to_bits(), 30.0_f64.to_bits());
-        assert_eq!(longest_since(2000.0, listed[0], &listed).to_bits(), 12.0_f64.to_bits());
+        let longest = |since, until| longest_between(since, until, listed[0], &listed).round();
+        let same = |seen: f64, expected: f64| assert!((seen - expected).abs() < 1e-9, "{seen}");
+        same(longest(0.0, 1e9), 50.0);
+        same(longest(905.0, 1e9), 30.0);
+        same(longest(905.0, 1210.0), 12.0);
+        same(longest(2000.0, 1e9), 12.0);
     }
 }

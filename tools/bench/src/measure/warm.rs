@@ -1,28 +1,41 @@
 //! Memory that the host below has to give first.
 //!
 //! On a virtual host the first touch of memory that was idle for a while is a fault of the host below and costs many
-//! times what a migration costs. So as much memory as a target is about to take is touched and given back right before
-//! each timed run: the kernel then hands out memory that is there. No engine's own memory is touched.
+//! times what a migration costs; and memory that is given back goes to the host below within seconds. So as much memory
+//! as a target is about to take is touched beforehand, held, and given back at the moment of the order: the kernel then
+//! hands out memory that is there. Before a scenario's first run the same is done with enough for both VMMs, since the
+//! kernel need not hand out what it was given back last. No engine's own memory is touched.
 
 use ferry_vmm::{Backing, Machine, MachineConfig, MemoryConfig, SerialTarget};
 
 /// Memory touched beside the guest's, for buffers.
 const EXTRA_MIB: u64 = 128;
 
-/// Touches a guest's worth of memory and gives it back. Where that is not possible, the run is measured as it is.
-pub fn touch(memory_mib: u32) {
-    let config = MachineConfig {
-        memory: MemoryConfig {
-            size_bytes: (u64::from(memory_mib) + EXTRA_MIB) << 20,
-            backing: Backing::PrivateAnonymous,
-        },
-        cpus: 1,
-        net: None,
-        serial: SerialTarget::Null,
-    };
-    let touched = Machine::build(&config).map(|machine| {
-        let ram = machine.ram();
-        ram.prefault(0, ram.page_count())
-    });
-    drop(touched);
+/// Memory that is there. Dropping it gives it back to the kernel.
+#[derive(Debug)]
+pub struct WarmMemory {
+    _machine: Option<Machine>,
+}
+
+impl WarmMemory {
+    /// Touches a guest's worth of memory and holds it. Where that is not possible, the run is measured as it is.
+    #[must_use]
+    pub fn hold(memory_mib: u32) -> Self {
+        let config = MachineConfig {
+            memory: MemoryConfig {
+                size_bytes: (u64::from(memory_mib) + EXTRA_MIB) << 20,
+                backing: Backing::PrivateAnonymous,
+            },
+            cpus: 1,
+            net: None,
+            serial: SerialTarget::Null,
+        };
+        let machine = Machine::build(&config).ok();
+        if let Some(machine) = &machine {
+            let ram = machine.ram();
+            // Pages that could not be touched are as cold as they would have been.
+            let _ = ram.prefault(0, ram.page_count());
+        }
+        Self { _machine: machine }
+    }
 }

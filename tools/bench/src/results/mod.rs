@@ -3,11 +3,13 @@
 //! Times are milliseconds, sizes bytes, rates a second, and names end in the unit. What was not measured or does
 //! not apply is `null`. Fields are only ever added; [`SCHEMA`] rises if one changes its meaning.
 
+mod file;
 mod run;
 mod summary;
 
 use serde::{Deserialize, Serialize};
 
+pub use file::{LoadError, load};
 pub use run::{
     Check, ClientSeen, Idleness, Measures, Outcome, Part, ProcessCost, ProcessRole, Round, Run, ThreadCost,
     Timeline,

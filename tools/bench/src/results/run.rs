@@ -93,7 +93,7 @@ pub struct Part {
     pub ms: f64,
 }
 
-/// What clients saw, the whole run long unless it says otherwise.
+/// What clients saw: gaps, stalls and latencies since the order, counts of the whole run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ClientSeen {
     /// The longest time without an echo, of datagrams sent every millisecond.
@@ -108,7 +108,7 @@ pub struct ClientSeen {
     pub tcp_stall_ms: Option<f64>,
     /// Whether that connection broke.
     pub tcp_broken: Option<bool>,
-    /// The longest time in which no connection received any byte of an answer.
+    /// The longest time in which no connection received any byte of an answer, while all of them asked.
     pub http_gap_ms: Option<f64>,
     /// Requests answered rightly.
     pub http_ok: Option<u64>,
@@ -169,6 +169,9 @@ pub struct Round {
     pub sent_pages: Option<u64>,
     /// Bytes that were sent.
     pub wire_bytes: Option<u64>,
+    /// The downtime that the engine would not have expected to exceed, had it stopped the guest after this round.
+    #[serde(default)]
+    pub forecast_upper_ms: Option<f64>,
 }
 
 /// Whether what arrived is what left.

@@ -11,7 +11,7 @@ pub struct EngineSummary {
     pub moved: u32,
     /// All its runs.
     pub runs: u32,
-    /// The distribution of each metric over the runs that moved and have it.
+    /// The distribution of each metric over the runs that moved their guest unharmed and have it.
     pub metrics: Vec<(Metric, Distribution)>,
 }
 
@@ -45,7 +45,8 @@ pub enum Metric {
     SlowDown,
 }
 
-/// How the values of several runs are spread.
+/// How the values of several runs are spread. Quantiles are values that were measured, but for the median of an even
+/// number, which lies midway between two.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Distribution {
     /// How many there are.
@@ -62,21 +63,25 @@ pub struct Distribution {
     pub max: f64,
     /// The arithmetic mean.
     pub mean: f64,
-    /// The 95 % confidence interval of the median.
-    pub p50_ci95: (f64, f64),
+    /// The 95 % confidence interval of the median, from three values on.
+    pub p50_ci95: Option<(f64, f64)>,
 }
 
-/// One engine's metric over another's, in one scenario.
+/// One engine's metric over another's, in one scenario, from runs beside each other: those of one repetition.
+///
+/// Every two engines are here once; the ratio the other way round is one over this.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ratio {
-    /// What is compared.
+    /// What is compared. Only metrics that are above zero by nature have ratios.
     pub metric: Metric,
     /// The engine above the line.
     pub engine: String,
     /// The engine below it.
     pub to: String,
-    /// The ratio of the medians.
+    /// How many repetitions have a value of both.
+    pub pairs: u32,
+    /// The median of the ratios within each repetition. It need not be the ratio of the two medians.
     pub ratio: f64,
-    /// Its 95 % confidence interval.
-    pub ci95: (f64, f64),
+    /// Its 95 % confidence interval, from three pairs on.
+    pub ci95: Option<(f64, f64)>,
 }

@@ -18,9 +18,13 @@ use std::path::Path;
 use ferry_lab::LabClock;
 
 use crate::engine::{self, Engine};
+use crate::measure::warm::WarmMemory;
 use crate::results::{EngineInfo, Results, Run, SCHEMA, ScenarioResult};
 use crate::scenario::{Scenario, Suite};
 use crate::stats;
+
+/// So many guests' worth of memory is touched before a scenario begins; see [`crate::measure::warm`].
+const WARM_GUESTS: u32 = 3;
 
 /// What a runner tells while it works.
 pub trait Progress {
@@ -151,6 +155,8 @@ fn run_scenario(
             engine.info().absent.is_none().then_some((engine, setting))
         })
         .collect();
+    // What a source, its target and the memory held for it will have in use together.
+    drop(WarmMemory::hold(scenario.memory_mib.saturating_mul(WARM_GUESTS)));
     let mut runs: Vec<Run> = Vec::new();
     for repetition in 0..scenario.repetitions {
         for position in 0..here.len() {

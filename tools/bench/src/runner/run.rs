@@ -15,7 +15,7 @@ use crate::measure::cost::{self, CostSnapshot, ThreadClock};
 use crate::measure::guest::GuestWindow;
 use crate::measure::idle::{self, MachineTime};
 use crate::measure::sampler::{Sampler, Watched};
-use crate::measure::warm;
+use crate::measure::warm::WarmMemory;
 use crate::results::{Idleness, Measures, Outcome, ProcessRole, Run, Timeline};
 use crate::scenario::{EngineSetting, Guest, Scenario, file};
 
@@ -112,7 +112,7 @@ impl Attempt<'_> {
             }
             _ => None,
         };
-        warm::touch(self.scenario.memory_mib);
+        let warm = WarmMemory::hold(self.scenario.memory_mib);
         let others_before = until_quiet(&*pair, self.clock)?;
         let (wire, tap) = hosts.counters()?;
         let watched = Watched {
@@ -127,12 +127,17 @@ impl Attempt<'_> {
         let sampler = Sampler::start(watched, self.clock)?;
         let watch = Duration::from_millis(self.scenario.watch_ms);
         std::thread::sleep(watch);
+        drop(warm);
+        if let Some(clients) = &clients {
+            clients.order_is_near();
+        }
         let mut seen = self.migrate(&mut *pair, &hosts)?;
         seen.others_before = others_before;
         std::thread::sleep(watch);
         self.until_alive(&*pair, &seen);
         let samples = sampler.stop();
-        let clients = clients.map(|clients| clients.stop(seen.engine.ordered.as_secs_f64() * 1e3));
+        let clients =
+            clients.map(|clients| clients.stop(self.clock, seen.engine.ordered.as_secs_f64() * 1e3));
         for ((_, after), threads) in seen.costs.iter_mut().zip(&samples.threads) {
             after.keep_ended(threads);
         }

@@ -43,8 +43,11 @@ use super::{
 };
 
 /// The suites that come along, by name.
-pub const BUILT_IN: [(&str, &str); 2] =
-    [("standard", include_str!("suites/standard.toml")), ("smoke", include_str!("suites/smoke.toml"))];
+pub const BUILT_IN: [(&str, &str); 3] = [
+    ("standard", include_str!("suites/standard.toml")),
+    ("smoke", include_str!("suites/smoke.toml")),
+    ("calibration", include_str!("suites/calibration.toml")),
+];
 
 /// The most scenarios of a suite, sweeps expanded.
 pub const SCENARIOS_MAX: usize = 500;

@@ -99,9 +99,11 @@ async fn run_source(order: SourceOrder) -> anyhow::Result<ExitCode> {
 
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     let Some(line) = lines.next_line().await? else { return Ok(ExitCode::SUCCESS) };
-    move_away(machine, records, vm, parse(&line)?).await?;
+    // A guest that stays goes on here.
+    move_away(machine.clone(), records, vm, parse(&line)?).await?;
     // Whatever it holds now is part of what is measured afterwards; the harness ends it.
     lines.next_line().await?;
+    drop(machine);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -155,10 +157,10 @@ fn in_words(update: Update) -> Option<Said> {
     match update {
         Update::Progress(progress) => match *progress {
             Progress::RoundStarted { round, pages } => Some(Said::RoundStarted { round, pages }),
+            Progress::Stopping { pages, .. } => Some(Said::Stopping { pages }),
             Progress::Handed => Some(Said::Handed),
+            Progress::RoundDone(round) => Some(Said::RoundDone { round: Box::new((&round).into()) }),
             Progress::Negotiated { .. }
-            | Progress::RoundDone(_)
-            | Progress::Stopping { .. }
             | Progress::Paused
             | Progress::InDoubt { .. }
             | Progress::Undoing { .. } => None,

@@ -1,6 +1,6 @@
 //! What this program does in processes of its own: `bench-worker KIND ...`, for the harness alone.
 //!
-//! Both `ferry-bench` and `ferry` hand over to [`run`] if their first argument is [`WORD`].
+//! Both `ferry-bench` and `ferry` hand over to [`main`] if their first argument is [`WORD`].
 
 pub mod ferry;
 
@@ -21,7 +21,7 @@ pub const WORD: &str = "bench-worker";
 
 static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
 
-/// Names the program that hands over to [`run`], for callers that don't do so themselves, such as tests. The first
+/// Names the program that hands over to [`main`], for callers that don't do so themselves, such as tests. The first
 /// name given counts.
 pub fn use_program(program: PathBuf) {
     PROGRAM.get_or_init(|| program);
@@ -35,11 +35,16 @@ pub fn program() -> io::Result<PathBuf> {
     PROGRAM.get().cloned().map_or_else(std::env::current_exe, Ok)
 }
 
-/// Runs the worker that the arguments after [`WORD`] describe.
-///
-/// # Errors
-/// Whatever keeps it from its work, in words.
-pub fn run(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
+/// Runs the worker that `arguments`, those after [`WORD`], describe; what keeps it from its work goes to standard error.
+#[must_use]
+pub fn main(arguments: &[OsString]) -> ExitCode {
+    run(arguments.to_vec()).unwrap_or_else(|error| {
+        eprintln!("{WORD}: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let mut arguments = arguments.into_iter();
     let kind = arguments.next().context("a worker needs to know its work")?;
     // The parent is the thread of a namespace that lives as long as the harness needs the worker.

@@ -2,7 +2,8 @@
 
 /// The marks of an axis over `from..=to`: multiples of 1, 2 or 5 times a power of ten, at most
 /// `marks_max` of them (but at least one step is made).
-pub(super) fn marks(from: f64, to: f64, marks_max: usize) -> Vec<f64> {
+#[must_use]
+pub fn marks(from: f64, to: f64, marks_max: usize) -> Vec<f64> {
     let step = round_step((to - from) / marks_max.max(1) as f64);
     let first = (from / step).ceil();
     (0..=marks_max)
@@ -13,7 +14,8 @@ pub(super) fn marks(from: f64, to: f64, marks_max: usize) -> Vec<f64> {
 }
 
 /// The least of 1, 2, 5, 10, ... times a power of ten that is not below `least`.
-pub(super) fn round_step(least: f64) -> f64 {
+#[must_use]
+pub fn round_step(least: f64) -> f64 {
     let least = least.max(f64::MIN_POSITIVE);
     let power = 10f64.powf(least.log10().floor());
     let multiple =
@@ -22,7 +24,8 @@ pub(super) fn round_step(least: f64) -> f64 {
 }
 
 /// The end of an axis from zero that has room for `most` and whose fifths are short numbers.
-pub(super) fn round_top(most: f64) -> f64 {
+#[must_use]
+pub fn round_top(most: f64) -> f64 {
     let power = 10f64.powf(most.max(f64::MIN_POSITIVE).log10().floor());
     let multiples = [1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0];
     let multiple = multiples.into_iter().find(|multiple| multiple * power >= most * (1.0 - 1e-9));
@@ -30,7 +33,8 @@ pub(super) fn round_top(most: f64) -> f64 {
 }
 
 /// A mark as text: with the decimals that tell marks `step` apart, six at most.
-pub(super) fn label(mark: f64, step: f64) -> String {
+#[must_use]
+pub fn label(mark: f64, step: f64) -> String {
     let is_whole = |decimals: &i32| {
         let scaled = step * 10f64.powi(*decimals);
         (scaled - scaled.round()).abs() < 1e-6

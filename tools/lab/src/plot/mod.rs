@@ -3,7 +3,7 @@
 //! The x axis is milliseconds on whatever clock the caller uses; the y axis starts at zero. Drawing
 //! is in [`MigrationPlot::to_terminal`] and [`MigrationPlot::to_html`].
 
-mod axis;
+pub mod axis;
 mod html;
 mod svg;
 mod terminal;

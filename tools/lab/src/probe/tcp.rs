@@ -98,6 +98,17 @@ impl TcpProbe {
         }
     }
 
+    /// Forgets the stalls so far: reports are of what comes from now on. The answers stay counted.
+    pub fn forget_stalls(&self) {
+        let now_us = self.shared.clock.now_us();
+        let mut records = self.shared.records();
+        records.stall = Gap::default();
+        records.answer_max_us = 0;
+        if records.due.is_some() {
+            records.due = Some(GapTracker::start(now_us, f64::INFINITY));
+        }
+    }
+
     /// Closes the connection and reports. An answer that is due is not waited for, but how long it
     /// has been silent counts as a stall.
     #[must_use]

@@ -39,6 +39,7 @@ pub(super) fn rounds(events: &EventFile, memory: &Memory, ordered: Duration) -> 
             dirty_pages: sent_pages,
             sent_pages,
             wire_bytes: None,
+            forecast_upper_ms: None,
         }
     };
     // What lies between the last pass and the stop is neither.

@@ -94,6 +94,8 @@ impl Engine for Ferry {
             Said::Listening { address } => Some(address),
             Said::Up
             | Said::RoundStarted { .. }
+            | Said::Stopping { .. }
+            | Said::RoundDone { .. }
             | Said::Sent { .. }
             | Said::Handed
             | Said::Moved { .. }
@@ -233,11 +235,16 @@ impl Pair for FerryPair {
             let said = self.source.said.recv_timeout(patience).map_err(|error| self.source.silent(error))?;
             let now = clock.now();
             match said {
-                Said::RoundStarted { pages, .. } => {
+                Said::RoundStarted { pages, .. } | Said::Stopping { pages } => {
                     starts.push(since(now));
                     pages_of_round = pages;
                     report.dirty_pages.push((since(now), count(pages)));
                 }
+                Said::RoundDone { round } => {
+                    report.dirty_pages.push((since(now), 0.0));
+                    report.rounds.push(in_results(&round, starts.last().copied()));
+                }
+                Said::Sent { .. } if starts.is_empty() => {}
                 Said::Sent { round_pages } => {
                     let left = pages_of_round.saturating_sub(round_pages);
                     report.dirty_pages.push((since(now), count(left)));
@@ -283,18 +290,27 @@ fn fill_in(report: &mut EngineReport, numbers: &MigrationReport, starts: &[f64])
         .rounds
         .iter()
         .enumerate()
-        .map(|(index, round)| Round {
-            round: round.round,
-            from_ms: starts.get(index).copied(),
-            ms: Some(round.ms),
-            dirty_pages: Some(round.dirty_pages),
-            sent_pages: Some(round.sent_pages),
-            wire_bytes: Some(round.wire_bytes),
-        })
+        .map(|(index, round)| in_results(round, starts.get(index).copied()))
         .collect();
     report.digest_equal = Some(numbers.digest_equal);
     report.more = vec![
         ("total_own_ms".to_owned(), numbers.total_ms),
         ("forecast_upper_ms".to_owned(), numbers.forecast.upper_ms),
+        ("within_save_ms".to_owned(), parts.within_save_ms),
+        ("within_restore_ms".to_owned(), parts.within_restore_ms),
+        ("within_target_record_ms".to_owned(), parts.within_target_record_ms),
+        ("within_run_ms".to_owned(), parts.within_run_ms),
     ];
+}
+
+fn in_results(round: &ferry_migrate::report::Round, from_ms: Option<f64>) -> Round {
+    Round {
+        round: round.round,
+        from_ms,
+        ms: Some(round.ms),
+        dirty_pages: Some(round.dirty_pages),
+        sent_pages: Some(round.sent_pages),
+        wire_bytes: Some(round.wire_bytes),
+        forecast_upper_ms: round.forecast.map(|forecast| forecast.upper_ms),
+    }
 }

@@ -73,6 +73,16 @@ pub enum Said {
         /// Its pages.
         pages: u64,
     },
+    /// The guest is being stopped, and the last round begins.
+    Stopping {
+        /// Its pages.
+        pages: u64,
+    },
+    /// A round has arrived at the target.
+    RoundDone {
+        /// The round in numbers.
+        round: Box<ferry_migrate::report::Round>,
+    },
     /// How far the round is.
     Sent {
         /// Pages of it that are sent.

@@ -220,6 +220,7 @@ impl Progress {
             dirty_pages: dirty.map(whole),
             sent_pages: Some(whole(pages_after - pages_before)),
             wire_bytes: Some(whole(bytes_after - bytes_before)),
+            forecast_upper_ms: None,
         }
     }
 
