@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Args;
 
-use super::output;
 use crate::results::{Outcome, Results, Run, ScenarioResult};
 use crate::runner::{self, Progress, Selection};
 use crate::scenario::{Scenario, file};
@@ -44,10 +44,13 @@ pub(super) fn run(args: &SuiteArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn write(out: &Path, results: &Results) -> anyhow::Result<()> {
-    output::print(results);
-    output::write_text(&out.with_added_extension("json"), &serde_json::to_string(results)?)?;
-    output::write_html(&out.with_added_extension("html"), results)?;
-    output::write_csv(&out.with_added_extension("csv"), results)
+    let path = out.with_added_extension("json");
+    let text = serde_json::to_string(results)?;
+    std::fs::write(&path, text).with_context(|| format!("can't write {}", path.display()))?;
+    print!("{}", super::report::summary(results));
+    println!("{}", path.display());
+    super::report::write_html(&out.with_added_extension("html"), results)?;
+    super::report::write_csv(&out.with_added_extension("csv"), results)
 }
 
 /// Whether a guest of ferry's was not well where it should have been.

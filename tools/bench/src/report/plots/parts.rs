@@ -9,7 +9,7 @@ use crate::report::number::{digits, short_ms};
 use crate::results::{Results, Run};
 
 const WIDTH: f64 = 300.0;
-const ABOVE: f64 = 30.0;
+const ABOVE: f64 = 36.0;
 const BELOW: f64 = 8.0;
 const BAR: (f64, f64) = (8.0, 40.0);
 /// Where labels begin.
@@ -76,7 +76,10 @@ pub(crate) fn plot(run: &Run, tones: &Tones, height: f64) -> Option<Markup> {
         &describe,
         html! {
             g data-figure="parts" data-engine=(run.engine) data-repetition=(run.repetition) {
-                text class="name" x=(px(BAR.0)) y="14" { "downtime by part: " (head) }
+                text class="name" x=(px(BAR.0)) y="11" { "downtime by part: " (head) }
+                @if let Some(forecast) = run.measures.downtime_forecast_ms {
+                    text class="unit" x=(px(BAR.0)) y="25" { "forecast when the guest was stopped: " (short_ms(forecast)) " ms" }
+                }
                 @for segment in &segments {
                     (draw(segment, tones, whole))
                 }

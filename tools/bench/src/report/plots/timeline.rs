@@ -185,7 +185,9 @@ impl View<'_> {
 
     fn pages(&self, round: &crate::results::Round) -> String {
         let mib = |pages: u64| digits(pages as f64 * PAGE_BYTES / MIB);
-        round.sent_pages.map_or(String::new(), |pages| format!(", {} MiB sent", mib(pages)))
+        let sent = round.sent_pages.map_or(String::new(), |pages| format!(", {} MiB sent", mib(pages)));
+        let forecast = |ms| format!(", downtime expected of stopping after it: at most {} ms", digits(ms));
+        sent + &round.forecast_upper_ms.map_or(String::new(), forecast)
     }
 
     fn panel(&self, series: Series, index: usize, tops: &Tops, class: &str) -> Markup {
