@@ -39,7 +39,7 @@ pub struct RealOrder {
 impl RealOrder {
     /// The most processors that the guest gets beside the migration.
     pub(super) fn guest_cores_max(&self) -> f64 {
-        guest_cores_max(&self.guest, self.settings.streams, self.pair.cores)
+        guest_cores_max(&self.guest, self.pair.cores)
     }
 }
 

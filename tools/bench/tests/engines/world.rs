@@ -15,6 +15,8 @@ use ferry_guest_abi::Report;
 use ferry_guest_abi::report::Stage;
 use ferry_guest_image::WORKLOAD_GUEST;
 use ferry_lab::{LabClock, Namespace};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 /// How long a guest may take for anything: this is patience, not a measure.
@@ -68,7 +70,8 @@ impl World {
     }
 
     pub(crate) fn start(&self) -> Result<Box<dyn Pair>, EngineError> {
-        let has_net = self.scenario.link != Link::Loopback;
+        let serves = matches!(&self.scenario.guest, Guest::Workload(words) if words.starts_with("http"));
+        let has_net = serves && self.scenario.link != Link::Loopback;
         self.engine.start(&PairOrder {
             scenario: &self.scenario,
             setting: &self.scenario.engines[0],
@@ -148,5 +151,21 @@ fn boot(scenario: &Scenario, folder: &Path) -> GuestBoot {
         initrd: None,
         cmdline: format!("workload {words}"),
         serial: folder.join("serial.log"),
+    }
+}
+
+/// Ends process `pid` and everything that it has open.
+pub(crate) fn end(pid: u32) {
+    let id = i32::try_from(pid).unwrap();
+    kill(Pid::from_raw(id), Signal::SIGKILL).unwrap();
+    let clock = LabClock::start();
+    let is_gone = || {
+        procfs::process::Process::new(id)
+            .and_then(|process| process.stat())
+            .is_ok_and(|stat| stat.state == 'Z')
+    };
+    while !is_gone() {
+        assert!(clock.now() < PATIENCE, "process {pid} does not end");
+        thread::sleep(Duration::from_millis(5));
     }
 }

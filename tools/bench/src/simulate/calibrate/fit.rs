@@ -11,10 +11,11 @@ use super::observe::{Observation, Scatter};
 type Handle = fn(&mut Hardware) -> &mut f64;
 
 /// All that runs of ferry say something about.
-const FITTED: [Handle; 29] = [
+const FITTED: [Handle; 30] = [
     |h| &mut h.source_page_us,
     |h| &mut h.target_page_us,
     |h| &mut h.first_touch_page_us,
+    |h| &mut h.dirtied_page_us,
     |h| &mut h.extent_us,
     |h| &mut h.switch_page_us,
     |h| &mut h.logged_write_us,

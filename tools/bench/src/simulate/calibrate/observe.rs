@@ -61,6 +61,8 @@ pub(super) enum Observed {
     Save { cpus: f64 },
     /// Restoring the state.
     Restore { cpus: f64 },
+    /// From the last dirty log to `Prepared`: the last round, with saving and restoring.
+    LastRound(Box<RoundInput>, f64),
     /// From `Prepare` to `Prepared` where no pages were left on the way.
     Prepare { cpus: f64 },
     /// A record at the source.
@@ -114,6 +116,10 @@ impl Observation {
             }
             Observed::Save { cpus } => by.save_us + by.save_us_per_vcpu * cpus,
             Observed::Restore { cpus } => prepare(*cpus),
+            Observed::LastRound(round, cpus) => {
+                let save = by.save_us + by.save_us_per_vcpu * cpus;
+                round.took_us(by).max(save) + by.message_us + prepare(*cpus)
+            }
             Observed::Prepare { cpus } => 2.0 * by.message_us + prepare(*cpus),
             Observed::SourceRecord => by.source_record_us,
             Observed::TargetRecord => by.target_record_us,
@@ -138,6 +144,7 @@ impl Observation {
             | Observed::RoundBytes(_)
             | Observed::SourceCpu(_)
             | Observed::TargetCpu(_)
+            | Observed::LastRound(..)
             | Observed::Prepare { .. }
             | Observed::Commit { .. } => None,
         }
@@ -195,6 +202,7 @@ pub(super) fn observations(run: &Run, order: &RealOrder, group: usize) -> Vec<Ob
         add(Observed::Round(Box::new(input.clone())), round.ms.map(us));
         add(Observed::RoundBytes(Box::new(input.clone())), round.wire_bytes.map(float));
     }
+    let last = inputs.last().map(|last| RoundInput { guest: (0.0, 0.0), ..last.clone() });
     let sent: u64 = measures.rounds.iter().filter_map(|round| round.wire_bytes).sum();
     if sent / 4096 >= PAGES_FOR_CPU_MIN && order.settings.compression == Compression::None {
         let cpu_of = |role| {
@@ -215,6 +223,10 @@ pub(super) fn observations(run: &Run, order: &RealOrder, group: usize) -> Vec<Ob
     let save = more("within_save_ms").or_else(|| part("copy").filter(|_| little_left));
     add(Observed::Save { cpus }, save);
     add(Observed::Restore { cpus }, more("within_restore_ms"));
+    if let (Some(last), false) = (last, little_left) {
+        let both = part("copy").zip(part("prepare")).map(|(copy, prepare)| copy + prepare);
+        add(Observed::LastRound(Box::new(last), cpus), both);
+    }
     add(Observed::Prepare { cpus }, part("prepare").filter(|_| little_left));
     add(Observed::SourceRecord, part("record"));
     add(Observed::TargetRecord, more("within_target_record_ms"));

@@ -18,6 +18,7 @@ fn truth() -> Hardware {
     Hardware {
         source_page_us: 0.7,
         target_page_us: 1.9,
+        dirtied_page_us: 2.4,
         extent_us: 1.6,
         switch_page_us: 1.7,
         target_zero_page_us: 0.5,
@@ -151,6 +152,7 @@ fn the_parameters_that_made_the_runs_are_found_again() {
     };
     close("source_page_us", found.source_page_us, truth.source_page_us, 0.1);
     close("target_page_us", found.target_page_us + found.first_touch_page_us, 2.15, 0.1);
+    close("dirtied_page_us", found.dirtied_page_us, truth.dirtied_page_us, 0.25);
     close("extent_us", found.extent_us, truth.extent_us, 0.25);
     close("pack_page_us", found.pack_page_us, truth.pack_page_us, 0.1);
     close("pack_ratio", found.pack_ratio, truth.pack_ratio, 0.01);

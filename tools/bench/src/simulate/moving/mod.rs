@@ -133,7 +133,7 @@ impl Moving {
         let shared = order.route.guest_on_cpu;
         let cores = if shared {
             let cores = stage.network.capacity(order.route.source_cpu);
-            guest_cores_max(&order.guest, order.settings.streams, cores)
+            guest_cores_max(&order.guest, cores)
         } else {
             f64::from(order.guest.cpus)
         };

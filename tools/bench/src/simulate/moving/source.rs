@@ -233,6 +233,7 @@ fn slower(hardware: &Hardware, by: f64) -> Hardware {
         source_page_us: hardware.source_page_us * by,
         target_page_us: hardware.target_page_us * by,
         first_touch_page_us: hardware.first_touch_page_us * by,
+        dirtied_page_us: hardware.dirtied_page_us * by,
         extent_us: hardware.extent_us * by,
         source_zero_page_us: hardware.source_zero_page_us * by,
         target_zero_page_us: hardware.target_zero_page_us * by,
