@@ -230,6 +230,14 @@ fn check_timeline(figure: &Figure, results: &Results) {
     let engine = figure.engine.as_ref().unwrap();
     let run = median_run(scenario, engine).unwrap();
     assert_eq!(figure.repetition, Some(run.repetition));
+    let mut totals: Vec<f64> =
+        values(scenario, engine, Metric::TotalMs).into_iter().map(|(_, total_ms)| total_ms).collect();
+    totals.sort_by(f64::total_cmp);
+    assert_eq!(
+        run.measures.total_ms,
+        Some(totals[(totals.len() - 1) / 2]),
+        "{engine}: the median run is drawn"
+    );
     let standstill: Vec<(f64, f64)> =
         figure.spans.iter().filter(|span| span.round.is_none()).map(|span| (span.from, span.to)).collect();
     assert_eq!(standstill, run.timeline.standstill.into_iter().collect::<Vec<_>>());
