@@ -248,7 +248,9 @@ impl View<'_> {
         let width = (right - left).max(STANDSTILL_WIDTH_MIN);
         let name = format!("standstill {} ms", digits(to - from));
         let half = name.chars().count() as f64 * CHARACTER_WIDTH / 2.0;
-        let middle = (left + width / 2.0).clamp(LEFT + half, WIDTH - RIGHT - half);
+        // The first panel's name stands on the same line.
+        let first = LEFT + Series::Link.title().chars().count() as f64 * CHARACTER_WIDTH;
+        let middle = (left + width / 2.0).clamp(first + half, WIDTH - RIGHT - half);
         html! {
             g class="standstill" data-from-ms=(from) data-to-ms=(to) {
                 rect x=(px(left)) y=(px(ABOVE - 20.0)) width=(px(width)) height=(px(bottom - ABOVE + 20.0)) {
