@@ -21,6 +21,7 @@ fn pair() -> Pair {
         cores: 16.0,
         one_machine: false,
         switched: false,
+        page_scale: None,
     }
 }
 
@@ -105,6 +106,44 @@ fn a_terabyte_and_512_vcpus_are_not_scaled() {
     assert!(s(run.took) > run.wire_bytes / 12.5e9);
 }
 
+/// Relative differences, sorted by size.
+fn differences(pairs: impl Iterator<Item = (f64, f64)>) -> Vec<f64> {
+    let mut differences: Vec<f64> = pairs.map(|(a, b)| (a / b - 1.0).abs()).collect();
+    differences.sort_by(f64::total_cmp);
+    differences
+}
+
+#[test]
+fn larger_pages_change_little() {
+    let mut runs = Vec::new();
+    for order in [Order::Linear, Order::Shuffled, Order::Uniform] {
+        for mib_per_s in [50.0, 200.0, 600.0] {
+            for set_bytes in [256 * MIB, 2 * GIB] {
+                for link_bytes_per_s in [1.25e9, 5e9] {
+                    let guest = dirtying(6 * GIB, set_bytes, mib_per_s, order);
+                    let settings = Settings { streams: 2, ..Settings::default() };
+                    let scaled = |scale| {
+                        run(&guest, settings, Pair { link_bytes_per_s, page_scale: Some(scale), ..pair() })
+                    };
+                    runs.push((scaled(1), scaled(16)));
+                }
+            }
+        }
+    }
+    assert!(
+        runs.iter().all(|(exact, scaled)| exact.ending == scaled.ending && exact.ending == Ending::Moved)
+    );
+    let total = differences(runs.iter().map(|(exact, scaled)| (s(scaled.took), s(exact.took))));
+    let standstill = |run: &MigrationRun| s(run.standstill.expect("it moved"));
+    let downtime = differences(runs.iter().map(|(exact, scaled)| (standstill(scaled), standstill(exact))));
+    let bytes = differences(runs.iter().map(|(exact, scaled)| (scaled.wire_bytes, exact.wire_bytes)));
+    println!("total {total:?}\ndowntime {downtime:?}\nbytes {bytes:?}");
+    let (middle, last) = (runs.len() / 2, runs.len() - 1);
+    assert!(total[middle] < 0.001 && total[last] < 0.02, "{total:?}");
+    assert!(bytes[middle] < 0.001 && bytes[last] < 0.02, "{bytes:?}");
+    assert!(downtime[middle] < 0.02 && downtime[last] < 0.2, "{downtime:?}");
+}
+
 /// Whatever is asked of the model.
 fn anything() -> impl Strategy<Value = (GuestModel, Settings, Pair)> {
     let guest = (64u64..8192, 0.0f64..0.9, 1u64..100, 0.0f64..3000.0, 0usize..3, 1u16..3).prop_map(
@@ -132,6 +171,7 @@ fn anything() -> impl Strategy<Value = (GuestModel, Settings, Pair)> {
             cores: 2.0,
             one_machine,
             switched: false,
+            page_scale: None,
         },
     );
     (guest, settings, pair)

@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn facing_halves_decide() {
-        let (a, near, far) = ((1.0, (0.5, 1.1)), (1.12, (1.06, 9.0)), (1.3, (1.25, 9.0)));
+        let (a, near, far) = ((1.0, (0.5, 1.1)), (1.1, (1.06, 9.0)), (1.3, (1.25, 9.0)));
         assert!(do_agree(a, near) && do_agree(near, a));
         assert!(!do_agree(a, far) && !do_agree(far, a));
         assert!(do_agree((0.7, (0.7, 0.7)), (0.7, (0.7, 0.7))));

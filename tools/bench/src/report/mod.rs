@@ -13,7 +13,7 @@ pub mod cast;
 pub mod csv;
 pub mod html;
 pub mod number;
-mod plots;
+pub(crate) mod plots;
 pub mod terminal;
 
 use crate::results::{EngineInfo, Results, ScenarioResult};

@@ -64,9 +64,10 @@ pub(super) struct RoundLoad {
 }
 
 impl RoundLoad {
-    /// A round of `pages`. In the `first` round every page is new to the target.
+    /// A round of `pages`, each of which stands for `scale` real ones. In the `first` round every page is new to the
+    /// target.
     pub(super) fn new(
-        pages: &PageBitmap,
+        (pages, scale): (&PageBitmap, u64),
         first: bool,
         guest: &GuestModel,
         (streams, compression): (u16, Compression),
@@ -76,7 +77,17 @@ impl RoundLoad {
         let mut contents: Vec<Content> = guest.sets.iter().map(|set| of_set(set.packable_share)).collect();
         let GuestModel { untouched_share, zero_share, packable_share, .. } = *guest;
         contents.push(Content { untouched_share, zero_share, packable_share, first });
-        Self { loads: loads(pages, guest, streams, compression), contents, streams, compression }
+        let mut loads = loads((pages, scale), guest, streams, compression);
+        for load in &mut loads {
+            let Load { pages, extents, frames, chunks } = *load;
+            *load = Load {
+                pages: pages * scale,
+                extents: extents * scale,
+                frames: frames * scale,
+                chunks: chunks * scale,
+            };
+        }
+        Self { loads, contents, streams, compression }
     }
 
     /// What it takes.
@@ -104,8 +115,13 @@ impl RoundLoad {
 
 /// The pages by stream and, within a stream, by region: each set, then the rest. A chunk that a set ends in counts as
 /// the set's.
-fn loads(pages: &PageBitmap, guest: &GuestModel, streams: u16, compression: Compression) -> Vec<Load> {
-    let places = place(&guest.sets);
+fn loads(
+    (pages, scale): (&PageBitmap, u64),
+    guest: &GuestModel,
+    streams: u16,
+    compression: Compression,
+) -> Vec<Load> {
+    let places = place(&guest.sets, scale);
     let regions = places.len() + 1;
     let mut loads = vec![Load::default(); regions * usize::from(streams)];
     let mut region = 0;
@@ -213,8 +229,8 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn work(guest: &GuestModel, streams: u16, compression: Compression) -> RoundWork {
-        let pages = PageBitmap::full(guest.page_count());
-        RoundLoad::new(&pages, true, guest, (streams, compression)).work(&Hardware::default())
+        let pages = PageBitmap::full(guest.page_count(1));
+        RoundLoad::new((&pages, 1), true, guest, (streams, compression)).work(&Hardware::default())
     }
 
     #[test]
@@ -246,9 +262,9 @@ mod tests {
         let four = work(&guest, 4, Compression::None);
         assert!((one.slowest_s / four.slowest_s - 4.0).abs() < 1e-9);
         assert!((one.target_cpu_s - four.target_cpu_s).abs() < 1e-9);
-        let mut few = PageBitmap::empty(guest.page_count());
+        let mut few = PageBitmap::empty(guest.page_count(1));
         (0..100).for_each(|page| few.insert(page));
-        let few = RoundLoad::new(&few, false, &guest, (4, Compression::None)).work(&Hardware::default());
+        let few = RoundLoad::new((&few, 1), false, &guest, (4, Compression::None)).work(&Hardware::default());
         assert_eq!(few.streams, 1);
         let Hardware { source_page_us, dirtied_page_us, target_page_us, extent_us, .. } = Hardware::default();
         let (source_us, target_us) = (source_page_us + dirtied_page_us, target_page_us + extent_us / 100.0);

@@ -1,7 +1,8 @@
 //! The guest as the model has it: how large it is, what its pages hold, and which of them it writes when.
 //!
-//! Nothing is scaled: the core gets bitmaps with one bit a page, for 16 TiB too, so that unions and counts are those of
-//! production. What a page holds is not there, only of which kind it is.
+//! The core gets bitmaps with one bit a page, so that unions and counts are those of production. What a page holds is not
+//! there, only of which kind it is. Guests above 1 TiB are modelled in larger pages ([`GuestModel::page_scale`]), which a test holds
+//! against the exact model.
 //!
 //! ```text
 //!  page 0                                                         last page
@@ -12,7 +13,7 @@
 use std::time::Duration;
 
 use ferry_migrate::protocol::bitmap::CHUNK_PAGES;
-use ferry_migrate::protocol::layout::PAGE_BYTES_U64;
+use ferry_migrate::protocol::layout::{MEMORY_BYTES_MAX, PAGE_BYTES_U64};
 use ferry_migrate::protocol::{MemoryLayout, PageBitmap, Region};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -60,6 +61,9 @@ pub enum Order {
     Uniform,
 }
 
+/// The most pages that a guest is modelled with: a bit for each makes 32 MiB.
+pub const PAGES_MAX: u64 = 1 << 28;
+
 /// Why a guest can't be modelled.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum GuestError {
@@ -100,19 +104,28 @@ impl GuestModel {
         }
     }
 
-    /// How many pages it has.
+    /// How many pages of `scale` real ones it has.
     #[must_use]
-    pub const fn page_count(&self) -> u64 {
-        self.memory_bytes.div_ceil(PAGE_BYTES_U64)
+    pub const fn page_count(&self, scale: u64) -> u64 {
+        self.memory_bytes.div_ceil(PAGE_BYTES_U64 * scale)
     }
 
-    /// Its memory as the core wants it.
+    /// How many real pages one of the model stands for, so that there are at most [`PAGES_MAX`]: 1 up to 1 TiB.
+    #[must_use]
+    pub fn page_scale(&self) -> u64 {
+        self.page_count(1).div_ceil(PAGES_MAX).max(1).next_power_of_two()
+    }
+
+    /// Its memory as the core wants it, in pages of `scale` real ones.
     ///
     /// # Errors
     /// [`GuestError`] for whatever about this guest can't be.
-    pub fn layout(&self) -> Result<MemoryLayout, GuestError> {
+    pub fn layout(&self, scale: u64) -> Result<MemoryLayout, GuestError> {
         self.check()?;
-        let bytes = self.page_count() * PAGE_BYTES_U64;
+        if self.memory_bytes > MEMORY_BYTES_MAX {
+            return Err(GuestError::Memory(self.memory_bytes));
+        }
+        let bytes = self.page_count(scale) * PAGE_BYTES_U64;
         MemoryLayout::new(vec![Region { gpa: 0, bytes }]).map_err(|_| GuestError::Memory(self.memory_bytes))
     }
 
@@ -145,8 +158,9 @@ impl GuestModel {
                 return Err(GuestError::Value { what: "a set's rate", value: set.pages_per_s, right });
             }
         }
-        let sets = place(&self.sets).last().map_or(0, |last| last.first + last.pages) * PAGE_BYTES_U64;
-        let memory = self.page_count() * PAGE_BYTES_U64;
+        let scale = self.page_scale();
+        let sets = place(&self.sets, scale).last().map_or(0, |last| last.first + last.pages);
+        let (sets, memory) = (sets * scale * PAGE_BYTES_U64, self.page_count(scale) * scale * PAGE_BYTES_U64);
         if sets > memory { Err(GuestError::Sets { sets, memory }) } else { Ok(()) }
     }
 }
@@ -158,12 +172,12 @@ pub(super) struct Place {
     pub(super) pages: u64,
 }
 
-/// Puts sets one behind the other, each at the beginning of a chunk.
-pub(super) fn place(sets: &[WorkingSet]) -> Vec<Place> {
+/// Puts sets one behind the other, each at the beginning of a chunk, in pages of `scale` real ones.
+pub(super) fn place(sets: &[WorkingSet], scale: u64) -> Vec<Place> {
     let mut end: u64 = 0;
     let next = |set: &WorkingSet| {
-        let place =
-            Place { first: end.next_multiple_of(CHUNK_PAGES), pages: set.bytes.div_ceil(PAGE_BYTES_U64) };
+        let pages = set.bytes.div_ceil(PAGE_BYTES_U64 * scale);
+        let place = Place { first: end.next_multiple_of(CHUNK_PAGES), pages };
         end = place.first + place.pages;
         place
     };
@@ -182,13 +196,16 @@ pub(super) struct GuestMemory {
 }
 
 impl GuestMemory {
-    /// The memory of `guest`, which can write at most `pages_per_s_max`.
-    pub(super) fn new(guest: &GuestModel, pages_per_s_max: f64, random: ChaCha8Rng) -> Self {
+    /// The memory of `guest`, which can write at most `pages_per_s_max` real pages, in pages of `scale` real ones.
+    pub(super) fn new(guest: &GuestModel, scale: u64, pages_per_s_max: f64, random: ChaCha8Rng) -> Self {
         let wanted = guest.pages_per_s();
         let slowed = if wanted > pages_per_s_max { pages_per_s_max / wanted } else { 1.0 };
-        let slow = |set: &WorkingSet| WorkingSet { pages_per_s: set.pages_per_s * slowed, ..*set };
-        let sets = guest.sets.iter().map(slow).zip(place(&guest.sets)).collect();
-        Self { page_count: guest.page_count(), sets, read_at: Duration::ZERO, stopped_at: None, random }
+        let slow = |set: &WorkingSet| {
+            let pages_per_s = set.pages_per_s * slowed / float(scale);
+            WorkingSet { pages_per_s, ..*set }
+        };
+        let sets = guest.sets.iter().map(slow).zip(place(&guest.sets, scale)).collect();
+        Self { page_count: guest.page_count(scale), sets, read_at: Duration::ZERO, stopped_at: None, random }
     }
 
     /// From `at` on it writes nothing.
@@ -224,9 +241,9 @@ impl GuestMemory {
 
 /// `count` pages of a set as they would be dirty together.
 pub(super) fn dirty_pages(guest: &GuestModel, set: usize, count: u64) -> PageBitmap {
-    let page_count = guest.page_count();
+    let page_count = guest.page_count(1);
     let mut words = vec![0; PageBitmap::words_for(page_count)];
-    if let (Some(place), Some(set)) = (place(&guest.sets).get(set), guest.sets.get(set)) {
+    if let (Some(place), Some(set)) = (place(&guest.sets, 1).get(set), guest.sets.get(set)) {
         let count = count.min(place.pages);
         match set.order {
             Order::Linear => fill(&mut words, place.first, count),
@@ -347,7 +364,7 @@ mod tests {
     fn memory(order: Order, pages_per_s: f64) -> GuestMemory {
         let set = WorkingSet { bytes: 64 * MIB, pages_per_s, order, packable_share: 0.0 };
         let guest = GuestModel { sets: vec![set], ..GuestModel::idle(256 * MIB, 1) };
-        GuestMemory::new(&guest, 1e9, ChaCha8Rng::seed_from_u64(1))
+        GuestMemory::new(&guest, 1, 1e9, ChaCha8Rng::seed_from_u64(1))
     }
 
     fn seconds(s: f64) -> Duration {
@@ -386,7 +403,7 @@ mod tests {
         let set = WorkingSet { bytes: 3 * MIB, pages_per_s: 1e6, order: Order::Uniform, packable_share: 0.0 };
         let sets = vec![set, WorkingSet { order: Order::Linear, ..set }];
         let guest = GuestModel { sets, ..GuestModel::idle(64 * MIB, 2) };
-        let mut memory = GuestMemory::new(&guest, 2e5, ChaCha8Rng::seed_from_u64(1));
+        let mut memory = GuestMemory::new(&guest, 1, 2e5, ChaCha8Rng::seed_from_u64(1));
         assert!((memory.sets[0].0.pages_per_s - 1e5).abs() < 1e-6);
         let ranges: Vec<(u64, u64)> =
             memory.read(seconds(1.0)).ranges().map(|range| (range.first(), range.count())).collect();
@@ -394,17 +411,39 @@ mod tests {
     }
 
     #[test]
+    fn large_guests_have_larger_pages_of_which_as_large_a_part_is_written() {
+        assert_eq!(GuestModel::idle(1 << 40, 1).page_scale(), 1);
+        assert_eq!(GuestModel::idle(16 << 40, 1).page_scale(), 16);
+        assert_eq!(GuestModel::idle(17 << 40, 1).page_scale(), 32);
+        for order in [Order::Linear, Order::Shuffled, Order::Uniform] {
+            let set = WorkingSet { bytes: 256 * MIB, pages_per_s: 10_000.0, order, packable_share: 0.0 };
+            let guest = GuestModel { sets: vec![set], ..GuestModel::idle(512 * MIB, 1) };
+            let written = |scale: u64| {
+                let mut memory = GuestMemory::new(&guest, scale, 1e9, ChaCha8Rng::seed_from_u64(1));
+                float(memory.read(seconds(3.0)).count() * scale)
+            };
+            assert!(
+                (written(16) / written(1) - 1.0).abs() < 0.03,
+                "{order:?}: {} {}",
+                written(16),
+                written(1)
+            );
+        }
+    }
+
+    #[test]
     fn guests_that_can_not_be_are_refused() {
         let guest = GuestModel::idle(MIB, 1);
         let set = WorkingSet { bytes: 2 * MIB, pages_per_s: 1.0, order: Order::Linear, packable_share: 0.0 };
-        assert!(guest.layout().is_ok());
-        assert!(matches!(GuestModel::idle(0, 1).layout(), Err(GuestError::Memory(0))));
-        assert!(matches!(GuestModel::idle(65 << 40, 1).layout(), Err(GuestError::Memory(_))));
-        assert!(matches!(GuestModel::idle(MIB, 0).layout(), Err(GuestError::Value { .. })));
+        let refused = |guest: &GuestModel| guest.layout(guest.page_scale()).unwrap_err();
+        assert!(guest.layout(1).is_ok());
+        assert!(matches!(refused(&GuestModel::idle(0, 1)), GuestError::Memory(0)));
+        assert!(matches!(refused(&GuestModel::idle(65 << 40, 1)), GuestError::Memory(_)));
+        assert!(matches!(refused(&GuestModel::idle(MIB, 0)), GuestError::Value { .. }));
         let full = GuestModel { sets: vec![set], ..guest.clone() };
-        assert!(matches!(full.layout(), Err(GuestError::Sets { .. })));
+        assert!(matches!(refused(&full), GuestError::Sets { .. }));
         let shares = GuestModel { zero_share: 0.7, packable_share: 0.7, ..guest };
-        assert!(matches!(shares.layout(), Err(GuestError::Value { .. })));
+        assert!(matches!(refused(&shares), GuestError::Value { .. }));
     }
 
     proptest! {

@@ -11,6 +11,7 @@ pub mod guest;
 pub mod hardware;
 mod moving;
 pub mod network;
+pub mod one;
 pub mod order;
 pub mod output;
 pub mod real;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::protocol::source::{Config, OnTimeout};
 use ferry_migrate::protocol::{Epoch, MigrationId, VmId};
@@ -9,6 +10,10 @@ use ferry_migrate::protocol::{Epoch, MigrationId, VmId};
 use super::guest::GuestModel;
 use super::hardware::Hardware;
 use super::network::{Network, ResourceId};
+use super::run::Pair;
+
+/// Bytes of a page.
+const PAGE_BYTES: f64 = 4096.0;
 
 /// One migration to simulate.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,6 +24,8 @@ pub struct MigrationOrder {
     pub settings: Settings,
     /// The way.
     pub route: Route,
+    /// How many real pages one of the model stands for: [`GuestModel::page_scale`], or 1 to have it exact.
+    pub page_scale: u64,
 }
 
 /// What the caller of the engine asks for.
@@ -98,6 +105,22 @@ impl Route {
 /// first when it is due, so the migration gets what is left; half of them are always left.
 pub(super) fn guest_cores_max(guest: &GuestModel, cores: f64) -> f64 {
     f64::from(guest.cpus).min(cores / 2.0)
+}
+
+/// As many streams as fill the link of `pair`: one thread can only feed so many bytes, and one connection can only have
+/// so many under way.
+#[must_use]
+pub fn streams_for(pair: &Pair, hardware: &Hardware) -> u16 {
+    let page_us = hardware.source_page_us.max(hardware.target_page_us + hardware.first_touch_page_us);
+    let by_thread = PAGE_BYTES / (page_us.max(1e-3) / 1e6);
+    let round_trip_s = (pair.latency * 2).as_secs_f64();
+    let by_window = if round_trip_s > 0.0 { hardware.window_bytes / round_trip_s } else { f64::INFINITY };
+    let wanted = (pair.link_bytes_per_s / by_thread.min(by_window)).ceil();
+    // Two threads a stream are of no use beyond the processors.
+    let most = if by_window < by_thread { f64::from(STREAMS_MAX) } else { pair.cores };
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to 64")]
+    let streams = wanted.min(most).clamp(1.0, f64::from(STREAMS_MAX)) as u16;
+    streams
 }
 
 impl MigrationOrder {

@@ -89,6 +89,7 @@ fn pair(link: Link, cores: u32) -> Pair {
         cores: f64::from(cores.max(1)),
         one_machine: true,
         switched: link != Link::Loopback,
+        page_scale: None,
     }
 }
 
@@ -155,7 +156,7 @@ mod tests {
         for scenario in &suite.scenarios {
             for setting in scenario.engines.iter().filter(|setting| setting.engine.starts_with("ferry")) {
                 let order = order(scenario, setting, 2).unwrap();
-                order.guest.layout().unwrap();
+                order.guest.layout(1).unwrap();
                 modelled += 1;
             }
         }

@@ -86,6 +86,8 @@ pub struct Pair {
     pub one_machine: bool,
     /// Whether pages leave through a switch in software.
     pub switched: bool,
+    /// How many real pages one of the model stands for; by the guest's size if not given.
+    pub page_scale: Option<u64>,
 }
 
 /// Simulates one migration between hosts that do nothing else.
@@ -118,7 +120,8 @@ pub fn migrate_one(
         guest_on_cpu: pair.one_machine,
         switched: pair.switched,
     };
-    world.order(MigrationOrder { guest: guest.clone(), settings, route })?;
+    let page_scale = pair.page_scale.unwrap_or_else(|| guest.page_scale());
+    world.order(MigrationOrder { guest: guest.clone(), settings, route, page_scale })?;
     let (_, run) = world.run_to_next_end().expect("the core's timeouts end every migration");
     Ok(run)
 }

@@ -85,7 +85,7 @@ impl World {
     /// # Errors
     /// [`GuestError`] if there can't be such a guest.
     pub fn order(&mut self, order: MigrationOrder) -> Result<MigrationIndex, GuestError> {
-        let layout = order.guest.layout()?;
+        let layout = order.guest.layout(order.page_scale)?;
         let index = self.ordered;
         self.ordered += 1;
         let seed = self.seed.wrapping_add(u64::try_from(index).expect("usize fits u64"));

@@ -153,7 +153,9 @@ fn type_of(member: &Value) -> String {
         Value::Array(words) => {
             words.iter().map(|word| named(word.as_str().unwrap())).collect::<Vec<_>>().join(" or ")
         }
-        other => panic!("a field without a type: {other} in {member}"),
+        other @ (Value::Null | Value::Bool(_) | Value::Number(_) | Value::Object(_)) => {
+            panic!("a field without a type: {other} in {member}")
+        }
     }
 }
 

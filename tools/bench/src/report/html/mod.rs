@@ -26,7 +26,7 @@ use super::plots::{MARK_RADIUS, mark};
 use super::{median_run, reference};
 use crate::results::{Results, Timeline};
 
-const STYLE: &str = include_str!("style.css");
+pub(crate) const STYLE: &str = include_str!("style.css");
 
 /// The id of the element with the results as JSON.
 pub const DATA_ID: &str = "results";

@@ -152,6 +152,6 @@ mod tests {
     fn lengths_and_labels_are_short() {
         assert_eq!((px(12.0), px(0.126), px(-3.5)), ("12".to_owned(), "0.13".to_owned(), "-3.5".to_owned()));
         assert_eq!(fitting("cloud-hypervisor", 200.0), "cloud-hypervisor");
-        assert_eq!(fitting("cloud-hypervisor", 63.0), "cloud-hyp…");
+        assert_eq!(fitting("cloud-hypervisor", 63.0), "cloud-hy…");
     }
 }

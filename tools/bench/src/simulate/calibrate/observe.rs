@@ -155,7 +155,7 @@ impl RoundInput {
     fn new(pages: &PageBitmap, first: bool, order: &RealOrder) -> Self {
         let how = (order.settings.streams, order.settings.compression);
         Self {
-            load: RoundLoad::new(pages, first, &order.guest, how),
+            load: RoundLoad::new((pages, 1), first, &order.guest, how),
             link_bytes_per_s: order.pair.link_bytes_per_s,
             rate_max: order.settings.bandwidth_bytes_per_s.unwrap_or(f64::INFINITY),
             cores: order.pair.cores,
@@ -242,7 +242,7 @@ fn round_inputs(run: &Run, order: &RealOrder) -> Vec<RoundInput> {
     let input = |(index, round): (usize, &Round)| {
         let first = index == 0;
         let pages = if first {
-            PageBitmap::full(guest.page_count())
+            PageBitmap::full(guest.page_count(1))
         } else {
             dirty_pages(guest, busiest, round.dirty_pages.unwrap_or(0))
         };

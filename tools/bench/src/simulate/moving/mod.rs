@@ -18,11 +18,12 @@ use std::time::Duration;
 use ferry_migrate::protocol::source::{self as source_core, Outcome, Source};
 use ferry_migrate::protocol::target::Target;
 use ferry_migrate::protocol::{MemoryLayout, Message, Timestamp};
+use ferry_migrate::report::MigrationReport;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, LogNormal};
 
-use super::costs::RoundWork;
+use super::costs::{RoundWork, float};
 use super::guest::GuestMemory;
 use super::hardware::Hardware;
 use super::network::{FlowId, FlowRequest, Milestone, Network};
@@ -137,7 +138,12 @@ impl Moving {
         } else {
             f64::from(order.guest.cpus)
         };
-        let memory = GuestMemory::new(&order.guest, cores / write_s, ChaCha8Rng::from_rng(&mut random));
+        let memory = GuestMemory::new(
+            &order.guest,
+            order.page_scale,
+            cores / write_s,
+            ChaCha8Rng::from_rng(&mut random),
+        );
         let guest_load = if shared { (order.guest.pages_per_s() * write_s).min(cores) } else { 0.0 };
         stage.network.reserve(order.route.source_cpu, guest_load);
         let side = || Side { worker_free_at: Duration::ZERO, lane: Lane::default(), timer: None };
@@ -275,16 +281,22 @@ impl Moving {
         let stopped_for = |until: Duration| self.stopped_at.map(|stopped| until.saturating_sub(stopped));
         let (ending, report) = match &self.outcome {
             Some(Outcome::Moved(summary)) => {
-                let report = ferry_migrate::report::MigrationReport::new(
-                    "guest",
-                    self.order.settings.downtime_budget,
-                    summary,
-                );
+                let budget = self.order.settings.downtime_budget;
+                let mut report = MigrationReport::new("guest", budget, summary);
+                in_real_pages(&mut report, self.order.page_scale);
                 (Ending::Moved, Some(report))
             }
             Some(Outcome::Stayed { failure, .. }) => {
                 let timeout = matches!(failure, source_core::Failure::Timeout(_));
-                (Ending::Stayed { reason: failure.to_string(), timeout }, None)
+                let scale = self.order.page_scale;
+                let counted = if scale > 1 && timeout {
+                    format!(
+                        " (the model's pages stand for {scale} real ones: it dirties {scale} times as much)"
+                    )
+                } else {
+                    String::new()
+                };
+                (Ending::Stayed { reason: format!("{failure}{counted}"), timeout }, None)
             }
             None => (Ending::Stayed { reason: "it never ended".to_owned(), timeout: false }, None),
         };
@@ -298,6 +310,17 @@ impl Moving {
             rounds: self.rounds,
             report,
         }
+    }
+}
+
+/// Counts pages of a report as the real ones that each stands for.
+fn in_real_pages(report: &mut MigrationReport, scale: u64) {
+    for round in &mut report.rounds {
+        round.dirty_pages *= scale;
+        round.sent_pages *= scale;
+        round.zero_pages *= scale;
+        round.packed_pages *= scale;
+        round.dirtied_pages_per_s = round.dirtied_pages_per_s.map(|pages| pages * float(scale));
     }
 }
 

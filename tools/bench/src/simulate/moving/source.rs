@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry_migrate::protocol::digest::MemoryDigest;
 use ferry_migrate::protocol::message::NetworkIdentity;
-use ferry_migrate::protocol::source::{Action, Event, Progress, RoundReport};
+use ferry_migrate::protocol::source::{Action, Event, Progress, RoundReport, RoundSent};
 use ferry_migrate::protocol::target as target_core;
 use ferry_migrate::protocol::{PageBitmap, StreamIndex};
 use ferry_migrate::report::ms;
@@ -99,7 +99,7 @@ impl Moving {
         let pages = self.memory.read(began);
         let cost_us = hardware.log_read_us
             + hardware.log_read_us_per_gib * self.gib()
-            + hardware.log_clear_page_us * float(pages.count());
+            + hardware.log_clear_page_us * float(pages.count() * self.order.page_scale);
         let (began, done) = self.source_job(cost_us, stage);
         stage.at(done, Due::Source(Event::DirtyLogRead { pages, took: done.saturating_sub(began) }));
     }
@@ -122,7 +122,8 @@ impl Moving {
         let settings = &self.order.settings;
         let first = fence == 1;
         let how = (settings.streams, settings.compression);
-        let work = RoundLoad::new(pages, first, &self.order.guest, how).work(&hardware);
+        let work =
+            RoundLoad::new((pages, self.order.page_scale), first, &self.order.guest, how).work(&hardware);
         let route = &self.order.route;
         let bytes = float(work.sent.wire_bytes);
         let mut rate_max = (bytes / work.slowest_s.max(1e-9)).min(route.window_rate(work.streams, &hardware));
@@ -142,13 +143,24 @@ impl Moving {
         if buffered_bytes >= bytes {
             // All of it fits the sockets' buffers, so that the link holds nobody up.
             let written = begins + Duration::from_secs_f64(work.slowest_source_s);
-            stage.at(written, Due::Source(Event::RoundSent(work.sent)));
+            stage.at(written, Due::Source(Event::RoundSent(self.as_core_counts(work.sent))));
         }
         self.wire_bytes += bytes * hardware.wire_overhead;
         self.cpu_s.0 += work.source_cpu_s;
         self.cpu_s.1 += work.target_cpu_s;
         self.round = Some(work);
         stage.at(begins, Due::Flow { request: Box::new(request), fence });
+    }
+
+    /// Pages as the core counts them: those of its bitmaps.
+    fn as_core_counts(&self, sent: RoundSent) -> RoundSent {
+        let scale = self.order.page_scale;
+        RoundSent {
+            raw_pages: sent.raw_pages / scale,
+            zero_pages: sent.zero_pages / scale,
+            packed_pages: sent.packed_pages / scale,
+            ..sent
+        }
     }
 
     pub(super) fn begin_flow(&mut self, request: FlowRequest, fence: u32, stage: &mut Stage<'_>) {
@@ -183,7 +195,7 @@ impl Moving {
         let Some(work) = self.round else { return };
         match milestone {
             Milestone::Buffered => {
-                stage.at(stage.now, Due::Source(Event::RoundSent(work.sent)));
+                stage.at(stage.now, Due::Source(Event::RoundSent(self.as_core_counts(work.sent))));
             }
             Milestone::Done => {
                 let Some((_, Purpose::Pages(fence))) = self.flow.take() else { return };
@@ -212,15 +224,16 @@ impl Moving {
 
     fn line(&self, report: &RoundReport) -> RoundLine {
         let RoundReport { round, dirty_pages, sent, took, dirtied_per_s, forecast } = report;
+        let scale = self.order.page_scale;
         RoundLine {
             round: *round,
             from_ms: ms(self.round_began.saturating_sub(self.ordered_at)),
             ms: ms(*took),
-            dirty_pages: *dirty_pages,
-            zero_pages: sent.zero_pages,
-            packed_pages: sent.packed_pages,
+            dirty_pages: *dirty_pages * scale,
+            zero_pages: sent.zero_pages * scale,
+            packed_pages: sent.packed_pages * scale,
             wire_bytes: sent.wire_bytes,
-            dirtied_pages_per_s: *dirtied_per_s,
+            dirtied_pages_per_s: dirtied_per_s.map(|pages| pages * float(scale)),
             forecast_ms: forecast.map(|forecast| ms(forecast.total().expected)),
             forecast_upper_ms: forecast.map(|forecast| ms(forecast.total().upper())),
         }

@@ -40,6 +40,13 @@ impl Table {
     }
 }
 
+/// Values with their names in front, a line each.
+#[must_use]
+pub fn named(facts: &[(String, String)]) -> String {
+    let width = facts.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    facts.iter().map(|(name, value)| format!(" {name:<width$}  {value}\n")).collect()
+}
+
 /// A share as whole percent, with a decimal where it is small.
 #[must_use]
 pub fn percent(share: f64) -> String {

@@ -1,14 +1,18 @@
 //! `ferry-bench simulate`: its arguments, and what they lead to.
 
-use std::path::{Path, PathBuf};
+mod arguments;
+
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
-use serde::Serialize;
 
+use self::arguments::{FileArgs, GuestArgs, LinkArgs, SettingsArgs, write_json};
 use super::calibrate::{self, HoldOut};
 use super::hardware::{Hardware, HardwareFile};
+use super::one::One;
+use super::run::{Pair, migrate_one};
 use crate::results::Results;
 
 /// Arguments of `simulate`.
@@ -21,8 +25,29 @@ pub struct SimulateArgs {
 /// What can be simulated.
 #[derive(Debug, Subcommand)]
 enum SimulateTask {
+    /// Simulates one migration and shows its rounds
+    One(OneArgs),
     /// Derives the model's parameters from real runs of a suite, and says how far off it is on others
     Calibrate(CalibrateArgs),
+}
+
+/// Arguments of `simulate one`.
+#[derive(Debug, Args)]
+struct OneArgs {
+    #[command(flatten)]
+    guest: GuestArgs,
+    #[command(flatten)]
+    link: LinkArgs,
+    #[command(flatten)]
+    settings: SettingsArgs,
+    /// Let costs scatter as they do in real runs
+    #[arg(long)]
+    scattered: bool,
+    /// Model each page of guests above 1 TiB, too, instead of larger ones: takes seconds a round
+    #[arg(long)]
+    exact: bool,
+    #[command(flatten)]
+    files: FileArgs,
 }
 
 /// Arguments of `simulate calibrate`.
@@ -51,8 +76,23 @@ struct CalibrateArgs {
 /// Whatever went wrong, in words.
 pub fn run(args: &SimulateArgs) -> anyhow::Result<ExitCode> {
     match &args.task {
+        SimulateTask::One(args) => run_one(args),
         SimulateTask::Calibrate(args) => run_calibrate(args),
     }
+}
+
+fn run_one(args: &OneArgs) -> anyhow::Result<ExitCode> {
+    let parameters = args.files.parameters(args.scattered)?;
+    let (guest, mut facts) = args.guest.guest()?;
+    let (pair, link) = args.link.pair()?;
+    let pair = Pair { page_scale: args.exact.then_some(1), ..pair };
+    let (settings, asked) = args.settings.settings(&pair, &parameters.hardware)?;
+    facts.extend([link, asked]);
+    let run = migrate_one(&guest, settings, pair, &parameters.hardware, args.files.seed)?;
+    let one = One::new(run, args.settings.budget_ms(), facts, parameters);
+    print!("{}", one.terminal());
+    args.files.write(&one, || one.html())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_calibrate(args: &CalibrateArgs) -> anyhow::Result<ExitCode> {
@@ -73,11 +113,4 @@ fn run_calibrate(args: &CalibrateArgs) -> anyhow::Result<ExitCode> {
         write_json(path, &calibrated)?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
-    let text = serde_json::to_string_pretty(value)?;
-    std::fs::write(path, text + "\n").with_context(|| format!("can't write {}", path.display()))?;
-    println!("{}", path.display());
-    Ok(())
 }
