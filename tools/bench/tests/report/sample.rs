@@ -38,7 +38,7 @@ impl Recipe {
     }
 
     pub(crate) fn results(self) -> Results {
-        let suite = file::load("standard").unwrap();
+        let suite = file::parse("standard", include_str!("sample.toml")).unwrap();
         let mut random = ChaCha8Rng::seed_from_u64(self.seed);
         let mut at_s = 2.0;
         let mut scenarios: Vec<Scenario> = suite.scenarios.clone();
