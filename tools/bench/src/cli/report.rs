@@ -1,6 +1,6 @@
 //! `ferry-bench report` and `compare`: what results say, and whether two say the same.
 
-use std::io::BufWriter;
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -71,7 +71,7 @@ fn percent(text: &str) -> Result<f64, String> {
 /// Shows the summary, and writes what was asked for.
 pub(super) fn run_report(args: &ReportArgs) -> anyhow::Result<ExitCode> {
     let results = results::load(&args.results)?;
-    print!("{}", summary(&results));
+    say(&summary(&results))?;
     if let Some(path) = &args.html {
         write_html(path, &results)?;
     }
@@ -83,8 +83,18 @@ pub(super) fn run_report(args: &ReportArgs) -> anyhow::Result<ExitCode> {
 
 /// Prints the JSON Schema of results, derived from the types that are written.
 pub(super) fn run_schema() -> anyhow::Result<ExitCode> {
-    println!("{}", serde_json::to_string_pretty(&schemars::schema_for!(Results))?);
+    say(&(serde_json::to_string_pretty(&schemars::schema_for!(Results))? + "\n"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes to the output; a reader that has seen enough is no error.
+fn say(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(error).context("can't write to the output")
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// The summary, as wide as the terminal.
@@ -126,10 +136,6 @@ pub(super) fn run_compare(args: &CompareArgs) -> anyhow::Result<ExitCode> {
         let found = compare(&before, &after, &Options { metrics, allow_percent: args.allow });
         (serde_json::to_string_pretty(&found)?, found.to_terminal(args.all), found.exit_code())
     };
-    if args.json {
-        println!("{json}");
-    } else {
-        print!("{text}");
-    }
+    say(&if args.json { json + "\n" } else { text })?;
     Ok(ExitCode::from(code))
 }

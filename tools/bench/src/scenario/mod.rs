@@ -1,6 +1,6 @@
 //! What is to be measured: suites, their scenarios, and the engines with their settings.
 //!
-//! These are the checked types. [`file`] reads them from TOML, where adding a scenario is adding a table; the
+//! These are the checked types. [`mod@file`] reads them from TOML, where adding a scenario is adding a table; the
 //! suites that come along lie in `suites/`.
 
 pub mod file;
