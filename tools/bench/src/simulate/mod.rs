@@ -7,6 +7,8 @@
 pub mod calibrate;
 pub mod cli;
 mod costs;
+pub mod curves;
+pub mod evacuation;
 pub mod guest;
 pub mod hardware;
 mod moving;

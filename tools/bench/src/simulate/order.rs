@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
-use ferry_migrate::protocol::source::{Config, OnTimeout};
+use ferry_migrate::protocol::source::{Config, NEGOTIATION_TIMEOUT, OnTimeout};
 use ferry_migrate::protocol::{Epoch, MigrationId, VmId};
 
 use super::guest::GuestModel;
@@ -116,8 +116,10 @@ pub fn streams_for(pair: &Pair, hardware: &Hardware) -> u16 {
     let round_trip_s = (pair.latency * 2).as_secs_f64();
     let by_window = if round_trip_s > 0.0 { hardware.window_bytes / round_trip_s } else { f64::INFINITY };
     let wanted = (pair.link_bytes_per_s / by_thread.min(by_window)).ceil();
-    // Two threads a stream are of no use beyond the processors.
-    let most = if by_window < by_thread { f64::from(STREAMS_MAX) } else { pair.cores };
+    // Two threads a stream are of no use beyond the processors; and streams are opened one after another, a round trip
+    // each, in the time that negotiating may take.
+    let in_time = 0.9 * NEGOTIATION_TIMEOUT.as_secs_f64() / round_trip_s.max(1e-9);
+    let most = if by_window < by_thread { in_time } else { in_time.min(pair.cores) };
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to 64")]
     let streams = wanted.min(most).clamp(1.0, f64::from(STREAMS_MAX)) as u16;
     streams

@@ -10,6 +10,9 @@ use clap::{Args, Subcommand};
 
 use self::arguments::{FileArgs, GuestArgs, LinkArgs, SettingsArgs, write_json};
 use super::calibrate::{self, HoldOut};
+use super::curves::{self, Varied};
+use super::evacuation::report::EvacuationReport;
+use super::evacuation::{self, evacuate};
 use super::hardware::{Hardware, HardwareFile};
 use super::one::One;
 use super::run::{Pair, migrate_one};
@@ -27,6 +30,10 @@ pub struct SimulateArgs {
 enum SimulateTask {
     /// Simulates one migration and shows its rounds
     One(OneArgs),
+    /// Simulates many migrations and draws time and downtime along one quantity after another
+    Curves(CurvesArgs),
+    /// Simulates how a rack or a site is emptied
+    Evacuate(EvacuateArgs),
     /// Derives the model's parameters from real runs of a suite, and says how far off it is on others
     Calibrate(CalibrateArgs),
 }
@@ -46,6 +53,31 @@ struct OneArgs {
     /// Model each page of guests above 1 TiB, too, instead of larger ones: takes seconds a round
     #[arg(long)]
     exact: bool,
+    #[command(flatten)]
+    files: FileArgs,
+}
+
+/// Arguments of `simulate curves`.
+#[derive(Debug, Args)]
+struct CurvesArgs {
+    /// What is varied; all of these if not given
+    #[arg(long = "only", value_enum)]
+    only: Vec<Varied>,
+    #[command(flatten)]
+    files: FileArgs,
+}
+
+/// Arguments of `simulate evacuate`.
+#[derive(Debug, Args)]
+struct EvacuateArgs {
+    /// A site that comes along (rack, site), or a TOML file
+    site: String,
+    /// The most migrations away from a host at a time, instead of the site's own
+    #[arg(long)]
+    out_max: Option<u32>,
+    /// The most migrations to a host at a time, instead of the site's own
+    #[arg(long)]
+    in_max: Option<u32>,
     #[command(flatten)]
     files: FileArgs,
 }
@@ -70,6 +102,9 @@ struct CalibrateArgs {
     json: Option<PathBuf>,
 }
 
+/// How often an evacuation says how many VMs are left.
+const PROGRESS_EVERY: usize = 200;
+
 /// Does what the arguments ask for.
 ///
 /// # Errors
@@ -77,6 +112,8 @@ struct CalibrateArgs {
 pub fn run(args: &SimulateArgs) -> anyhow::Result<ExitCode> {
     match &args.task {
         SimulateTask::One(args) => run_one(args),
+        SimulateTask::Curves(args) => run_curves(args),
+        SimulateTask::Evacuate(args) => run_evacuate(args),
         SimulateTask::Calibrate(args) => run_calibrate(args),
     }
 }
@@ -92,6 +129,45 @@ fn run_one(args: &OneArgs) -> anyhow::Result<ExitCode> {
     let one = One::new(run, args.settings.budget_ms(), facts, parameters);
     print!("{}", one.terminal());
     args.files.write(&one, || one.html())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_curves(args: &CurvesArgs) -> anyhow::Result<ExitCode> {
+    let parameters = args.files.parameters(false)?;
+    let varied: &[Varied] = if args.only.is_empty() { &Varied::ALL } else { &args.only };
+    let all = curves::count(varied);
+    let progress = |done: usize| {
+        if done.is_multiple_of(10) || done == all {
+            eprintln!("{done} of {all} migrations");
+        }
+    };
+    let curves = curves::simulate(varied, parameters, &progress)?;
+    print!("{}", curves.terminal());
+    args.files.write(&curves, || curves.html())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_evacuate(args: &EvacuateArgs) -> anyhow::Result<ExitCode> {
+    let mut site = evacuation::site::load(&args.site)?;
+    let limits = [(args.out_max, &mut site.host.out_max), (args.in_max, &mut site.host.in_max)];
+    for (asked, limit) in limits {
+        if let Some(asked) = asked {
+            anyhow::ensure!(asked > 0, "a host that takes part has one migration at least");
+            *limit = asked;
+        }
+    }
+    let parameters = args.files.parameters(true)?;
+    let seed = args.files.seed.wrapping_add(site.seed);
+    let mut shown = usize::MAX;
+    let evacuation = evacuate(&site, &parameters.hardware, seed, |left| {
+        if left.is_multiple_of(PROGRESS_EVERY) && left != shown {
+            shown = left;
+            eprintln!("{left} VMs left");
+        }
+    })?;
+    let report = EvacuationReport::new(&site, seed, evacuation, parameters);
+    print!("{}", report.terminal());
+    args.files.write(&report, || report.html())?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -4,14 +4,17 @@ use maud::{Markup, html};
 
 use crate::report::cast::{Look, Mark};
 use crate::report::number::digits;
-use crate::report::plots::scale::Scale;
-use crate::report::plots::{CHARACTER_WIDTH, MARK_RADIUS, figure, mark, px, x_axis, y_axis};
+use crate::report::plots::scale::{Kind, Scale};
+use crate::report::plots::{MARK_RADIUS, figure, mark, px, x_axis, y_axis};
 
 const WIDTH: f64 = 540.0;
 const HEIGHT: f64 = 320.0;
 const LEFT: f64 = 64.0;
 const RIGHT: f64 = 18.0;
-const ABOVE: f64 = 30.0;
+const ABOVE: f64 = 26.0;
+
+/// Room above the figure for the crosses of one series.
+const LOST_ROW: f64 = 10.0;
 const BELOW: f64 = 38.0;
 
 /// Colours for series, apart in lightness as well as in hue: of the families that reports give to engines.
@@ -57,21 +60,26 @@ impl Chart {
             points.filter_map(move |(x, y)| if index == 0 { Some(*x) } else { *y })
         };
         let line = self.line.as_ref().map(|(at, _)| *at);
-        let (across, up) = ((LEFT, WIDTH - RIGHT), (HEIGHT - BELOW, ABOVE));
+        let lost = |series: &Series| series.points.iter().any(|(_, y)| y.is_none());
+        let lost_rows: Vec<usize> =
+            (0..self.series.len()).filter(|index| lost(&self.series[*index])).collect();
+        let top = ABOVE + lost_rows.len() as f64 * LOST_ROW;
+        let (across, up) = ((LEFT, WIDTH - RIGHT), (HEIGHT - BELOW, top));
         let (x, y) = if self.diagonal {
             let both: Vec<f64> = values(0).chain(values(1)).collect();
             (Scale::showing(both.iter().copied(), across), Scale::showing(both, up))
         } else {
-            (Scale::showing(values(0), across), Scale::showing(values(1).chain(line), up))
+            (across_all(values(0), across), Scale::showing(values(1).chain(line), up))
         };
         let drawn = html! {
             text class="unit" x="4" y="14" { (self.y) }
-            (x_axis(&x, (ABOVE, HEIGHT - BELOW), &self.x))
+            (x_axis(&x, (top, HEIGHT - BELOW), &self.x))
             (y_axis(&y, (LEFT, WIDTH - RIGHT), 7))
             @if self.diagonal { (diagonal(&x, &y)) }
             @if let Some((at, name)) = &self.line { (level(&y, *at, name)) }
             @for (index, series) in self.series.iter().enumerate() {
-                (series.draw(index, &x, &y))
+                @let row = lost_rows.iter().position(|lost| *lost == index).unwrap_or(0);
+                (series.draw(index, &x, &y, ABOVE + (row as f64 + 0.6) * LOST_ROW))
             }
         };
         html! {
@@ -103,6 +111,17 @@ fn look(index: usize) -> Look {
     Look { class: CLASSES[index % CLASSES.len()].to_owned(), mark }
 }
 
+/// A scale for the horizontal axis: a linear one ends where the values do.
+fn across_all(values: impl Iterator<Item = f64>, places: (f64, f64)) -> Scale {
+    let values: Vec<f64> = values.collect();
+    let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let scale = Scale::showing(values, places);
+    match scale.kind {
+        Kind::Linear if most > scale.values.0 => Scale::exactly((scale.values.0, most), places),
+        Kind::Linear | Kind::Logarithmic => scale,
+    }
+}
+
 /// Where both axes have the same value.
 fn diagonal(x: &Scale, y: &Scale) -> Markup {
     let (low, high) = (x.values.0.max(y.values.0), x.values.1.min(y.values.1));
@@ -121,16 +140,14 @@ fn level(y: &Scale, at: f64, name: &str) -> Markup {
 }
 
 impl Series {
-    fn draw(&self, index: usize, x: &Scale, y: &Scale) -> Markup {
+    /// Crosses stand at `lost_y`, above the figure.
+    fn draw(&self, index: usize, x: &Scale, y: &Scale, lost_y: f64) -> Markup {
         let look = look(index);
         let shown: Vec<(f64, f64)> =
             self.points.iter().filter_map(|(at, value)| Some((*at, (*value)?))).collect();
         let path: Vec<String> =
             shown.iter().map(|(at, value)| format!("{} {}", px(x.at(*at)), px(y.at(*value)))).collect();
         let marked = !self.joined || shown.len() <= MARKED_MAX;
-        // Where a series has no value its cross stands above the figure, beside those of others.
-        let lost_y = ABOVE - 6.0;
-        let apart = (index as f64 - 1.5) * CHARACTER_WIDTH;
         html! {
             g class=(look.class) data-series=(self.name) {
                 @if self.joined && path.len() > 1 {
@@ -144,7 +161,7 @@ impl Series {
                     }
                 }
                 @for (at, _) in self.points.iter().filter(|(_, value)| value.is_none()) {
-                    text class="lost" x=(px(x.at(*at) + apart)) y=(px(lost_y)) text-anchor="middle" {
+                    text class="lost" x=(px(x.at(*at))) y=(px(lost_y + 3.0)) text-anchor="middle" {
                         "×" title { (self.name) ": the guest does not move here" }
                     }
                 }
