@@ -16,7 +16,7 @@ use ferry_migrate::protocol::bitmap::CHUNK_PAGES;
 use ferry_migrate::protocol::layout::{MEMORY_BYTES_MAX, PAGE_BYTES_U64};
 use ferry_migrate::protocol::{MemoryLayout, PageBitmap, Region};
 use rand::{Rng, RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use rand_xoshiro::Xoshiro256PlusPlus;
 use serde::{Deserialize, Serialize};
 
 /// A guest and its work.
@@ -192,12 +192,17 @@ pub(super) struct GuestMemory {
     read_at: Duration,
     /// When it stopped running, if it has.
     stopped_at: Option<Duration>,
-    random: ChaCha8Rng,
+    random: Xoshiro256PlusPlus,
 }
 
 impl GuestMemory {
     /// The memory of `guest`, which can write at most `pages_per_s_max` real pages, in pages of `scale` real ones.
-    pub(super) fn new(guest: &GuestModel, scale: u64, pages_per_s_max: f64, random: ChaCha8Rng) -> Self {
+    pub(super) fn new(
+        guest: &GuestModel,
+        scale: u64,
+        pages_per_s_max: f64,
+        random: Xoshiro256PlusPlus,
+    ) -> Self {
         let wanted = guest.pages_per_s();
         let slowed = if wanted > pages_per_s_max { pages_per_s_max / wanted } else { 1.0 };
         let slow = |set: &WorkingSet| {
@@ -249,7 +254,7 @@ pub(super) fn dirty_pages(guest: &GuestModel, set: usize, count: u64) -> PageBit
             Order::Linear => fill(&mut words, place.first, count),
             Order::Shuffled | Order::Uniform => {
                 let share = float(count) / float(place.pages.max(1));
-                scatter(&mut words, *place, share, &mut ChaCha8Rng::seed_from_u64(count));
+                scatter(&mut words, *place, share, &mut Xoshiro256PlusPlus::seed_from_u64(count));
             }
         }
     }
@@ -285,10 +290,10 @@ fn shuffled_share(from: f64, to: f64, pages: f64) -> f64 {
 }
 
 /// Below this share it is faster to jump from one page to the next than to draw every word.
-const SPARSE_SHARE: f64 = 1.0 / 256.0;
+const SPARSE_SHARE: f64 = 1.0 / 64.0;
 
 /// Adds each page of `place` with the chance `share`.
-fn scatter(words: &mut [u64], place: Place, share: f64, random: &mut ChaCha8Rng) {
+fn scatter(words: &mut [u64], place: Place, share: f64, random: &mut Xoshiro256PlusPlus) {
     // 16 bits of the chance are drawn; what rounds to none or all is none or all.
     let share_16 = whole(share * 65_536.0 + 0.5).min(65_536);
     if share >= 1.0 || share_16 == 65_536 {
@@ -320,7 +325,7 @@ fn scatter(words: &mut [u64], place: Place, share: f64, random: &mut ChaCha8Rng)
 
 /// A word of which each bit is set with the chance `share_16` / 65,536: a random word for each binary digit, from the
 /// last to the first, makes it more likely or less.
-fn chance_word(share_16: u64, random: &mut ChaCha8Rng) -> u64 {
+fn chance_word(share_16: u64, random: &mut Xoshiro256PlusPlus) -> u64 {
     let mut word = 0;
     for digit in share_16.trailing_zeros()..16 {
         let drawn = random.next_u64();
@@ -364,7 +369,7 @@ mod tests {
     fn memory(order: Order, pages_per_s: f64) -> GuestMemory {
         let set = WorkingSet { bytes: 64 * MIB, pages_per_s, order, packable_share: 0.0 };
         let guest = GuestModel { sets: vec![set], ..GuestModel::idle(256 * MIB, 1) };
-        GuestMemory::new(&guest, 1, 1e9, ChaCha8Rng::seed_from_u64(1))
+        GuestMemory::new(&guest, 1, 1e9, Xoshiro256PlusPlus::seed_from_u64(1))
     }
 
     fn seconds(s: f64) -> Duration {
@@ -403,7 +408,7 @@ mod tests {
         let set = WorkingSet { bytes: 3 * MIB, pages_per_s: 1e6, order: Order::Uniform, packable_share: 0.0 };
         let sets = vec![set, WorkingSet { order: Order::Linear, ..set }];
         let guest = GuestModel { sets, ..GuestModel::idle(64 * MIB, 2) };
-        let mut memory = GuestMemory::new(&guest, 1, 2e5, ChaCha8Rng::seed_from_u64(1));
+        let mut memory = GuestMemory::new(&guest, 1, 2e5, Xoshiro256PlusPlus::seed_from_u64(1));
         assert!((memory.sets[0].0.pages_per_s - 1e5).abs() < 1e-6);
         let ranges: Vec<(u64, u64)> =
             memory.read(seconds(1.0)).ranges().map(|range| (range.first(), range.count())).collect();
@@ -419,7 +424,7 @@ mod tests {
             let set = WorkingSet { bytes: 256 * MIB, pages_per_s: 10_000.0, order, packable_share: 0.0 };
             let guest = GuestModel { sets: vec![set], ..GuestModel::idle(512 * MIB, 1) };
             let written = |scale: u64| {
-                let mut memory = GuestMemory::new(&guest, scale, 1e9, ChaCha8Rng::seed_from_u64(1));
+                let mut memory = GuestMemory::new(&guest, scale, 1e9, Xoshiro256PlusPlus::seed_from_u64(1));
                 float(memory.read(seconds(3.0)).count() * scale)
             };
             assert!(
@@ -460,7 +465,7 @@ mod tests {
         #[test]
         fn scattered_pages_have_their_share(share in 0.0f64..1.0, pages in 100_000u64..200_000, first in 0u64..600) {
             let mut words = vec![0; PageBitmap::words_for(first + pages)];
-            scatter(&mut words, Place { first, pages }, share, &mut ChaCha8Rng::seed_from_u64(7));
+            scatter(&mut words, Place { first, pages }, share, &mut Xoshiro256PlusPlus::seed_from_u64(7));
             let set = PageBitmap::from_words(words, first + pages).unwrap();
             prop_assert!((0..first).all(|page| !set.contains(page)));
             // Six standard deviations, and the rounding of the chance.

@@ -57,21 +57,31 @@ const SMOOTH: f64 = 0.02;
 /// Added to both sides before they are compared, in µs: below, nobody cares for factors.
 const FLOOR_US: f64 = 20.0;
 
+/// A factor that shows in every prediction that has anything to do with a parameter, however small its part.
+const TELLING: f64 = 1e4;
+
 /// The parameters that explain `observations` best, looked for from `start`.
 pub(super) fn fit(observations: &[Observation], start: Hardware) -> Hardware {
+    let concerned: Vec<Vec<&Observation>> =
+        FITTED.iter().map(|handle| concerned(observations, *handle, start)).collect();
     let mut best = start;
-    let mut least = loss(observations, &best, &start);
     let mut step = STEP_FIRST;
     while step > STEP_LAST {
         let mut moved = false;
-        for handle in FITTED {
+        for (handle, concerned) in FITTED.iter().zip(&concerned) {
+            let loss = |by: Hardware| {
+                let misses: f64 = concerned.iter().map(|seen| smooth(log_miss(seen, &by))).sum();
+                let (mut by, mut start) = (by, start);
+                misses + PULL * (*handle(&mut by) / *handle(&mut start)).ln().abs()
+            };
+            let mut least = loss(best);
             for factor in [step.exp(), (-step).exp()] {
                 let mut tried = best;
                 *handle(&mut tried) *= factor;
                 // Neither packed pages nor headers can make anything shorter than it is.
                 tried.pack_ratio = tried.pack_ratio.max(1.0);
                 tried.wire_overhead = tried.wire_overhead.max(1.0);
-                let loss = loss(observations, &tried, &start);
+                let loss = loss(tried);
                 if loss < least - 1e-9 {
                     (best, least, moved) = (tried, loss, true);
                 }
@@ -88,11 +98,19 @@ pub(super) fn fit(observations: &[Observation], start: Hardware) -> Hardware {
     Hardware { jitter: of_kind(Scatter::Fixed), page_jitter: of_kind(Scatter::Pages), ..best }
 }
 
-fn loss(observations: &[Observation], by: &Hardware, start: &Hardware) -> f64 {
-    let misses: f64 = observations.iter().map(|seen| smooth(log_miss(seen, by))).sum();
-    let (mut by, mut start) = (*by, *start);
-    let pull: f64 = FITTED.iter().map(|handle| (*handle(&mut by) / *handle(&mut start)).ln().abs()).sum();
-    misses + PULL * pull
+/// The observations that a parameter has anything to do with: only these have to be looked at when it moves.
+fn concerned(observations: &[Observation], handle: Handle, start: Hardware) -> Vec<&Observation> {
+    let changed = |factor: f64| {
+        let mut changed = start;
+        *handle(&mut changed) *= factor;
+        changed
+    };
+    let others = [changed(TELLING), changed(1.0 / TELLING)];
+    let is_concerned = |seen: &&Observation| {
+        let before = seen.predicted(&start);
+        others.iter().any(|other| seen.predicted(other).to_bits() != before.to_bits())
+    };
+    observations.iter().filter(is_concerned).collect()
 }
 
 fn log_miss(seen: &Observation, by: &Hardware) -> f64 {

@@ -2,6 +2,7 @@
 
 mod arguments;
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -78,6 +79,9 @@ struct EvacuateArgs {
     /// The most migrations to a host at a time, instead of the site's own
     #[arg(long)]
     in_max: Option<u32>,
+    /// The most migrations at a time in all, instead of the site's own
+    #[arg(long)]
+    at_once_max: Option<NonZeroUsize>,
     #[command(flatten)]
     files: FileArgs,
 }
@@ -156,6 +160,7 @@ fn run_evacuate(args: &EvacuateArgs) -> anyhow::Result<ExitCode> {
             *limit = asked;
         }
     }
+    site.plan.at_once_max = args.at_once_max.or(site.plan.at_once_max);
     let parameters = args.files.parameters(true)?;
     let seed = args.files.seed.wrapping_add(site.seed);
     let mut shown = usize::MAX;

@@ -197,16 +197,21 @@ impl<'a> Conductor<'a> {
 
     /// Starts whatever may start: of the source hosts that may send, the one whose next VM comes first in the plan.
     fn start_all(&mut self) -> Result<(), GuestError> {
-        loop {
+        let at_once_max = self.site.plan.at_once_max.map_or(usize::MAX, |most| most.get());
+        while self.under_way.len() < at_once_max {
             let may_send = |host: &&HostState| host.busy < self.site.host.out_max;
+            let may_take = |host: &&HostState| host.busy < self.site.host.in_max;
+            let room = self.target.hosts.iter().filter(may_take).map(|host| host.free_gib);
+            let Some(room) = room.reduce(f64::max) else { return Ok(()) };
             let next = self.source.hosts.iter().filter(may_send).filter_map(|host| {
-                let candidates = host.queue.iter().copied();
-                candidates.map(|(vm, attempt)| (attempt, vm)).find(|(_, vm)| self.target_for(*vm).is_some())
+                let mut candidates = host.queue.iter().map(|(vm, attempt)| (*attempt, *vm));
+                candidates.find(|(_, vm)| self.lines[*vm].memory_gib <= room)
             });
             let Some((attempt, vm)) = next.min() else { return Ok(()) };
             let Some(target) = self.target_for(vm) else { return Ok(()) };
             self.start(vm, attempt, target)?;
         }
+        Ok(())
     }
 
     /// The host that should take `vm`: the one that takes in the fewest now, and of these the emptiest.

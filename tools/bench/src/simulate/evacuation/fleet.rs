@@ -2,8 +2,8 @@
 
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, LogNormal};
+use rand_xoshiro::Xoshiro256PlusPlus;
 
 use super::site::{PlanOrder, Site, Spread, VmKind, Written};
 use crate::simulate::costs::{float, round};
@@ -23,7 +23,7 @@ pub(super) struct Vm {
 
 /// All VMs, those first that go first.
 pub(super) fn fleet(site: &Site, seed: u64) -> Vec<Vm> {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
     let mut vms = Vec::new();
     for host in 0..site.source.hosts() {
         for (kind, vm_kind) in site.vms.iter().enumerate() {
@@ -44,7 +44,7 @@ pub(super) fn fleet(site: &Site, seed: u64) -> Vec<Vm> {
     vms
 }
 
-fn guest(kind: &VmKind, random: &mut ChaCha8Rng) -> GuestModel {
+fn guest(kind: &VmKind, random: &mut Xoshiro256PlusPlus) -> GuestModel {
     let memory_gib = draw(&kind.memory_gib, random);
     // Whole pages of 2 MiB, as VMs have them.
     let memory_bytes = round(memory_gib * 512.0) * (2 << 20);

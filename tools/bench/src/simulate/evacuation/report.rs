@@ -120,6 +120,10 @@ impl EvacuationReport {
                     digits(site.host.cores)
                 ),
             ),
+            fact(
+                "at once in all",
+                site.plan.at_once_max.map_or("no limit".to_owned(), |most| most.to_string()),
+            ),
             fact("memory of all VMs", format!("{} GiB", digits(memory))),
             fact(
                 "on the wire",

@@ -3,6 +3,7 @@
 //!
 //! Not here: what is drawn from it ([`super::fleet`]).
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -111,6 +112,8 @@ pub struct Plan {
     pub order: PlanOrder,
     /// Data streams of each migration.
     pub streams: u16,
+    /// The most migrations at a time in all; only each host's limits if not given.
+    pub at_once_max: Option<NonZeroUsize>,
     /// Whether pages are packed with lz4.
     #[serde(default)]
     pub lz4: bool,

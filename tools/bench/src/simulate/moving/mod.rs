@@ -20,8 +20,8 @@ use ferry_migrate::protocol::target::Target;
 use ferry_migrate::protocol::{MemoryLayout, Message, Timestamp};
 use ferry_migrate::report::MigrationReport;
 use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, LogNormal};
+use rand_xoshiro::Xoshiro256PlusPlus;
 
 use super::costs::{RoundWork, float};
 use super::guest::GuestMemory;
@@ -111,7 +111,7 @@ pub(super) struct Moving {
     memory: GuestMemory,
     /// What the guest takes of the migration's processors while it runs.
     guest_load: f64,
-    random: ChaCha8Rng,
+    random: Xoshiro256PlusPlus,
     /// The round whose pages are on their way.
     round: Option<RoundWork>,
     flow: Option<(FlowId, Purpose)>,
@@ -129,7 +129,7 @@ pub(super) struct Moving {
 impl Moving {
     /// A migration that is ordered now; `seed` decides all of its chances.
     pub(super) fn new(order: MigrationOrder, layout: MemoryLayout, seed: u64, stage: &mut Stage<'_>) -> Self {
-        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
         let write_s = stage.hardware.logged_write_us / 1e6;
         let shared = order.route.guest_on_cpu;
         let cores = if shared {
@@ -142,7 +142,7 @@ impl Moving {
             &order.guest,
             order.page_scale,
             cores / write_s,
-            ChaCha8Rng::from_rng(&mut random),
+            Xoshiro256PlusPlus::from_rng(&mut random),
         );
         let guest_load = if shared { (order.guest.pages_per_s() * write_s).min(cores) } else { 0.0 };
         stage.network.reserve(order.route.source_cpu, guest_load);
@@ -325,7 +325,7 @@ fn in_real_pages(report: &mut MigrationReport, scale: u64) {
 }
 
 /// A factor around 1 whose logarithm has the standard deviation `spread`.
-fn factor(spread: f64, random: &mut ChaCha8Rng) -> f64 {
+fn factor(spread: f64, random: &mut Xoshiro256PlusPlus) -> f64 {
     if spread <= 0.0 {
         return 1.0;
     }
