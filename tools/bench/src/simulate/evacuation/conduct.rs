@@ -41,16 +41,33 @@ pub struct VmLine {
     pub memory_gib: f64,
     /// The source host, numbered through all racks.
     pub source: usize,
-    /// The target host of its last attempt, numbered through all racks.
-    pub target: Option<usize>,
-    /// When each attempt began and ended, in s.
-    pub attempts: Vec<(f64, f64)>,
+    /// Every attempt.
+    pub attempts: Vec<AttemptLine>,
     /// The downtime by ferry's own word, in ms, if it moved.
     pub downtime_ms: Option<f64>,
     /// How long it stood still, in ms.
     pub standstill_ms: Option<f64>,
     /// How it ended.
     pub end: VmEnd,
+}
+
+/// One attempt to move a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct AttemptLine {
+    /// When it began, in s.
+    pub from_s: f64,
+    /// When it ended, in s.
+    pub to_s: f64,
+    /// The target host, numbered through all racks.
+    pub target: usize,
+}
+
+impl AttemptLine {
+    /// How long it took, in s.
+    #[must_use]
+    pub fn took_s(&self) -> f64 {
+        self.to_s - self.from_s
+    }
 }
 
 /// How it ended for a VM.
@@ -174,7 +191,6 @@ impl<'a> Conductor<'a> {
             kind: vm.kind,
             memory_gib: gib(vm),
             source: vm.host,
-            target: None,
             attempts: Vec::new(),
             downtime_ms: None,
             standstill_ms: None,
@@ -249,10 +265,8 @@ impl<'a> Conductor<'a> {
         let host = &mut self.target.hosts[target];
         host.busy += 1;
         host.free_gib -= self.lines[vm].memory_gib;
-        let line = &mut self.lines[vm];
-        line.target = Some(target);
         let now = self.world.now().as_secs_f64();
-        line.attempts.push((now, now));
+        self.lines[vm].attempts.push(AttemptLine { from_s: now, to_s: now, target });
         Ok(())
     }
 
@@ -284,9 +298,10 @@ impl<'a> Conductor<'a> {
         let Some((vm, attempt)) = self.under_way.remove(&index) else { return };
         let now = self.world.now().as_secs_f64();
         let line = &mut self.lines[vm];
-        if let Some(last) = line.attempts.last_mut() {
-            last.1 = now;
-        }
+        let Some(last) = line.attempts.last_mut() else { return };
+        last.to_s = now;
+        let to = &mut self.target.hosts[last.target];
+        to.busy -= 1;
         line.downtime_ms = run.report.as_ref().map(|report| report.downtime_ms);
         line.standstill_ms = run.standstill.map(|still| still.as_secs_f64() * 1e3);
         self.wire_bytes += run.wire_bytes;
@@ -294,21 +309,14 @@ impl<'a> Conductor<'a> {
         let memory_gib = line.memory_gib;
         let from = &mut self.source.hosts[self.vms[vm].host];
         from.busy -= 1;
-        let to = line.target.map(|target| &mut self.target.hosts[target]);
         let over = match &run.ending {
             Ending::Moved => {
                 line.end = VmEnd::Moved;
-                if let Some(to) = to {
-                    to.busy -= 1;
-                }
                 true
             }
             Ending::Stayed { reason, .. } => {
                 line.end = VmEnd::Stayed { reason: reason.clone() };
-                if let Some(to) = to {
-                    to.busy -= 1;
-                    to.free_gib += memory_gib;
-                }
+                to.free_gib += memory_gib;
                 let again = attempt + 1 < self.site.plan.attempts.len();
                 if again {
                     from.queue.push_back((vm, attempt + 1));

@@ -16,5 +16,5 @@ mod fleet;
 pub mod report;
 pub mod site;
 
-pub use conduct::{Evacuation, VmEnd, VmLine, evacuate};
+pub use conduct::{AttemptLine, Evacuation, VmEnd, VmLine, evacuate};
 pub use site::Site;

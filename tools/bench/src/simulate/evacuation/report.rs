@@ -6,7 +6,7 @@ use hdrhistogram::Histogram;
 use maud::{Markup, html};
 use serde::Serialize;
 
-use super::conduct::{Evacuation, VmEnd, VmLine};
+use super::conduct::{AttemptLine, Evacuation, VmEnd, VmLine};
 use super::site::Site;
 use crate::report::number::{digits, span, whole};
 use crate::simulate::costs::{float, round};
@@ -242,7 +242,7 @@ impl EvacuationReport {
             describe: "How long VMs took by their size".to_owned(),
             x: "memory, GiB".to_owned(),
             y: "last attempt, s".to_owned(),
-            series: points(by_size(|vm| vm.attempts.last().map(|(from, to)| to - from))),
+            series: points(by_size(|vm| vm.attempts.last().map(AttemptLine::took_s))),
             ..left.clone()
         };
         let downtime_by_size = Chart {
@@ -315,7 +315,7 @@ impl Group {
         let vms: Vec<&VmLine> = vms.iter().filter(|vm| belongs(vm)).collect();
         let moved: Vec<&VmLine> = vms.iter().copied().filter(|vm| vm.end == VmEnd::Moved).collect();
         let ended = |end: fn(&VmEnd) -> bool| vms.iter().filter(|vm| end(&vm.end)).count();
-        let took = |vm: &&VmLine| vm.attempts.last().map(|(from, to)| to - from);
+        let took = |vm: &&VmLine| vm.attempts.last().map(AttemptLine::took_s);
         Self {
             name: name.to_owned(),
             vms: vms.len(),
