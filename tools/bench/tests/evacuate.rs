@@ -95,7 +95,9 @@ fn a_seed_decides_everything() {
 #[test]
 fn what_does_not_converge_is_tried_again_or_stays() {
     let mut site = small();
-    site.source.host_gbit_s = 2.0;
+    site.source.host_gbit_s = 1.0;
+    // The last ones are small, so that they fit anywhere.
+    site.plan.order = site::PlanOrder::LargestFirst;
     let attempt = |on_timeout| Attempt { downtime_ms: 100.0, timeout_s: 60.0, on_timeout };
     site.plan.attempts = vec![attempt(Then::Cancel)];
     let once = run(&site, 2);
@@ -109,7 +111,7 @@ fn what_does_not_converge_is_tried_again_or_stays() {
     // There is little more room than needed: what an attempt that failed had reserved must be free again.
     let needed: f64 = once.vms.iter().map(|vm| vm.memory_gib).sum();
     site.target.used_percent = 0.0;
-    site.host.memory_gib = 1.15 * needed / 8.0;
+    site.host.memory_gib = 1.25 * needed / 8.0;
     let twice = run(&site, 2);
     assert!(twice.vms.iter().all(|vm| vm.end == VmEnd::Moved));
     let tried_again: Vec<&usize> =
