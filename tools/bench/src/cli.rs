@@ -1,5 +1,6 @@
 //! The command line of the harness.
 
+mod report;
 mod suite;
 
 use std::process::ExitCode;
@@ -22,6 +23,12 @@ struct Cli {
 pub enum Task {
     /// Runs a suite and reports
     Suite(suite::SuiteArgs),
+    /// Shows what results say, and writes them as a page or a table
+    Report(report::ReportArgs),
+    /// Tells whether anything changed for real between two results; exit code 1 if anything is worse
+    Compare(report::CompareArgs),
+    /// Prints the JSON Schema of results
+    Schema,
     /// Drives the same protocol core in virtual time, for what can't be run here
     Simulate(SimulateArgs),
     /// Lists the scenarios of a suite
@@ -50,6 +57,9 @@ pub fn main() -> anyhow::Result<ExitCode> {
 pub fn run(task: Task) -> anyhow::Result<ExitCode> {
     match task {
         Task::Suite(args) => suite::run(&args),
+        Task::Report(args) => report::run_report(&args),
+        Task::Compare(args) => report::run_compare(&args),
+        Task::Schema => report::run_schema(),
         Task::Simulate(args) => crate::simulate::cli::run(&args),
         Task::List(args) => list(&args),
     }

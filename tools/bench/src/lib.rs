@@ -13,6 +13,7 @@
 //! ```
 
 pub mod cli;
+pub mod compare;
 pub mod engine;
 pub mod hosts;
 pub mod measure;

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Args;
 
-use crate::report::html;
 use crate::results::{Outcome, Results, Run, ScenarioResult};
 use crate::runner::{self, Progress, Selection};
 use crate::scenario::{Scenario, file};
@@ -45,13 +44,13 @@ pub(super) fn run(args: &SuiteArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn write(out: &Path, results: &Results) -> anyhow::Result<()> {
-    let texts = [("json", serde_json::to_string(results)?), ("html", html::page(results))];
-    for (extension, text) in texts {
-        let path = out.with_added_extension(extension);
-        std::fs::write(&path, text).with_context(|| format!("can't write {}", path.display()))?;
-        println!("{}", path.display());
-    }
-    Ok(())
+    let path = out.with_added_extension("json");
+    let text = serde_json::to_string(results)?;
+    std::fs::write(&path, text).with_context(|| format!("can't write {}", path.display()))?;
+    print!("{}", super::report::summary(results));
+    println!("{}", path.display());
+    super::report::write_html(&out.with_added_extension("html"), results)?;
+    super::report::write_csv(&out.with_added_extension("csv"), results)
 }
 
 /// Whether a guest of ferry's was not well where it should have been.

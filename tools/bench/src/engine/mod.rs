@@ -178,6 +178,16 @@ pub enum Ending {
     Failed(String),
 }
 
+/// A number that is meant to be whole and not below zero.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "it is rounded, and what is below is 0"
+)]
+fn whole(value: f64) -> u64 {
+    value.round() as u64
+}
+
 /// The engine that `config` names.
 #[must_use]
 pub fn find(config: &EngineConfig) -> Box<dyn Engine> {

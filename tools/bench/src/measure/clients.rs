@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use ferry_guest_abi::{HTTP_FILE_LEN, HTTP_FILE_PATH, UDP_ECHO_PORT};
 use ferry_lab::http::fetch_when_served;
-use ferry_lab::http::report::Latency;
+use ferry_lab::http::report::RequestRecord;
 use ferry_lab::network::lab::VM_IPV4;
 use ferry_lab::probe::{TcpProbe, UdpProbe};
 use ferry_lab::timeline::Gap;
 use ferry_lab::{ExpectedBody, HttpLoad, HttpTarget, LabClock, Namespace};
+
+use hdrhistogram::Histogram;
 
 use super::MeasureError;
 use crate::results::ClientSeen;
@@ -25,6 +27,12 @@ const TCP_PAUSE: Duration = Duration::from_millis(5);
 const TIMELINE_STEP_MS: u64 = 20;
 
 const HTTP_PORT: u16 = 80;
+
+/// Significant digits of latencies.
+const LATENCY_DIGITS: u8 = 3;
+
+/// Which latencies are reported; the last is the longest.
+const LATENCY_QUANTILES: [f64; 4] = [0.5, 0.9, 0.99, 1.0];
 
 /// Clients at work. Dropping it ends them.
 #[derive(Debug)]
@@ -94,13 +102,27 @@ impl Clients {
             Some(longest_between(since_ms, until_ms, report.longest_data_gap, &report.data_gaps));
         seen.http_ok = Some(report.ok);
         seen.http_failed = Some(report.failed);
-        #[expect(clippy::cast_precision_loss, reason = "microseconds of a run")]
-        let recent = report.requests.iter().filter(|request| request.end_us as f64 / 1e3 >= since_ms);
-        let latency = Latency::of(&recent.copied().collect::<Vec<_>>());
-        seen.http_latency_ms = vec![(0.5, latency.p50_ms), (0.99, latency.p99_ms), (1.0, latency.max_ms)];
+        seen.http_latency_ms = latencies(&report.requests, since_ms);
         let rates = report.timeline.samples(TIMELINE_STEP_MS);
         (seen, rates.into_iter().map(|(ms, mib_per_s)| (ms, mib_per_s * 1024.0 * 1024.0)).collect())
     }
+}
+
+/// Quantiles of how long the right answers since `since_ms` took, as `(quantile, ms)`; none if there was none.
+fn latencies(requests: &[RequestRecord], since_ms: f64) -> Vec<(f64, f64)> {
+    let Ok(mut histogram) = Histogram::<u64>::new(LATENCY_DIGITS) else { return Vec::new() };
+    #[expect(clippy::cast_precision_loss, reason = "microseconds of a run")]
+    let recent = requests.iter().filter(|request| request.ok && request.end_us as f64 / 1e3 >= since_ms);
+    for request in recent {
+        // It grows with what it is given, up to what it can count at all.
+        let _ = histogram.record(request.end_us.saturating_sub(request.start_us));
+    }
+    if histogram.is_empty() {
+        return Vec::new();
+    }
+    #[expect(clippy::cast_precision_loss, reason = "microseconds of a run")]
+    let at = |quantile: f64| (quantile, histogram.value_at_quantile(quantile) as f64 / 1e3);
+    LATENCY_QUANTILES.map(at).to_vec()
 }
 
 /// The longest of the `listed` gaps that ended after `since_ms`, as far as they lie before `until_ms`, when the clients
@@ -117,6 +139,24 @@ fn longest_between(since_ms: f64, until_ms: f64, longest: Gap, listed: &[Gap]) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn latencies_are_of_right_answers_since_the_order() {
+        let request = |end_ms: u64, took_ms: u64, ok| RequestRecord {
+            connection: 0,
+            start_us: (end_ms - took_ms) * 1000,
+            end_us: end_ms * 1000,
+            ok,
+        };
+        let mut requests: Vec<_> = (1..=100).map(|ms| request(1000 + ms, ms, true)).collect();
+        requests.extend([request(500, 400, true), request(1500, 700, false)]);
+        let seen = latencies(&requests, 1000.0);
+        for ((quantile, ms), expected) in seen.iter().zip([50.0, 90.0, 99.0, 100.0]) {
+            assert!((ms - expected).abs() <= expected / 500.0, "{quantile}: {ms}");
+        }
+        assert_eq!(seen.len(), 4);
+        assert!(latencies(&requests, 1e9).is_empty());
+    }
 
     #[test]
     fn only_gaps_since_the_order_count() {

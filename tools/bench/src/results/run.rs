@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// One migration.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Run {
     /// The engine's name.
     pub engine: String,
@@ -24,7 +25,7 @@ pub struct Run {
 }
 
 /// How a run ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Outcome {
     /// The guest runs at the target.
@@ -44,7 +45,7 @@ pub enum Outcome {
 }
 
 /// Figures of one run. Those from outside the engine come first.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Measures {
     /// From the order to migrate to the engine's word that it is done, by the harness's clock.
     pub total_ms: Option<f64>,
@@ -85,7 +86,7 @@ pub struct Measures {
 }
 
 /// A part of a downtime.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Part {
     /// What happened in it.
     pub name: String,
@@ -94,7 +95,7 @@ pub struct Part {
 }
 
 /// What clients saw: gaps, stalls and latencies since the order, counts of the whole run.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ClientSeen {
     /// The longest time without an echo, of datagrams sent every millisecond.
     pub udp_gap_ms: Option<f64>,
@@ -119,7 +120,7 @@ pub struct ClientSeen {
 }
 
 /// Which side a process is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ProcessRole {
     /// The VMM that the guest leaves.
@@ -129,7 +130,7 @@ pub enum ProcessRole {
 }
 
 /// What one process used, from the order to migrate to its end.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ProcessCost {
     /// Which side it is.
     pub role: ProcessRole,
@@ -144,7 +145,7 @@ pub struct ProcessCost {
 }
 
 /// What one thread used.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ThreadCost {
     /// Its name, as the kernel has it.
     pub name: String,
@@ -155,7 +156,7 @@ pub struct ThreadCost {
 }
 
 /// One round over memory, as the engine tells it.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Round {
     /// Counted from 1.
     pub round: u32,
@@ -175,7 +176,7 @@ pub struct Round {
 }
 
 /// Whether what arrived is what left.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Check {
     /// Whether the guest reported from the target, its heart beating.
     pub alive: bool,
@@ -188,7 +189,7 @@ pub struct Check {
 }
 
 /// What else used the machine.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Idleness {
     /// The share of all CPU time, 0 to 1, that others than the two VMMs and the harness used before the order.
     pub others_before: f64,
@@ -201,7 +202,7 @@ pub struct Idleness {
 }
 
 /// How a run went over time. All times are ms since the order to migrate; what came before is negative.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Timeline {
     /// When the engine said that it was done.
     pub done_ms: Option<f64>,

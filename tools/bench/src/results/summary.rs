@@ -1,9 +1,10 @@
 //! Runs taken together: distributions, and engines against each other.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The runs of one engine in one scenario.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EngineSummary {
     /// The engine's name.
     pub engine: String,
@@ -15,8 +16,8 @@ pub struct EngineSummary {
     pub metrics: Vec<(Metric, Distribution)>,
 }
 
-/// A figure that runs are compared by. Less is better, but for the throughput.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+/// A figure that runs are compared by. Less is better in all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
     /// Start to end.
@@ -47,7 +48,7 @@ pub enum Metric {
 
 /// How the values of several runs are spread. Quantiles are values that were measured, but for the median of an even
 /// number, which lies midway between two.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Distribution {
     /// How many there are.
     pub count: u32,
@@ -70,7 +71,7 @@ pub struct Distribution {
 /// One engine's metric over another's, in one scenario, from runs beside each other: those of one repetition.
 ///
 /// Every two engines are here once; the ratio the other way round is one over this.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Ratio {
     /// What is compared. Only metrics that are above zero by nature have ratios.
     pub metric: Metric,

@@ -1,16 +1,17 @@
 //! What is to be measured: suites, their scenarios, and the engines with their settings.
 //!
-//! These are the checked types. [`file`] reads them from TOML, where adding a scenario is adding a table; the
+//! These are the checked types. [`mod@file`] reads them from TOML, where adding a scenario is adding a table; the
 //! suites that come along lie in `suites/`.
 
 pub mod file;
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A set of scenarios that are run and reported together.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Suite {
     /// Its name, as given on the command line.
     pub name: String,
@@ -25,7 +26,7 @@ pub struct Suite {
 }
 
 /// One guest on one link, which every engine in turn migrates.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Scenario {
     /// Unique within its suite; letters, digits and hyphens.
     pub name: String,
@@ -56,7 +57,7 @@ pub struct Scenario {
 }
 
 /// What runs in the VM.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Guest {
     /// The workload guest, with its job in its own words (`ferry run --guest`), network addresses left out.
@@ -66,7 +67,7 @@ pub enum Guest {
 }
 
 /// A Linux guest, booted through PVH.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LinuxGuest {
     /// The kernel, an ELF file with a PVH note.
@@ -80,7 +81,7 @@ pub struct LinuxGuest {
 }
 
 /// What lies between the two hosts.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Link {
     /// Both VMMs on one host, in a network namespace of their own.
@@ -98,7 +99,7 @@ pub enum Link {
 
 /// Who uses the VM while it moves. Only guests with a network have clients, and only on [`Link::Veth`] and
 /// [`Link::Tbf`].
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Client {
     /// Connections that each ask for the guest's file again and again.
@@ -118,7 +119,7 @@ impl Client {
 }
 
 /// A point of a sweep: scenarios that differ in one quantity and are drawn as one curve.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SweepPoint {
     /// The sweep's name; all its points have it.
     pub name: String,
@@ -129,7 +130,7 @@ pub struct SweepPoint {
 }
 
 /// The quantities that a sweep can vary.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Axis {
     /// How fast the guest dirties memory, MiB/s.
@@ -156,7 +157,7 @@ impl Axis {
 }
 
 /// An engine as a suite names it: a program with settings.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct EngineConfig {
     /// How scenarios and reports call it, such as `qemu-multifd`.
     pub name: String,
@@ -167,7 +168,7 @@ pub struct EngineConfig {
 }
 
 /// A migration engine that this harness can drive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum EngineKind {
     /// ferry, through its library.
@@ -179,7 +180,7 @@ pub enum EngineKind {
 }
 
 /// How one engine migrates in one scenario.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EngineSetting {
     /// The engine's name.
     pub engine: String,
@@ -194,7 +195,7 @@ pub struct EngineSetting {
 }
 
 /// What to do about a guest that dirties memory faster than the link takes it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Strategy {
     /// Nothing: rounds until it fits, or the timeout.
@@ -207,7 +208,7 @@ pub enum Strategy {
 }
 
 /// How pages are packed. No engine knows all of these.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Compression {
     /// Not at all, besides zero pages.

@@ -147,12 +147,13 @@ mod tests {
     #[test]
     fn runs_of_one_repetition_are_compared_whatever_drifts() {
         // The machine becomes eight times slower meanwhile; b always takes twice as long.
-        let mut runs = Vec::new();
-        for (repetition, slow) in [(0, 1.0), (1, 2.0), (2, 4.0), (3, 8.0)] {
-            runs.push(run("a", repetition, 100.0 * slow));
-            runs.push(run("b", repetition, 200.0 * slow));
-        }
-        runs[7].outcome = Outcome::NotConverged;
+        let slow = [1.0, 2.0, 4.0, 8.0];
+        let each =
+            |engine: &'static str, ms: f64| (0..).zip(slow).map(move |(n, slow)| run(engine, n, ms * slow));
+        // The order in which they lie in the results must not matter.
+        let mut runs: Vec<Run> = each("a", 100.0).collect();
+        runs.extend(each("b", 200.0).collect::<Vec<_>>().into_iter().rev());
+        runs[4].outcome = Outcome::NotConverged;
         let (engines, ratios) = summarise(&runs);
         assert_eq!(
             engines.iter().map(|engine| (engine.moved, engine.runs)).collect::<Vec<_>>(),

@@ -157,10 +157,10 @@ fn in_words(update: Update) -> Option<Said> {
     match update {
         Update::Progress(progress) => match *progress {
             Progress::RoundStarted { round, pages } => Some(Said::RoundStarted { round, pages }),
+            Progress::Stopping { pages, .. } => Some(Said::Stopping { pages }),
             Progress::Handed => Some(Said::Handed),
             Progress::RoundDone(round) => Some(Said::RoundDone { round: Box::new((&round).into()) }),
             Progress::Negotiated { .. }
-            | Progress::Stopping { .. }
             | Progress::Paused
             | Progress::InDoubt { .. }
             | Progress::Undoing { .. } => None,

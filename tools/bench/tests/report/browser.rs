@@ -135,13 +135,6 @@ impl Browser {
         let features = json!([{ "name": "prefers-color-scheme", "value": scheme }]);
         self.call("Emulation.setEmulatedMedia", &json!({ "features": features }));
     }
-
-    /// The part of the page from `top` on, `height` high, as a PNG in base64.
-    pub(crate) fn picture(&mut self, width: u32, top: f64, height: f64) -> String {
-        let clip = json!({ "x": 0, "y": top, "width": width, "height": height, "scale": 1 });
-        let order = json!({ "format": "png", "captureBeyondViewport": true, "clip": clip });
-        self.call("Page.captureScreenshot", &order)["data"].as_str().unwrap().to_owned()
-    }
 }
 
 impl Drop for Browser {

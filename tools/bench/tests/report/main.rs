@@ -2,5 +2,9 @@
 //! terminal, comparisons, and the documentation of the schema.
 
 mod browser;
+mod compare;
+mod docs;
+mod drawn;
 mod page;
 mod sample;
+mod text;

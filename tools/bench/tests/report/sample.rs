@@ -38,7 +38,7 @@ impl Recipe {
     }
 
     pub(crate) fn results(self) -> Results {
-        let suite = file::load("standard").unwrap();
+        let suite = file::parse("standard", include_str!("sample.toml")).unwrap();
         let mut random = ChaCha8Rng::seed_from_u64(self.seed);
         let mut at_s = 2.0;
         let mut scenarios: Vec<Scenario> = suite.scenarios.clone();
@@ -134,6 +134,12 @@ fn spoil(run: &mut Run, scenario: &str) {
             run.outcome = Outcome::Failed { reason };
             lose(run);
         }
+        ("dirty-rate-1000", "qemu-multifd", _) | ("budget-30", "qemu", 1 | 3) => {
+            run.outcome = Outcome::NotConverged;
+            run.measures.downtime_guest_ms = None;
+        }
+        // The guest waited for a core, long before it was stopped.
+        ("dirty-rate-100", "qemu", _) => run.timeline.standstill = Some((3.0, 41.0)),
         ("zero-idle", "qemu", 2) => run.measures.check.errors = Some(3),
         ("web", "qemu", 1) => {
             run.measures.idleness =

@@ -94,6 +94,7 @@ impl Engine for Ferry {
             Said::Listening { address } => Some(address),
             Said::Up
             | Said::RoundStarted { .. }
+            | Said::Stopping { .. }
             | Said::RoundDone { .. }
             | Said::Sent { .. }
             | Said::Handed
@@ -234,12 +235,16 @@ impl Pair for FerryPair {
             let said = self.source.said.recv_timeout(patience).map_err(|error| self.source.silent(error))?;
             let now = clock.now();
             match said {
-                Said::RoundStarted { pages, .. } => {
+                Said::RoundStarted { pages, .. } | Said::Stopping { pages } => {
                     starts.push(since(now));
                     pages_of_round = pages;
                     report.dirty_pages.push((since(now), count(pages)));
                 }
-                Said::RoundDone { round } => report.rounds.push(in_results(&round, starts.last().copied())),
+                Said::RoundDone { round } => {
+                    report.dirty_pages.push((since(now), 0.0));
+                    report.rounds.push(in_results(&round, starts.last().copied()));
+                }
+                Said::Sent { .. } if starts.is_empty() => {}
                 Said::Sent { round_pages } => {
                     let left = pages_of_round.saturating_sub(round_pages);
                     report.dirty_pages.push((since(now), count(left)));

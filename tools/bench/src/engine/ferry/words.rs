@@ -73,6 +73,11 @@ pub enum Said {
         /// Its pages.
         pages: u64,
     },
+    /// The guest is being stopped, and the last round begins.
+    Stopping {
+        /// Its pages.
+        pages: u64,
+    },
     /// A round has arrived at the target.
     RoundDone {
         /// The round in numbers.

@@ -109,14 +109,17 @@ impl QemuPair {
     fn until_resumed(&mut self, progress: &mut Progress) -> Result<bool, EngineError> {
         let clock = LabClock::start();
         while clock.now() < RESUME_TIMEOUT {
-            match self.target.wait_event(RESUME_POLL)? {
-                Some(event) if event.name == "RESUME" => {
+            let is_running = self.target.is_running()?;
+            // QEMU reports the event first. If it runs, the event is there already.
+            let patience = if is_running { Duration::ZERO } else { RESUME_POLL };
+            while let Some(event) = self.target.wait_event(patience)? {
+                if event.name == "RESUME" {
                     progress.target_resumed(event.at);
                     return Ok(true);
                 }
-                Some(_) => {}
-                None if self.target.is_running()? => return Ok(true),
-                None => {}
+            }
+            if is_running {
+                return Ok(true);
             }
         }
         Ok(false)
@@ -172,6 +175,10 @@ impl Pair for QemuPair {
             Status::Completed => {
                 let resumed = self.until_resumed(&mut progress)?;
                 done = clock.now();
+                // A look may have shown the end before all events of it were read.
+                while let Some(event) = self.source.wait_event(Duration::ZERO)? {
+                    progress.source_event(&event, done);
+                }
                 progress.look(&self.figures()?, done);
                 let silent = "the source is done, but the target does not run the guest";
                 if resumed { Ending::Moved } else { Ending::Failed(silent.to_owned()) }

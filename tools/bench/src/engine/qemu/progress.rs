@@ -9,8 +9,7 @@ use ferry_lab::LabClock;
 use serde_json::Value;
 
 use super::qmp::Event;
-use super::settings::whole;
-use crate::engine::EngineReport;
+use crate::engine::{EngineReport, whole};
 use crate::results::Round;
 
 /// By how much QEMU's wall clock may differ from ours before the moment of an event's arrival is taken instead.

@@ -4,6 +4,7 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::engine::whole;
 use crate::scenario::{Compression, EngineSetting, Scenario, Strategy};
 
 /// The most connections that multifd can have.
@@ -113,15 +114,6 @@ fn xbzrle_cache_mib(memory_mib: u32) -> u32 {
     let half = memory_mib / 2;
     let power = if half == 0 { 1 } else { 1 << half.ilog2() };
     power.max(XBZRLE_CACHE_MIB_MIN.min(if memory_mib == 0 { 1 } else { 1 << memory_mib.ilog2() }))
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a whole number above zero is meant"
-)]
-pub(super) fn whole(value: f64) -> u64 {
-    value.round() as u64
 }
 
 #[cfg(test)]

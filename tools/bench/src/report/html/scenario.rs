@@ -4,7 +4,6 @@ use maud::{Markup, html};
 
 use super::{Page, anchor};
 use crate::report::median_run;
-use crate::report::number::digits;
 use crate::report::plots::parts::{self, Tones};
 use crate::report::plots::timeline::{self, Tops};
 use crate::report::plots::{boxes, witness};
@@ -50,15 +49,15 @@ fn setup(scenario: &Scenario) -> Markup {
         Link::Loopback => "loopback".to_owned(),
         Link::Veth => "two hosts on a switch".to_owned(),
         Link::Tbf { rate_mbit_s, queue_ms } => {
-            format!("{} Mbit/s, queue of {} ms", digits(rate_mbit_s), digits(queue_ms))
+            format!("{rate_mbit_s} Mbit/s, queue of {queue_ms} ms")
         }
     };
     html! {
         p class="setup" {
             b { "Guest " } (guest) "; " (scenario.memory_mib) " MiB, " (scenario.cpus) " vCPU. "
             b { "Link " } (link) ". "
-            b { "Budget " } (digits(scenario.downtime_ms)) " ms. "
-            b { "Given up after " } (digits(scenario.timeout_s)) " s. "
+            b { "Budget " } (scenario.downtime_ms) " ms. "
+            b { "Given up after " } (scenario.timeout_s) " s. "
             @if scenario.client.is_some() { b { "Clients " } (clients(scenario.client)) ". " }
             b { "Repetitions " } (scenario.repetitions) ", engines in turn. "
             b { "Engines " }
@@ -100,8 +99,7 @@ fn settings(setting: &EngineSetting) -> String {
     };
     let streams =
         if setting.streams == 1 { "1 stream".to_owned() } else { format!("{} streams", setting.streams) };
-    let cap =
-        setting.bandwidth_mbit_s.map_or(String::new(), |rate| format!(", at most {} Mbit/s", digits(rate)));
+    let cap = setting.bandwidth_mbit_s.map_or(String::new(), |rate| format!(", at most {rate} Mbit/s"));
     format!("{strategy}, {streams}{compression}{cap}")
 }
 

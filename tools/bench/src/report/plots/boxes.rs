@@ -6,7 +6,7 @@
 use maud::{Markup, html};
 
 use super::scale::Scale;
-use super::{CHARACTER_WIDTH, budget_line, figure, fitting, mark, px, row, x_axis};
+use super::{NAME_CHARACTER_WIDTH, budget_line, figure, fitting, mark, px, row, x_axis};
 use crate::report::cast::{Cast, Look};
 use crate::report::number::{shown, value_of, with_unit};
 use crate::results::{Metric, Outcome, Run, ScenarioResult};
@@ -46,7 +46,7 @@ pub(crate) fn plot(scenario: &ScenarioResult, metric: Metric, cast: &Cast) -> Op
     let factor = shown(metric).factor;
     let budget = (metric == Metric::DowntimeGuestMs).then_some(scenario.scenario.downtime_ms);
     let longest = rows.iter().map(|row| row.engine.chars().count()).max().unwrap_or(0) as f64;
-    let left = (longest * CHARACTER_WIDTH).min(NAME_WIDTH_MAX) + 10.0;
+    let left = (longest * NAME_CHARACTER_WIDTH).min(NAME_WIDTH_MAX) + 10.0;
     let scale =
         Scale::showing(values.into_iter().chain(budget).map(|value| value * factor), (left, WIDTH - RIGHT));
     let bottom = ABOVE + rows.len() as f64 * ROW;

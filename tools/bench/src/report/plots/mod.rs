@@ -19,8 +19,11 @@ use maud::{Markup, html};
 use self::scale::Scale;
 use super::cast::{Look, Mark};
 
-/// About how wide a character of the figures' font is at most, to tell which labels have room. Names are bold.
+/// About how wide a character of the figures' font is at most, to tell which labels have room.
 pub(crate) const CHARACTER_WIDTH: f64 = 7.0;
+
+/// The same of names, which are bold.
+pub(crate) const NAME_CHARACTER_WIDTH: f64 = 7.7;
 
 /// How far figures are scaled up and down to fit; below that they scroll.
 const SCALE_MAX: f64 = 1.08;
@@ -126,7 +129,7 @@ pub(crate) fn budget_line(
     budget_ms: f64,
     (left, right): (f64, f64),
 ) -> Markup {
-    let text = format!("budget {} ms", super::number::digits(budget_ms).trim_end_matches(".0"));
+    let text = format!("budget {budget_ms} ms");
     let half = text.chars().count() as f64 * CHARACTER_WIDTH / 2.0;
     html! {
         g class="budget" data-budget-ms=(budget_ms) {
@@ -149,6 +152,6 @@ mod tests {
     fn lengths_and_labels_are_short() {
         assert_eq!((px(12.0), px(0.126), px(-3.5)), ("12".to_owned(), "0.13".to_owned(), "-3.5".to_owned()));
         assert_eq!(fitting("cloud-hypervisor", 200.0), "cloud-hypervisor");
-        assert_eq!(fitting("cloud-hypervisor", 63.0), "cloud-hyp…");
+        assert_eq!(fitting("cloud-hypervisor", 63.0), "cloud-hy…");
     }
 }

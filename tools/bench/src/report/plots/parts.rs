@@ -9,7 +9,7 @@ use crate::report::number::{digits, short_ms};
 use crate::results::{Results, Run};
 
 const WIDTH: f64 = 300.0;
-const ABOVE: f64 = 30.0;
+const ABOVE: f64 = 36.0;
 const BELOW: f64 = 8.0;
 const BAR: (f64, f64) = (8.0, 40.0);
 /// Where labels begin.
@@ -21,7 +21,7 @@ const LABEL_HEIGHT: f64 = 15.0;
 const TONES: usize = 8;
 
 /// What the guest saw and the engine does not count.
-const UNTOLD: &str = "not counted by the engine";
+const UNTOLD: &str = "not told by the engine";
 
 /// The tones of parts, the same for the same name in all bars of a report.
 #[derive(Debug, Default)]
@@ -76,7 +76,10 @@ pub(crate) fn plot(run: &Run, tones: &Tones, height: f64) -> Option<Markup> {
         &describe,
         html! {
             g data-figure="parts" data-engine=(run.engine) data-repetition=(run.repetition) {
-                text class="name" x=(px(BAR.0)) y="14" { "downtime by part: " (head) }
+                text class="name" x=(px(BAR.0)) y="11" { "downtime by part: " (head) }
+                @if let Some(forecast) = run.measures.downtime_forecast_ms {
+                    text class="unit" x=(px(BAR.0)) y="25" { "forecast when the guest was stopped: " (short_ms(forecast)) " ms" }
+                }
                 @for segment in &segments {
                     (draw(segment, tones, whole))
                 }
@@ -91,9 +94,7 @@ fn parts(run: &Run) -> Vec<(String, f64)> {
     let mut parts: Vec<(String, f64)> =
         measures.downtime_parts.iter().map(|part| (part.name.clone(), part.ms.max(0.0))).collect();
     if parts.is_empty() {
-        parts.extend(
-            measures.downtime_engine_ms.map(|ms| ("all that the engine counts".to_owned(), ms.max(0.0))),
-        );
+        parts.extend(measures.downtime_engine_ms.map(|ms| ("told by the engine".to_owned(), ms.max(0.0))));
     }
     let told: f64 = parts.iter().map(|(_, ms)| ms).sum();
     let untold = measures.downtime_guest_ms.map_or(0.0, |guest| guest - told);
@@ -149,7 +150,7 @@ fn draw(segment: &Segment, tones: &Tones, whole: f64) -> Markup {
                 title { (segment.name) ": " (figure) " (" (digits(segment.ms / whole * 100.0)) " %)" }
             }
             path class="leader" d=(leader) {}
-            text x=(px(LABELS)) y=(px(label + 4.0)) { (fitting(&segment.name, WIDTH - LABELS - 62.0)) }
+            text x=(px(LABELS)) y=(px(label + 4.0)) { (fitting(&segment.name, WIDTH - LABELS - 52.0)) }
             text class="figure" x=(px(WIDTH - 4.0)) y=(px(label + 4.0)) text-anchor="end" { (figure) }
         }
     }

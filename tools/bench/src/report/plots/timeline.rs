@@ -185,7 +185,9 @@ impl View<'_> {
 
     fn pages(&self, round: &crate::results::Round) -> String {
         let mib = |pages: u64| digits(pages as f64 * PAGE_BYTES / MIB);
-        round.sent_pages.map_or(String::new(), |pages| format!(", {} MiB sent", mib(pages)))
+        let sent = round.sent_pages.map_or(String::new(), |pages| format!(", {} MiB sent", mib(pages)));
+        let forecast = |ms| format!(", downtime expected of stopping after it: at most {} ms", digits(ms));
+        sent + &round.forecast_upper_ms.map_or(String::new(), forecast)
     }
 
     fn panel(&self, series: Series, index: usize, tops: &Tops, class: &str) -> Markup {
@@ -246,7 +248,9 @@ impl View<'_> {
         let width = (right - left).max(STANDSTILL_WIDTH_MIN);
         let name = format!("standstill {} ms", digits(to - from));
         let half = name.chars().count() as f64 * CHARACTER_WIDTH / 2.0;
-        let middle = (left + width / 2.0).clamp(LEFT + half, WIDTH - RIGHT - half);
+        // The first panel's name stands on the same line.
+        let first = LEFT + Series::Link.title().chars().count() as f64 * CHARACTER_WIDTH;
+        let middle = (left + width / 2.0).clamp(first + half, WIDTH - RIGHT - half);
         html! {
             g class="standstill" data-from-ms=(from) data-to-ms=(to) {
                 rect x=(px(left)) y=(px(ABOVE - 20.0)) width=(px(width)) height=(px(bottom - ABOVE + 20.0)) {

@@ -6,7 +6,7 @@ use maud::{Markup, html};
 
 use super::boxes::engines;
 use super::scale::Scale;
-use super::{CHARACTER_WIDTH, MARK_RADIUS, budget_line, figure, fitting, mark, px, x_axis};
+use super::{MARK_RADIUS, NAME_CHARACTER_WIDTH, budget_line, figure, fitting, mark, px, x_axis};
 use crate::report::cast::{Cast, Look};
 use crate::report::number::{digits, with_unit};
 use crate::results::{Metric, ScenarioResult};
@@ -48,7 +48,7 @@ pub(crate) fn plot(scenario: &ScenarioResult, cast: &Cast) -> Option<Markup> {
         return None;
     }
     let longest = lines.iter().map(|line| line.engine.chars().count()).max().unwrap_or(0) as f64;
-    let names = (longest * CHARACTER_WIDTH).min(NAME_WIDTH_MAX) + 12.0;
+    let names = (longest * NAME_CHARACTER_WIDTH).min(NAME_WIDTH_MAX) + 12.0;
     let left = names + WITNESS_WIDTH;
     let budget = scenario.scenario.downtime_ms;
     let values = lines.iter().flat_map(|line| line.values.iter().copied());

@@ -16,6 +16,12 @@ pub(super) fn fill_in(
 ) {
     let engine = &seen.engine;
     run.outcome = match &engine.ending {
+        Ending::Moved if seen.heartbeat_before.is_some() && samples.last_target.is_none() => {
+            Outcome::Failed {
+                reason: "the engine says that the guest has moved, but its heart does not beat at the target"
+                    .to_owned(),
+            }
+        }
         Ending::Moved => Outcome::Moved,
         Ending::NotConverged => Outcome::NotConverged,
         Ending::Failed(reason) => Outcome::Failed { reason: reason.clone() },

@@ -1,7 +1,7 @@
 //! Sites as TOML: hosts, links, limits, the plan, and kinds of VMs with the distributions that their sizes and rates are
 //! drawn from. The sites that come along lie in `sites/`; they are also the documentation of the format.
 //!
-//! Not here: what is drawn from it ([`super::fleet`]).
+//! Not here: what is drawn from it (`fleet.rs`).
 
 use std::num::NonZeroUsize;
 use std::path::Path;
