@@ -13,7 +13,9 @@
 
 mod available;
 pub(crate) mod dirty_log;
+mod pagemap;
 mod ram;
+mod touched;
 mod transfer;
 
 use std::fs::File;

@@ -10,17 +10,20 @@
 // UNSAFETY: guest memory is a foreign mapping that a guest changes; it is reached by raw pointers.
 #![expect(unsafe_code, reason = "guest memory is reached by raw pointers")]
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nix::fcntl::{FallocateFlags, fallocate};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use super::pagemap::Pagemap;
 use super::{PAGE_BYTES, TrackedMemory};
 use crate::config::Backing;
 
-const PAGE: u64 = PAGE_BYTES as u64;
+/// [`PAGE_BYTES`] as a length.
+pub(super) const PAGE: u64 = PAGE_BYTES as u64;
 
 /// Bytes of a huge page. Zeroing gives whole ones back to the host and clears the rest in place.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -76,6 +79,7 @@ struct Inner {
     regions: Vec<RamRegion>,
     pages: u64,
     backing: Backing,
+    pagemap: OnceLock<Pagemap>,
 }
 
 /// Pages that are contiguous on the host, too. The pointer is valid for `bytes` as long as the
@@ -85,13 +89,13 @@ pub(super) struct Span {
     pub(super) pointer: *mut u8,
     pub(super) bytes: usize,
     /// Where it starts in the file that backs it, if one does.
-    file_offset: u64,
+    pub(super) file_offset: u64,
 }
 
 impl GuestRam {
     pub(super) fn new(memory: TrackedMemory, regions: Vec<RamRegion>, backing: Backing) -> Self {
         let pages = regions.iter().map(|region| region.bytes / PAGE).sum();
-        Self { inner: Arc::new(Inner { memory, regions, pages, backing }) }
+        Self { inner: Arc::new(Inner { memory, regions, pages, backing, pagemap: OnceLock::new() }) }
     }
 
     /// How many pages there are; indices go from 0 to one less.
@@ -200,23 +204,23 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Has the host provide memory for the pages now, instead of at first touch, where the kernel can
-    /// (MADV_POPULATE_WRITE, Linux 5.14); elsewhere it does nothing.
-    ///
-    /// # Errors
-    /// The pages are out of range, or the host has no memory left.
-    pub fn prefault(&self, first: u64, count: u64) -> io::Result<()> {
-        for span in self.spans(first, count)? {
-            // SAFETY: the range is a live mapping of ours; populating it changes no byte.
-            let done = unsafe { libc::madvise(span.pointer.cast(), span.bytes, libc::MADV_POPULATE_WRITE) };
-            if done != 0 {
-                let error = io::Error::last_os_error();
-                if error.raw_os_error() != Some(libc::EINVAL) {
-                    return Err(error);
-                }
-            }
+    /// What holds the bytes on the host.
+    pub(super) fn backing(&self) -> Backing {
+        self.inner.backing
+    }
+
+    /// The file that holds the memory, if one does.
+    pub(super) fn file(&self) -> Option<&File> {
+        self.inner.memory.iter().find_map(|region| region.file_offset()).map(FileOffset::file)
+    }
+
+    /// This process's page tables; opened when first asked for.
+    pub(super) fn pagemap(&self) -> io::Result<&Pagemap> {
+        if self.inner.pagemap.get().is_none() {
+            // Two threads may both open it; one of the two files is closed again.
+            let _ = self.inner.pagemap.set(Pagemap::open()?);
         }
-        Ok(())
+        Ok(self.inner.pagemap.get().expect("it was set"))
     }
 
     /// The memory as devices see it: writes through it mark pages dirty.
@@ -266,11 +270,10 @@ impl GuestRam {
 
     fn punch_hole(&self, span: Span) -> Result<(), RamError> {
         let error = |source| RamError::Zero { bytes: span.bytes, source };
-        let file = self.inner.memory.iter().find_map(|region| region.file_offset());
-        let file = file.ok_or_else(|| error(io::ErrorKind::NotFound.into()))?;
+        let file = self.file().ok_or_else(|| error(io::ErrorKind::NotFound.into()))?;
         let number = |value: u64| i64::try_from(value).expect("below MEMORY_BYTES_MAX");
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(file.file().as_fd(), mode, number(span.file_offset), number(span.bytes as u64))
+        fallocate(file.as_fd(), mode, number(span.file_offset), number(span.bytes as u64))
             .map_err(|errno| error(errno.into()))
     }
 }
@@ -395,15 +398,5 @@ mod tests {
         let edges = 2 * HUGE_PAGE_BYTES / PAGE_BYTES;
         let touched = resident.iter().filter(|byte| **byte & 1 != 0).count();
         assert!(touched <= edges, "{touched} pages");
-    }
-
-    #[test]
-    fn prefault_provides_memory_and_keeps_its_bytes() {
-        let ram = ram(8 << 20, Backing::PrivateAnonymous);
-        ram.write_page(5, &[3; PAGE_BYTES]).unwrap();
-        ram.prefault(0, ram.page_count()).unwrap();
-        let mut page = [0; PAGE_BYTES];
-        ram.read_page(5, &mut page).unwrap();
-        assert_eq!(page, [3; PAGE_BYTES]);
     }
 }
