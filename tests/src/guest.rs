@@ -14,7 +14,8 @@ use ferry_migrate::protocol::source::{OnTimeout, Outcome, Summary};
 use ferry_migrate::protocol::{Epoch, MemoryLayout, MigrationId, PAGE_BYTES, VmId};
 use ferry_migrate::{FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
 use ferry_vmm::{
-    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryConfig, SerialTarget,
+    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, MemoryConfig,
+    SerialTarget,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -54,7 +55,7 @@ impl Drop for Guest {
 #[must_use]
 pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
     MachineConfig {
-        memory: MemoryConfig { size_bytes: memory_mib << 20, backing },
+        memory: MemoryConfig::new(memory_mib << 20, backing),
         cpus,
         net: None,
         serial: SerialTarget::Null,
@@ -204,7 +205,7 @@ pub struct Target {
 #[must_use]
 pub fn target_for(guest: &Guest) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
-    let local = LocalChoices { tap: None, serial: SerialTarget::Null };
+    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory: MemoryChoices::default() };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
     let options = ReceiveOptions {

@@ -62,6 +62,9 @@ pub(crate) struct VmInfo {
     pub(crate) id: Option<String>,
     pub(crate) epoch: Option<u64>,
     pub(crate) memory_bytes: Option<u64>,
+    /// What holds the memory on this host, in words.
+    #[serde(default)]
+    pub(crate) memory_kind: Option<String>,
     pub(crate) cpus: Option<u8>,
     pub(crate) network: Option<NetworkInfo>,
     /// Where it listens for a VM.

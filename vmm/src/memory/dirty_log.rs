@@ -255,7 +255,7 @@ mod tests {
         };
         let vm = kvm.create_vm().unwrap();
         let size_bytes = LOW_MEMORY_END + (9 << 20);
-        let ram = memory::allocate(&MemoryConfig { size_bytes, backing: Backing::PrivateAnonymous }).unwrap();
+        let ram = memory::allocate(&MemoryConfig::new(size_bytes, Backing::PrivateAnonymous)).unwrap();
         let modes = capability::enable_dirty_log_modes(&vm);
         let log = DirtyLog::register(&vm, &ram, modes).unwrap();
         let mut dirty = vec![0; words_of(ram.page_count())];

@@ -1,4 +1,5 @@
-//! Guest memory by page index: reading, writing and zeroing pages.
+//! Guest memory by page index: reading and writing pages. Zeroing them is in [`super::zero`], asking which were touched
+//! in [`super::touched`].
 //!
 //! The guest may run meanwhile. Reading a page that it writes gives some mix of old and new bytes; the
 //! dirty log then has the page again, so a migration sends it again. Writing pages is for a machine
@@ -12,21 +13,20 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock};
 
-use nix::fcntl::{FallocateFlags, fallocate};
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use super::mapping::Mapping;
 use super::pagemap::Pagemap;
 use super::{PAGE_BYTES, TrackedMemory};
-use crate::config::Backing;
+use crate::config::{Backing, HugePages, MemoryConfig};
 
 /// [`PAGE_BYTES`] as a length.
 pub(super) const PAGE: u64 = PAGE_BYTES as u64;
 
-/// Bytes of a huge page. Zeroing gives whole ones back to the host and clears the rest in place.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+/// Bytes of a huge page.
+pub const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// A stretch of guest-physical memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,9 +76,13 @@ pub struct GuestRam {
 #[derive(Debug)]
 struct Inner {
     memory: TrackedMemory,
+    /// What `memory` lies in; it is dropped after it.
+    _mappings: Vec<Mapping>,
     regions: Vec<RamRegion>,
     pages: u64,
     backing: Backing,
+    huge_pages: HugePages,
+    node: Option<u32>,
     pagemap: OnceLock<Pagemap>,
 }
 
@@ -93,9 +97,27 @@ pub(super) struct Span {
 }
 
 impl GuestRam {
-    pub(super) fn new(memory: TrackedMemory, regions: Vec<RamRegion>, backing: Backing) -> Self {
+    /// `config` says what the memory is, not what was wished for.
+    pub(super) fn new(
+        memory: TrackedMemory,
+        mappings: Vec<Mapping>,
+        regions: Vec<RamRegion>,
+        config: &MemoryConfig,
+    ) -> Self {
+        let MemoryConfig { size_bytes: _, backing, huge_pages, node } = *config;
         let pages = regions.iter().map(|region| region.bytes / PAGE).sum();
-        Self { inner: Arc::new(Inner { memory, regions, pages, backing, pagemap: OnceLock::new() }) }
+        Self {
+            inner: Arc::new(Inner {
+                memory,
+                _mappings: mappings,
+                regions,
+                pages,
+                backing,
+                huge_pages,
+                node,
+                pagemap: OnceLock::new(),
+            }),
+        }
     }
 
     /// How many pages there are; indices go from 0 to one less.
@@ -179,29 +201,27 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Makes `count` pages from `first` on read as zero. The machine must not run.
-    ///
-    /// Pages that were never touched stay so: whole huge pages (and any page of a memfd) are given back
-    /// to the host, which takes a call and no memory; the rest is read first, which maps the host's
-    /// shared zero page at most, and written only where it differs.
-    ///
-    /// # Errors
-    /// [`RamError::OutOfRange`], or the kernel refused to take the memory back.
-    pub fn zero_pages(&self, first: u64, count: u64) -> Result<(), RamError> {
-        for span in self.spans(first, count)? {
-            match self.inner.backing {
-                Backing::SharedMemfd => self.punch_hole(span)?,
-                Backing::PrivateAnonymous => {
-                    let start = span.pointer.addr();
-                    let head = start.next_multiple_of(HUGE_PAGE_BYTES).min(start + span.bytes) - start;
-                    let whole = (span.bytes - head) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
-                    clear_in_place(span.part(0, head));
-                    give_back(span.part(head, whole))?;
-                    clear_in_place(span.part(head + whole, span.bytes - head - whole));
-                }
-            }
-        }
-        Ok(())
+    /// What holds the memory here, in words: `private, transparent huge pages`.
+    #[must_use]
+    pub fn kind(&self) -> String {
+        let backing = match self.inner.backing {
+            Backing::PrivateAnonymous => "private",
+            Backing::SharedMemfd => "shared (memfd)",
+        };
+        let pages = match (self.inner.huge_pages, self.inner.backing) {
+            (HugePages::Transparent, Backing::PrivateAnonymous) => "transparent huge pages",
+            (HugePages::Transparent, Backing::SharedMemfd) => "pages by the host's policy",
+            (HugePages::Off, _) => "4 KiB pages",
+            (HugePages::Pool | HugePages::PoolIfFree, _) => "2 MiB pages of the host's pool",
+        };
+        let node = self.inner.node.map_or_else(String::new, |node| format!(", NUMA node {node}"));
+        format!("{backing}, {pages}{node}")
+    }
+
+    /// The size of its pages on this host, never [`HugePages::PoolIfFree`].
+    #[must_use]
+    pub fn huge_pages(&self) -> HugePages {
+        self.inner.huge_pages
     }
 
     /// What holds the bytes on the host.
@@ -234,17 +254,6 @@ impl GuestRam {
         self.inner.regions.iter().copied().zip(addresses)
     }
 
-    pub(super) fn advise_huge_pages(&self) {
-        if self.inner.backing != Backing::PrivateAnonymous {
-            return;
-        }
-        for region in self.inner.memory.iter() {
-            // Without huge pages the guest runs slower, and that is all: the result doesn't matter.
-            // SAFETY: the range is a live mapping of ours; the advice changes no byte.
-            unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
-        }
-    }
-
     /// The host ranges of `count` pages from `first` on, in order: at most one a region.
     pub(super) fn spans(&self, first: u64, count: u64) -> Result<impl Iterator<Item = Span>, RamError> {
         let pages = self.inner.pages;
@@ -267,67 +276,17 @@ impl GuestRam {
             Some(Span { pointer, bytes, file_offset })
         }))
     }
-
-    fn punch_hole(&self, span: Span) -> Result<(), RamError> {
-        let error = |source| RamError::Zero { bytes: span.bytes, source };
-        let file = self.file().ok_or_else(|| error(io::ErrorKind::NotFound.into()))?;
-        let number = |value: u64| i64::try_from(value).expect("below MEMORY_BYTES_MAX");
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(file.as_fd(), mode, number(span.file_offset), number(span.bytes as u64))
-            .map_err(|errno| error(errno.into()))
-    }
-}
-
-impl Span {
-    fn part(self, offset: usize, bytes: usize) -> Self {
-        assert!(offset + bytes <= self.bytes, "a part lies inside its span");
-        Self {
-            pointer: self.pointer.wrapping_add(offset),
-            bytes,
-            file_offset: self.file_offset + offset as u64,
-        }
-    }
-}
-
-/// Zeroes pages by writing those that aren't zero yet.
-fn clear_in_place(span: Span) {
-    for offset in (0..span.bytes).step_by(PAGE_BYTES) {
-        let pointer = span.pointer.wrapping_add(offset);
-        // SAFETY: the page lies in the span, which is mapped; the machine does not run, so nobody
-        // writes.
-        let words = unsafe { &*pointer.cast::<[u64; PAGE_BYTES / 8]>() };
-        let is_zero = words.iter().fold(0, |all, word| all | word) == 0;
-        if !is_zero {
-            // SAFETY: as above, and the reference `words` is no longer used.
-            unsafe { pointer.write_bytes(0, PAGE_BYTES) };
-        }
-    }
-}
-
-/// Drops private anonymous pages; they read as zero afterwards.
-fn give_back(span: Span) -> Result<(), RamError> {
-    if span.bytes == 0 {
-        return Ok(());
-    }
-    // SAFETY: the range lies in our own private mapping, and no reference into it lives across this.
-    let done = unsafe { libc::madvise(span.pointer.cast(), span.bytes, libc::MADV_DONTNEED) };
-    if done == 0 {
-        Ok(())
-    } else {
-        Err(RamError::Zero { bytes: span.bytes, source: io::Error::last_os_error() })
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::{HIGH_MEMORY_START, LOW_MEMORY_END, allocate};
     use super::*;
-    use crate::config::MemoryConfig;
 
     const BACKINGS: [Backing; 2] = [Backing::PrivateAnonymous, Backing::SharedMemfd];
 
     fn ram(size_bytes: u64, backing: Backing) -> GuestRam {
-        allocate(&MemoryConfig { size_bytes, backing }).unwrap()
+        allocate(&MemoryConfig::new(size_bytes, backing)).unwrap()
     }
 
     #[test]
@@ -364,39 +323,5 @@ mod tests {
             assert!(matches!(error, RamError::OutOfRange { pages: 1024, .. }), "{error}");
         }
         ram.for_each_page(1024, 0, |_, _| panic!("no page")).unwrap();
-    }
-
-    #[test]
-    fn zeroed_pages_read_as_zero_and_their_neighbours_do_not() {
-        for backing in BACKINGS {
-            let ram = ram(16 << 20, backing);
-            let pages = ram.page_count();
-            for page in 0..pages {
-                ram.write_page(page, &[0xab; PAGE_BYTES]).unwrap();
-            }
-            for (first, count) in [(3, 1), (10, 2000), (4000, 96)] {
-                ram.zero_pages(first, count).unwrap();
-            }
-            ram.for_each_page(0, pages, |page, bytes| {
-                let zeroed = page == 3 || (10..2010).contains(&page) || page >= 4000;
-                let expected = if zeroed { 0 } else { 0xab };
-                assert!(bytes.iter().all(|byte| *byte == expected), "{backing:?} page {page}");
-            })
-            .unwrap();
-        }
-    }
-
-    #[test]
-    fn zeroing_untouched_memory_takes_none() {
-        let ram = ram(256 << 20, Backing::PrivateAnonymous);
-        ram.zero_pages(1, ram.page_count() - 2).unwrap();
-        let mut resident = vec![0_u8; 65_536];
-        let span = ram.spans(0, ram.page_count()).unwrap().next().unwrap();
-        // SAFETY: mincore writes one byte a page of the live mapping into a vector of that length.
-        let done = unsafe { libc::mincore(span.pointer.cast(), span.bytes, resident.as_mut_ptr()) };
-        assert_eq!(done, 0);
-        let edges = 2 * HUGE_PAGE_BYTES / PAGE_BYTES;
-        let touched = resident.iter().filter(|byte| **byte & 1 != 0).count();
-        assert!(touched <= edges, "{touched} pages");
     }
 }

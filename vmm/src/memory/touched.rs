@@ -8,7 +8,8 @@
 //! | private | this process's page tables ([`super::pagemap`]) | present or swapped, except the shared zero page |
 //! | memfd | SEEK_DATA and SEEK_HOLE of the file | allocated or swapped, whoever has it mapped |
 //!
-//! For a memfd the page tables would not do: another process, or this one before it was handed the file, may have
+//! A memfd of the host's pool (hugetlbfs) does not tell holes from data: unless it is all hole, all of it counts as
+//! touched. The page tables would not do for a memfd: another process, or this one before it was handed the file, may have
 //! written pages that are not mapped here. Whatever can't be found out counts as touched.
 //!
 //! # Why a source may trust it while the guest runs
@@ -24,6 +25,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use nix::errno::Errno;
@@ -31,7 +33,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::PAGE_BYTES;
 use super::ram::{GuestRam, PAGE, RamError, Span};
-use crate::config::Backing;
+use crate::config::{Backing, HugePages};
 
 impl GuestRam {
     /// Calls `f` with first page and count of each run, ascending, of those of the `count` pages from `first` on that
@@ -64,15 +66,24 @@ impl GuestRam {
 
     /// Calls `f` with runs of pages, counted from the span's start.
     fn touched_in_span(&self, span: Span, f: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
-        match self.backing() {
+        let file = match self.backing() {
             Backing::PrivateAnonymous => {
                 let start = span.pointer.addr();
                 let page = |address: usize| ((address - start) / PAGE_BYTES) as u64;
-                self.pagemap()?
-                    .held(start..start + span.bytes, &mut |held| f(page(held.start), page(held.end)))
+                return self
+                    .pagemap()?
+                    .held(span.addresses(), &mut |held| f(page(held.start), page(held.end)));
             }
-            Backing::SharedMemfd => {
-                let file = self.file().ok_or(io::ErrorKind::NotFound)?;
+            Backing::SharedMemfd => self.file().ok_or(io::ErrorKind::NotFound)?,
+        };
+        match self.huge_pages() {
+            HugePages::Pool | HugePages::PoolIfFree => {
+                if file.metadata()?.blocks() > 0 {
+                    f(0, span.bytes as u64 / PAGE);
+                }
+                Ok(())
+            }
+            HugePages::Transparent | HugePages::Off => {
                 data_in_file(file, span.file_offset, span.file_offset + span.bytes as u64, f)
             }
         }
@@ -174,7 +185,7 @@ mod tests {
     const HUGE_PAGES: u64 = 512;
 
     fn ram(size_bytes: u64, backing: Backing) -> GuestRam {
-        allocate(&MemoryConfig { size_bytes, backing }).unwrap()
+        allocate(&MemoryConfig::new(size_bytes, backing)).unwrap()
     }
 
     fn touched(ram: &GuestRam, first: u64, count: u64) -> Vec<(u64, u64)> {

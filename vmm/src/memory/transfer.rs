@@ -118,7 +118,7 @@ mod tests {
     use crate::config::{Backing, MemoryConfig};
 
     fn ram(size_bytes: u64) -> GuestRam {
-        allocate(&MemoryConfig { size_bytes, backing: Backing::PrivateAnonymous }).unwrap()
+        allocate(&MemoryConfig::new(size_bytes, Backing::PrivateAnonymous)).unwrap()
     }
 
     #[test]

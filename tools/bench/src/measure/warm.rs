@@ -22,10 +22,7 @@ impl WarmMemory {
     #[must_use]
     pub fn hold(memory_mib: u32) -> Self {
         let config = MachineConfig {
-            memory: MemoryConfig {
-                size_bytes: (u64::from(memory_mib) + EXTRA_MIB) << 20,
-                backing: Backing::PrivateAnonymous,
-            },
+            memory: MemoryConfig::new((u64::from(memory_mib) + EXTRA_MIB) << 20, Backing::PrivateAnonymous),
             cpus: 1,
             net: None,
             serial: SerialTarget::Null,

@@ -20,7 +20,8 @@ use ferry_migrate::protocol::{Epoch, MigrationId, VmId, VmName};
 use ferry_migrate::report::MigrationReport;
 use ferry_migrate::{FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
 use ferry_vmm::{
-    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryConfig, NetConfig, SerialTarget,
+    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, MemoryConfig,
+    NetConfig, SerialTarget,
 };
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -82,7 +83,7 @@ fn random_id() -> anyhow::Result<[u8; 16]> {
 async fn run_source(order: SourceOrder) -> anyhow::Result<ExitCode> {
     let SourceOrder { kernel, initrd, cmdline, memory_mib, cpus, net, serial, folder } = order;
     let config = MachineConfig {
-        memory: MemoryConfig { size_bytes: u64::from(memory_mib) << 20, backing: Backing::PrivateAnonymous },
+        memory: MemoryConfig::new(u64::from(memory_mib) << 20, Backing::PrivateAnonymous),
         cpus,
         net: net.map(|(tap, mac)| NetConfig { tap, mac }),
         serial: SerialTarget::File(serial),
@@ -171,7 +172,8 @@ fn in_words(update: Update) -> Option<Said> {
 
 async fn run_target(order: TargetOrder) -> anyhow::Result<ExitCode> {
     let TargetOrder { listen, tap, folder } = order;
-    let host = MachineHost::new(LocalChoices { tap, serial: SerialTarget::Null });
+    let host =
+        MachineHost::new(LocalChoices { tap, serial: SerialTarget::Null, memory: MemoryChoices::default() });
     let options = ReceiveOptions { listen, host: "target".to_owned(), name: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());

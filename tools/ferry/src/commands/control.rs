@@ -58,6 +58,7 @@ fn print(info: &VmInfo) {
     row("id", info.id.clone());
     row("epoch", info.epoch.map(|epoch| epoch.to_string()));
     row("memory", info.memory_bytes.map(show_bytes));
+    row("backing", info.memory_kind.clone());
     row("vCPUs", info.cpus.map(|cpus| cpus.to_string()));
     if let Some(network) = &info.network {
         row("tap", Some(network.tap.clone()));

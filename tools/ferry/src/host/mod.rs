@@ -142,6 +142,7 @@ impl VmHost {
             id: None,
             epoch: None,
             memory_bytes: None,
+            memory_kind: None,
             cpus: None,
             network: None,
             listen: None,
@@ -324,6 +325,7 @@ fn describe(here: &Here, info: &mut VmInfo) {
     info.id = Some(here.vm.to_string());
     info.epoch = Some(here.epoch.number());
     info.memory_bytes = Some(machine.ram().regions().iter().map(|region| region.bytes).sum());
+    info.memory_kind = Some(machine.memory_kind());
     info.cpus = Some(machine.config().cpus);
     info.note = here.migration.as_ref().and_then(|migration| migration.note());
     if let (Some(mac), Some(tap)) = (machine.mac(), &here.tap) {
