@@ -52,11 +52,16 @@ impl GuestPages for MachinePages {
     }
 
     fn receive(&self, socket: BorrowedFd<'_>, ranges: &[PageRange]) -> io::Result<()> {
-        ranges.iter().try_for_each(|range| self.ram.receive_pages(socket, range.first(), range.count()))
+        let runs: Vec<(u64, u64)> = ranges.iter().map(|range| (range.first(), range.count())).collect();
+        self.ram.receive_pages(socket, &runs)
     }
 
     fn write(&self, page: u64, bytes: &[u8; PAGE_BYTES]) {
         self.ram.write_page(page, bytes).expect(IN_LAYOUT);
+    }
+
+    fn patch(&self, page: u64, at: usize, bytes: &[u8]) {
+        self.ram.patch_page(page, at, bytes).expect(IN_LAYOUT);
     }
 
     fn zero(&self, range: PageRange) -> io::Result<()> {

@@ -43,6 +43,12 @@ pub trait GuestPages: Send + Sync {
     /// Writes one page.
     fn write(&self, page: u64, bytes: &[u8; PAGE_BYTES]);
 
+    /// Overwrites part of a page from its byte `at` on.
+    ///
+    /// # Panics
+    /// If the page ends before `bytes` do.
+    fn patch(&self, page: u64, at: usize, bytes: &[u8]);
+
     /// Makes the pages of `range` read as zero, without touching those that never held anything else.
     ///
     /// # Errors

@@ -97,6 +97,12 @@ pub struct Round {
     pub zero_pages: u64,
     /// Of these: packed.
     pub packed_pages: u64,
+    /// Of these: only the blocks that had changed.
+    pub delta_pages: u64,
+    /// Of these: nothing, since the target had them already.
+    pub unchanged_pages: u64,
+    /// Pages of which the target was not told, because nothing ever touched them.
+    pub untouched_pages: u64,
     /// Bytes on the data streams.
     pub wire_bytes: u64,
     /// How long it took, in ms, until all had arrived.
@@ -185,6 +191,15 @@ impl From<&Forecast> for ForecastReport {
     }
 }
 
+impl Round {
+    /// Pages that travelled as they are.
+    #[must_use]
+    pub const fn whole_pages(&self) -> u64 {
+        let others = self.zero_pages + self.packed_pages + self.delta_pages + self.unchanged_pages;
+        self.sent_pages.saturating_sub(others)
+    }
+}
+
 impl From<&RoundReport> for Round {
     #[expect(clippy::cast_precision_loss, reason = "a rate for people needs no more than 53 bits")]
     fn from(report: &RoundReport) -> Self {
@@ -197,6 +212,9 @@ impl From<&RoundReport> for Round {
             sent_pages: sent.pages(),
             zero_pages: sent.zero_pages,
             packed_pages: sent.packed_pages,
+            delta_pages: sent.delta_pages,
+            unchanged_pages: sent.unchanged_pages,
+            untouched_pages: sent.untouched_pages,
             wire_bytes: sent.wire_bytes,
             ms: ms(*took),
             link_bytes_per_s,

@@ -102,6 +102,19 @@ impl PageMask {
         self.0.get(word).is_some_and(|w| w & bit != 0)
     }
 
+    /// Removes page `offset` of the chunk, if it is in the set.
+    pub fn remove(&mut self, offset: u64) {
+        let (word, bit) = split(offset);
+        if let Some(word) = self.0.get_mut(word) {
+            *word &= !bit;
+        }
+    }
+
+    /// The offsets of the pages in the set, in ascending order.
+    pub fn offsets(&self) -> impl Iterator<Item = u64> + use<> {
+        self.runs().flat_map(|(first, count)| first..first + count)
+    }
+
     /// How many pages are in the set.
     #[must_use]
     pub fn count(&self) -> u64 {

@@ -13,8 +13,18 @@ impl Features {
     pub const NONE: Self = Self(0);
     /// Pages may travel as lz4 blocks.
     pub const LZ4: Self = Self(1 << 0);
+    /// Pages may travel as zstd frames.
+    pub const ZSTD: Self = Self(1 << 4);
+    /// Pages may travel as the blocks of them that have changed.
+    pub const DELTA: Self = Self(1 << 5);
     /// All that this crate can do.
-    pub const OURS: Self = Self(Self::LZ4.0);
+    pub const OURS: Self = Self(Self::LZ4.0 | Self::ZSTD.0 | Self::DELTA.0);
+
+    /// All of either.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 
     /// What both can do.
     #[must_use]

@@ -1,7 +1,7 @@
 //! The source's engine: [`migrate`] moves one VM away.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use ferry_protocol::page::Compression;
@@ -15,7 +15,7 @@ use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::bandwidth::Bandwidth;
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
-use crate::stream::{SenderOptions, Senders, TransferCounters};
+use crate::stream::{SenderOptions, Senders, StreamSettings, TransferCounters};
 use crate::transport::control::{ControlReader, ControlWriter, UNHANDLED_MAX, split};
 use crate::transport::tcp;
 
@@ -83,16 +83,14 @@ pub async fn migrate(
     let layout = pages.layout();
     let bandwidth = Arc::new(Bandwidth::new(options.bandwidth_bytes_per_s, Arc::clone(&clock)));
     let counters = Arc::new(TransferCounters::default());
-    let sender_options = Arc::new(SenderOptions {
+    let settings = StreamSettings {
         target: options.target.clone(),
-        pinned: OnceLock::new(),
         migration: options.migration,
         streams: options.streams,
         compression: options.compression,
-        pages,
-        bandwidth,
-        counters: Arc::clone(&counters),
-    });
+    };
+    let sender_options =
+        Arc::new(SenderOptions::new(settings, pages, bandwidth, Arc::clone(&counters), Arc::clone(&clock)));
     let core = begin(&*vm, &*records, options, layout, &*clock);
     let worker = VmWorker::start()?;
     let engine = Engine {

@@ -128,15 +128,15 @@ impl World {
 
     fn open_streams(&mut self) {
         self.sessions += 1;
-        let (streams, pages) = (self.scenario.streams, self.scenario.layout.page_count());
+        let streams = self.scenario.streams;
         let indices = (0..streams).map(|index| StreamIndex::new(index, streams).expect("below their count"));
         self.streams = Some(Streams {
             session: self.sessions,
             senders: indices
                 .clone()
-                .map(|index| Sender::new(index, streams, self.scenario.compression, pages))
+                .map(|index| Sender::new(index, streams, self.scenario.compression))
                 .collect(),
-            receivers: indices.map(|index| Receiver::new(index, streams, pages)).collect(),
+            receivers: indices.map(|index| Receiver::new(index, streams)).collect(),
             link_free_at: self.now,
             ended: Vec::new(),
         });
@@ -254,6 +254,9 @@ fn add(a: RoundSent, b: RoundSent) -> RoundSent {
         raw_pages: a.raw_pages + b.raw_pages,
         zero_pages: a.zero_pages + b.zero_pages,
         packed_pages: a.packed_pages + b.packed_pages,
+        delta_pages: a.delta_pages + b.delta_pages,
+        unchanged_pages: a.unchanged_pages + b.unchanged_pages,
+        untouched_pages: a.untouched_pages + b.untouched_pages,
         wire_bytes: a.wire_bytes + b.wire_bytes,
         digest: a.digest.combine(b.digest),
     }

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::time::Duration;
 
-use ferry_protocol::digest::DigestTable;
 use ferry_protocol::message::AbortCode;
 use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::source::{self, Failure, Outcome, Source};
@@ -464,11 +463,8 @@ fn config(scenario: &Scenario, attempt: u32, epoch: Epoch) -> source::Config {
 
 /// The digest of a memory, taken over all its pages at once.
 fn digest(memory: &Memory) -> MemoryDigest {
-    let mut table = DigestTable::new(usize::try_from(memory.page_count()).expect("a small guest"));
-    for (page, slot) in (0..memory.page_count()).zip(0..) {
-        table.set(slot, PageDigest::of(page, memory.page(page)));
-    }
-    table.sum()
+    let pages = (0..memory.page_count()).map(|page| PageDigest::of(page, memory.page(page)).alone());
+    pages.fold(MemoryDigest::ZERO, MemoryDigest::combine)
 }
 
 fn word(failure: &Failure) -> String {

@@ -89,18 +89,11 @@ pub(crate) struct MigrationRequest {
     pub(crate) target: String,
     pub(crate) downtime_ms: f64,
     pub(crate) streams: u16,
-    pub(crate) compress: Compress,
+    /// How pages are packed: `auto`, `none`, `lz4`, `zstd` or `zstd:LEVEL`.
+    pub(crate) compress: String,
     pub(crate) bandwidth_bytes_per_s: Option<u64>,
     pub(crate) timeout_ms: f64,
     pub(crate) on_timeout: OnTimeoutWord,
-}
-
-/// How pages are packed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Compress {
-    None,
-    Lz4,
 }
 
 /// What to do when the time is over.

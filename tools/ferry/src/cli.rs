@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use ferry_migrate::protocol::VmName;
+use ferry_migrate::protocol::page::Compression;
 use ferry_vmm::{Backing, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
 
 use crate::quantity;
@@ -125,14 +126,6 @@ pub(crate) struct ReceiveArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum CompressArg {
-    /// Pages travel as they are
-    None,
-    /// Pages travel as lz4 blocks where that is shorter
-    Lz4,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OnTimeoutArg {
     /// Give up; the VM goes on here
     Cancel,
@@ -157,9 +150,9 @@ pub(crate) struct MigrateArgs {
     #[arg(long, default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(ferry_migrate::protocol::ident::STREAMS_MAX)))]
     pub(crate) streams: u16,
-    /// How pages are packed
-    #[arg(long, value_enum, default_value_t = CompressArg::None)]
-    pub(crate) compress: CompressArg,
+    /// How pages are packed: 'auto' goes by the link and by the processor's time
+    #[arg(long, default_value_t = Compression::Auto, value_name = "auto|none|lz4|zstd[:LEVEL]")]
+    pub(crate) compress: Compression,
     /// The most to send while the VM runs, like 100M/s or 1Gbit/s
     #[arg(long, value_name = "RATE", value_parser = quantity::bytes_per_s)]
     pub(crate) bandwidth: Option<u64>,

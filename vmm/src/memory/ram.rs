@@ -201,6 +201,27 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Overwrites part of a page, from its byte `at` on. The machine must not run.
+    ///
+    /// # Errors
+    /// [`RamError::OutOfRange`].
+    ///
+    /// # Panics
+    /// If the page ends before `bytes` do.
+    pub fn patch_page(&self, page: u64, at: usize, bytes: &[u8]) -> Result<(), RamError> {
+        assert!(
+            at <= PAGE_BYTES && bytes.len() <= PAGE_BYTES - at,
+            "{} bytes at {at} of a page",
+            bytes.len()
+        );
+        for span in self.spans(page, 1)? {
+            let to = span.pointer.wrapping_add(at);
+            // SAFETY: as in `write_page`; the assertion above keeps the bytes inside the page.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        }
+        Ok(())
+    }
+
     /// What holds the memory here, in words: `private, transparent huge pages`.
     #[must_use]
     pub fn kind(&self) -> String {

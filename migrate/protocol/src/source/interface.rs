@@ -72,6 +72,12 @@ pub struct RoundSent {
     pub zero_pages: u64,
     /// Pages that travelled packed.
     pub packed_pages: u64,
+    /// Pages of which only the changed blocks travelled.
+    pub delta_pages: u64,
+    /// Dirty pages that the target was known to have already.
+    pub unchanged_pages: u64,
+    /// Pages that were never touched, so that the target need not hear of them.
+    pub untouched_pages: u64,
     /// Bytes written to the data streams.
     pub wire_bytes: u64,
     /// The digest of all pages sent so far, each as last sent.
@@ -79,10 +85,10 @@ pub struct RoundSent {
 }
 
 impl RoundSent {
-    /// All pages of the round.
+    /// All pages of the round that the streams looked at.
     #[must_use]
     pub const fn pages(&self) -> u64 {
-        self.raw_pages + self.zero_pages + self.packed_pages
+        self.raw_pages + self.zero_pages + self.packed_pages + self.delta_pages + self.unchanged_pages
     }
 }
 

@@ -252,6 +252,8 @@ fn out_of_turn(event: &Event, phase: &'static str) -> Result<(), Failure> {
 fn features_wanted(config: &Config) -> Features {
     match config.compression {
         Compression::None => Features::NONE,
-        Compression::Lz4 => Features::LZ4,
+        Compression::Lz4 => Features::DELTA.and(Features::LZ4),
+        Compression::Zstd(_) => Features::DELTA.and(Features::ZSTD),
+        Compression::Auto => Features::DELTA.and(Features::LZ4).and(Features::ZSTD),
     }
 }

@@ -185,7 +185,7 @@ impl PreCopy {
             return Phase::PreCopy(self);
         };
         let took = now.since(started);
-        context.link.add_round(sent.raw_pages + sent.packed_pages, sent.wire_bytes, took);
+        context.link.add_round(sent.pages() - sent.zero_pages, sent.wire_bytes, took);
         let last = Arrived { dirty_pages, sent, took };
         let until = started + ROUND_INTERVAL_MIN;
         self.step = if until > now && context.fence > 1 {

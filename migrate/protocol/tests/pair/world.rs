@@ -7,7 +7,6 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use ferry_protocol::digest::DigestTable;
 use ferry_protocol::message::{AbortCode, Hello, MessageType};
 use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::source::{self, Source};
@@ -157,9 +156,7 @@ pub(crate) fn layout() -> MemoryLayout {
 
 /// A digest that stands for memory contents number `number`, or for one stream's part of it.
 fn digest(number: u64) -> MemoryDigest {
-    let mut table = DigestTable::new(1);
-    table.set(0, PageDigest::of(number, &[0; PAGE_BYTES]));
-    table.sum()
+    PageDigest::of(number, &[0; PAGE_BYTES]).alone()
 }
 
 impl Pair {

@@ -10,8 +10,8 @@ use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::api::{self, Compress, MigrationEvent, MigrationRequest, OnTimeoutWord, VmInfo, VmState};
-use crate::cli::{CompressArg, MigrateArgs, OnTimeoutArg};
+use crate::api::{self, MigrationEvent, MigrationRequest, OnTimeoutWord, VmInfo, VmState};
+use crate::cli::{MigrateArgs, OnTimeoutArg};
 use crate::client::{self, Events};
 use crate::quantity::{show_bytes, show_ms, show_rate};
 use crate::state_dir::StateDir;
@@ -34,10 +34,7 @@ fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
         target: args.to.clone().ok_or_else(|| anyhow!("--to is missing"))?,
         downtime_ms: ms(args.downtime),
         streams: args.streams,
-        compress: match args.compress {
-            CompressArg::None => Compress::None,
-            CompressArg::Lz4 => Compress::Lz4,
-        },
+        compress: args.compress.to_string(),
         bandwidth_bytes_per_s: args.bandwidth,
         timeout_ms: ms(args.timeout),
         on_timeout: match args.on_timeout {
@@ -110,7 +107,6 @@ async fn left_as(state: &StateDir, args: &MigrateArgs) -> String {
 struct Display {
     json: bool,
     bar: Option<ProgressBar>,
-    compress: bool,
 }
 
 impl Display {
@@ -123,7 +119,7 @@ impl Display {
             bar.enable_steady_tick(Duration::from_millis(100));
             bar
         });
-        Self { json, bar, compress: args.compress != CompressArg::None }
+        Self { json, bar }
     }
 
     /// A line above the bar.
@@ -172,7 +168,7 @@ impl Display {
             MigrationEvent::Undoing { reason } => self.say(&format!("giving up: {reason}")),
             MigrationEvent::Moved(report) => {
                 self.clear();
-                print!("{}", summary(report, self.compress));
+                print!("{}", summary(report));
             }
             MigrationEvent::Failed { .. } => self.clear(),
         }
@@ -213,7 +209,7 @@ fn show_forecast(forecast: &ForecastReport) -> String {
 }
 
 /// A finished migration for people.
-pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
+pub(crate) fn summary(report: &MigrationReport) -> String {
     use std::fmt::Write as _;
     let MigrationReport { name, host, downtime_ms, downtime_budget_ms, downtime_parts: parts, .. } = report;
     let forecast = &report.forecast;
@@ -245,11 +241,25 @@ pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
     );
     row("  commit", parts.commit_ms, forecast.commit_ms, &target);
     let _ = writeln!(text, "{:>26}{:>12}", "", "^ forecast");
-    let packed_pages: u64 = report.rounds.iter().map(|round| round.packed_pages).sum();
-    let packing = if packed { format!(", {packed_pages} pages packed") } else { String::new() };
     let _ = writeln!(text, "  total        {:>9}   {} rounds", show_ms(report.total_ms), report.rounds.len());
-    let _ = writeln!(text, "  sent         {:>9}{packing}", show_bytes(report.wire_bytes));
+    let _ = writeln!(text, "  sent         {:>9}   {}", show_bytes(report.wire_bytes), page_kinds(report));
     let equal = if report.digest_equal { "equal on both sides" } else { "DIFFERENT" };
     let _ = writeln!(text, "  digest       {} ({equal})", report.digest);
     text
+}
+
+/// How the pages of all rounds travelled, as far as there are any of a kind: `262,144 whole, 12 as deltas`.
+fn page_kinds(report: &MigrationReport) -> String {
+    let total = |of: fn(&Round) -> u64| report.rounds.iter().map(of).sum::<u64>();
+    let kinds = [
+        (total(Round::whole_pages), "whole"),
+        (total(|round| round.packed_pages), "packed"),
+        (total(|round| round.delta_pages), "as deltas"),
+        (total(|round| round.unchanged_pages), "unchanged"),
+        (total(|round| round.zero_pages), "zero"),
+        (total(|round| round.untouched_pages), "never touched"),
+    ];
+    let said: Vec<String> =
+        kinds.iter().filter(|(pages, _)| *pages > 0).map(|(pages, kind)| format!("{pages} {kind}")).collect();
+    format!("pages: {}", said.join(", "))
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ferry_migrate::protocol::ident::STREAMS_MAX;
-use ferry_migrate::protocol::page::Compression;
+use ferry_migrate::protocol::page::UnknownCompression;
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{MigrationId, VmName};
 use ferry_migrate::report::MigrationReport;
@@ -12,7 +12,7 @@ use ferry_migrate::{MigrateOptions, Update, migrate};
 use tokio::sync::{mpsc, watch};
 
 use super::{Here, Life, Refused, VmHost};
-use crate::api::{Compress, MigrationEvent, MigrationRequest, OnTimeoutWord};
+use crate::api::{MigrationEvent, MigrationRequest, OnTimeoutWord};
 
 /// Events beyond this are not kept for late readers; a migration of sane length stays far below.
 const EVENTS_MAX: usize = 100_000;
@@ -207,10 +207,10 @@ fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<Mig
         epoch: here.epoch,
         target: request.target.clone(),
         streams: request.streams,
-        compression: match request.compress {
-            Compress::None => Compression::None,
-            Compress::Lz4 => Compression::Lz4,
-        },
+        compression: request
+            .compress
+            .parse()
+            .map_err(|error: UnknownCompression| Refused(error.to_string()))?,
         bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
         downtime_budget: duration(request.downtime_ms, "a downtime")?,
         timeout: duration(request.timeout_ms, "a timeout")?,
