@@ -7,6 +7,9 @@ use crate::layout::MemoryLayout;
 /// Pages of a chunk: 2 MiB, the unit that is tied to a data stream.
 pub const CHUNK_PAGES: u64 = 512;
 
+/// The same as the length of an array.
+pub(crate) const CHUNK_SLOTS: usize = 512;
+
 const WORD_PAGES: u64 = 64;
 const CHUNK_WORDS: usize = 8;
 

@@ -10,7 +10,7 @@
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_128;
 
-use crate::bitmap::CHUNK_PAGES;
+use crate::bitmap::CHUNK_SLOTS;
 use crate::layout::PAGE_BYTES;
 
 /// The digest of one page at its place.
@@ -55,12 +55,12 @@ impl std::fmt::Display for MemoryDigest {
 
 /// The digests of a chunk's pages: 16 bytes for each, of the 512.
 #[derive(Debug)]
-pub struct ChunkDigests(Box<[u128; CHUNK_PAGES as usize]>);
+pub struct ChunkDigests(Box<[u128; CHUNK_SLOTS]>);
 
 impl Default for ChunkDigests {
     /// Those of a chunk of which no page has been seen.
     fn default() -> Self {
-        Self(Box::new([0; CHUNK_PAGES as usize]))
+        Self(Box::new([0; CHUNK_SLOTS]))
     }
 }
 

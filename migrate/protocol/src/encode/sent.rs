@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::bitmap::{CHUNK_PAGES, PageMask};
+use crate::bitmap::{CHUNK_PAGES, CHUNK_SLOTS, PageMask};
 use crate::digest::{ChunkDigests, MemoryDigest, PageDigest};
 use crate::layout::PAGE_BYTES;
 
@@ -57,7 +57,7 @@ pub struct SentChunk {
 #[derive(Debug)]
 struct Signatures {
     /// Where each page's signature is.
-    places: [u16; CHUNK_PAGES as usize],
+    places: [u16; CHUNK_SLOTS],
     held: Vec<Signature>,
     free: Vec<u16>,
 }
@@ -104,7 +104,7 @@ impl SentChunk {
             return;
         }
         let signatures = self.signatures.get_or_insert_with(|| {
-            Box::new(Signatures { places: [NONE; CHUNK_PAGES as usize], held: Vec::new(), free: Vec::new() })
+            Box::new(Signatures { places: [NONE; CHUNK_SLOTS], held: Vec::new(), free: Vec::new() })
         });
         let signature = Signature::of(bytes);
         let place = signatures.free.pop().unwrap_or_else(|| {
