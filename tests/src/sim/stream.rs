@@ -117,7 +117,7 @@ impl Sender {
             Compression::Auto => [Method::None, Method::Lz4, Method::Zstd(1)][self.pieces.len() % 3],
         };
         // Odd chunks are lent in the first round, even ones are remembered from it on.
-        let way = Way { method, remember: self.again || chunk.number() % 2 == 0, verify: true };
+        let way = Way { method, remember: self.again || chunk.number().is_multiple_of(2), verify: true };
         let read = |range: PageRange, visit: &mut dyn FnMut(u64, &Page)| {
             (range.first()..range.first() + range.count()).for_each(|page| visit(page, memory.page(page)));
         };
