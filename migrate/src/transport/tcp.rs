@@ -36,7 +36,20 @@ pub(crate) fn set_up<S: AsFd>(stream: &S) -> io::Result<()> {
 pub(crate) fn set_up_data(stream: &TcpStream, stall_max: Option<Duration>) -> io::Result<()> {
     set_up(stream)?;
     stream.set_nonblocking(false)?;
-    stream.set_write_timeout(stall_max)
+    stream.set_write_timeout(stall_max)?;
+    if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
+        spare_pacing(stream);
+    }
+    Ok(())
+}
+
+/// Within a host there is no congestion to control, and pacing (bbr's, where that is the host's default) costs the sender
+/// a third of its processor time. Other links keep what their host's operator has chosen.
+fn spare_pacing(stream: &TcpStream) {
+    // Every kernel has it; if this one does not, the stream is slower and nothing else.
+    if let Err(error) = SockRef::from(stream).set_tcp_congestion(b"reno") {
+        tracing::debug!("a data stream keeps its congestion control: {error}");
+    }
 }
 
 /// Connects a data stream to the first of `address`'s addresses that answers.
