@@ -13,8 +13,10 @@ impl Features {
     pub const NONE: Self = Self(0);
     /// Pages may travel as lz4 blocks.
     pub const LZ4: Self = Self(1 << 0);
+    /// The target measures its record anew when asked ([`crate::message::Rehearse`]).
+    pub const REHEARSAL: Self = Self(1 << 8);
     /// All that this crate can do.
-    pub const OURS: Self = Self(Self::LZ4.0);
+    pub const OURS: Self = Self(Self::LZ4.0 | Self::REHEARSAL.0);
 
     /// What both can do.
     #[must_use]

@@ -296,6 +296,7 @@ impl Engine {
             }
             Action::ReleaseVm => self.worker_only(|vm| vm.release()),
             Action::WriteRecord(record) => self.write_record(record),
+            Action::RehearseRecord(record) => self.rehearse_record(record),
             Action::Report(progress) => self.update(Update::Progress(Box::new(progress))),
             Action::Finish(outcome) => self.outcome = Some(outcome),
         }
@@ -384,6 +385,17 @@ impl Engine {
             let event = match written {
                 Ok(took) => Event::RecordWritten { took },
                 Err(reason) => Event::RecordFailed(reason),
+            };
+            let _ = events.send(Happened::Core(event));
+        });
+    }
+
+    fn rehearse_record(&self, record: Record) {
+        let events = self.events.clone();
+        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
+            let event = match written {
+                Ok(took) => Event::RecordRehearsed { took },
+                Err(reason) => Event::RehearsalFailed(reason),
             };
             let _ = events.send(Happened::Core(event));
         });

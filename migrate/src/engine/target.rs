@@ -356,6 +356,7 @@ impl Attempt {
         match action {
             Action::Send(message) => self.connection.writer.send(&message),
             Action::WriteRecord(record) => self.write_record(record),
+            Action::RehearseRecord(record) => self.rehearse_record(record),
             Action::BuildMachine { description, layout, streams } => {
                 let (host, vm, events) = (Arc::clone(&self.host), self.vm, self.events.clone());
                 let panicked = self.events.clone();
@@ -413,6 +414,17 @@ impl Attempt {
             let event = match written {
                 Ok(took) => Event::RecordWritten { took },
                 Err(reason) => Event::RecordFailed(reason),
+            };
+            let _ = events.send(Happened::Core(event));
+        });
+    }
+
+    fn rehearse_record(&self, record: Record) {
+        let events = self.events.clone();
+        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
+            let event = match written {
+                Ok(took) => Event::RecordRehearsed { took },
+                Err(reason) => Event::RehearsalFailed(reason),
             };
             let _ = events.send(Happened::Core(event));
         });

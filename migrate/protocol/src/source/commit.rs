@@ -120,6 +120,8 @@ impl Recording {
             | Event::RoundSent(_)
             | Event::Paused
             | Event::StateSaved { .. }
+            | Event::RecordRehearsed { .. }
+            | Event::RehearsalFailed(_)
             | Event::VmFailed(_)
             | Event::VmResumed
             | Event::ResumeFailed(_)
@@ -165,6 +167,8 @@ impl Committed {
             | Event::StateSaved { .. }
             | Event::RecordWritten { .. }
             | Event::RecordFailed(_)
+            | Event::RecordRehearsed { .. }
+            | Event::RehearsalFailed(_)
             | Event::VmFailed(_)
             | Event::VmResumed
             | Event::ResumeFailed(_)

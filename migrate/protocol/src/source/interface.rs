@@ -130,6 +130,13 @@ pub enum Event {
     },
     /// The record could not be written.
     RecordFailed(String),
+    /// The record that stands already is written once more.
+    RecordRehearsed {
+        /// How long that took.
+        took: Duration,
+    },
+    /// It could not be written once more.
+    RehearsalFailed(String),
     /// An action on the VM other than resuming failed, or the guest ended by itself.
     VmFailed(String),
     /// The guest runs again (or is as it was before the migration).
@@ -181,6 +188,8 @@ pub enum Action {
     ReleaseVm,
     /// Write the record durably.
     WriteRecord(Record),
+    /// Write durably once more the record that stands already, to measure what that costs.
+    RehearseRecord(Record),
     /// Tell the caller.
     Report(Progress),
     /// It is over.
@@ -199,7 +208,8 @@ impl Action {
             | Self::SaveState
             | Self::ResumeVm
             | Self::ReleaseVm
-            | Self::WriteRecord(_) => true,
+            | Self::WriteRecord(_)
+            | Self::RehearseRecord(_) => true,
             Self::Connect { .. }
             | Self::Send(_)
             | Self::OpenStreams

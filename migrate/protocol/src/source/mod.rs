@@ -54,6 +54,8 @@ struct Context {
     rounds: Vec<RoundReport>,
     link: LinkEstimate,
     costs: FixedCosts,
+    /// What both sides can do.
+    features: Features,
     fence: u32,
     /// Whether the dirty log may be on.
     logging: bool,
@@ -133,6 +135,7 @@ impl Source {
             rounds: Vec::new(),
             link: LinkEstimate::default(),
             costs: FixedCosts::default(),
+            features: Features::NONE,
             fence: 0,
             logging: false,
         };
@@ -218,9 +221,10 @@ fn interruption(event: &Event) -> Option<Failure> {
     match event {
         Event::Cancel => Some(Failure::Cancelled),
         Event::Disconnected(reason) | Event::StreamFailed(reason) => Some(Failure::Link(reason.clone())),
-        Event::VmFailed(reason) | Event::ResumeFailed(reason) | Event::RecordFailed(reason) => {
-            Some(Failure::Local(reason.clone()))
-        }
+        Event::VmFailed(reason)
+        | Event::ResumeFailed(reason)
+        | Event::RecordFailed(reason)
+        | Event::RehearsalFailed(reason) => Some(Failure::Local(reason.clone())),
         Event::Message(Message::Abort(abort)) => Some(Failure::Refused(abort.clone())),
         Event::Connected
         | Event::Message(_)
@@ -231,6 +235,7 @@ fn interruption(event: &Event) -> Option<Failure> {
         | Event::Paused
         | Event::StateSaved { .. }
         | Event::RecordWritten { .. }
+        | Event::RecordRehearsed { .. }
         | Event::VmResumed
         | Event::Timeout => None,
     }

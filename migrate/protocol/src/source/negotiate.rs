@@ -8,7 +8,6 @@
 
 use crate::message::{Describe, Hello, Message};
 use crate::negotiation::{Features, common_version};
-use crate::policy::Estimate;
 use crate::time::Timestamp;
 use crate::wire::{VERSION_NEWEST, VERSION_OLDEST};
 
@@ -92,6 +91,7 @@ impl Greeting {
                     let text = "it can't unpack lz4 pages; migrate with --compress none".to_owned();
                     return undo(Failure::Protocol(text), context);
                 }
+                context.features = welcome.features.both(Features::OURS);
                 context.host.clone_from(&welcome.host);
                 context.report(Progress::Negotiated { version: welcome.version, host: welcome.host });
                 context.send(Message::Describe(Describe {
@@ -114,8 +114,7 @@ impl Describing {
         }
         match event {
             Event::Message(Message::Ready(ready)) => {
-                let record = Duration::from_micros(ready.record_us);
-                context.costs.target_record = Estimate::new(record, record / 2);
+                context.costs.target_record.add(Duration::from_micros(ready.record_us));
                 context.act(Action::OpenStreams);
                 Phase::OpeningStreams(OpeningStreams { deadline: now + NEGOTIATION_TIMEOUT })
             }

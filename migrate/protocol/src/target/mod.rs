@@ -95,6 +95,13 @@ pub enum Event {
     },
     /// It could not be written.
     RecordFailed(String),
+    /// The record that stands already is written once more.
+    RecordRehearsed {
+        /// How long that took.
+        took: Duration,
+    },
+    /// It could not be written once more.
+    RehearsalFailed(String),
     /// The guest runs.
     VmRunning {
         /// How long starting it took.
@@ -115,6 +122,8 @@ pub enum Action {
     Send(Message),
     /// Write the record durably.
     WriteRecord(Record),
+    /// Write durably once more the record that stands already, to measure what that costs.
+    RehearseRecord(Record),
     /// Build an empty machine and get ready to take its streams.
     BuildMachine {
         /// The machine in the machine monitor's own format.

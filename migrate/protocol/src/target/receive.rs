@@ -13,8 +13,8 @@ use crate::handover::TargetStanding;
 use crate::ident::StreamIndex;
 use crate::layout::MemoryLayout;
 use crate::message::{
-    AbortCode, Describe, FenceReached, Hello, Message, NetworkIdentity, Prepare, Prepared, Ready, Running,
-    State, Welcome,
+    AbortCode, Describe, FenceReached, Hello, Message, NetworkIdentity, Prepare, Prepared, Ready, Rehearse,
+    Rehearsed, Running, State, Welcome,
 };
 use crate::negotiation::{Features, common_version};
 use crate::record::{Record, Standing};
@@ -225,7 +225,7 @@ fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
             Some((Some(*code), sentence.clone()))
         }
         Event::RestoreFailed(reason) => Some((Some(AbortCode::CannotRestore), reason.clone())),
-        Event::RecordFailed(reason) | Event::RunFailed(reason) => {
+        Event::RecordFailed(reason) | Event::RehearsalFailed(reason) | Event::RunFailed(reason) => {
             Some((Some(AbortCode::Internal), reason.clone()))
         }
         Event::Cancel => Some((Some(AbortCode::Cancelled), "the target was told to give up".to_owned())),
@@ -235,6 +235,7 @@ fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
         | Event::FenceReached { .. }
         | Event::StateRestored { .. }
         | Event::RecordWritten { .. }
+        | Event::RecordRehearsed { .. }
         | Event::VmRunning { .. }
         | Event::Timeout => None,
     }
@@ -250,6 +251,8 @@ pub(super) struct Receiving {
     /// The last fence that all streams have reached, and the digest of all pages by then.
     complete: (u32, MemoryDigest),
     state: Option<StateStep>,
+    /// Whether the record is being written once more.
+    rehearsing: bool,
     prepare: Option<(Prepare, Timestamp)>,
     pages_complete_at: Option<Timestamp>,
 }
@@ -273,6 +276,7 @@ impl Receiving {
             fences: BTreeMap::new(),
             complete: (0, MemoryDigest::ZERO),
             state: None,
+            rehearsing: false,
             prepare: None,
             pages_complete_at: None,
         }
@@ -290,6 +294,15 @@ impl Receiving {
             }
             (Event::Message(Message::Stopping(_)), _) => context.act(Action::DropStaleFrames),
             (Event::Message(Message::Ping(token)), _) => context.send(Message::Pong(token)),
+            (Event::Message(Message::Rehearse(Rehearse)), None) if !self.rehearsing => {
+                self.rehearsing = true;
+                let standing = Standing::Receiving { source: context.config.source.clone() };
+                context.act(Action::RehearseRecord(self.guest.record(standing)));
+            }
+            (Event::RecordRehearsed { took }, _) if self.rehearsing => {
+                self.rehearsing = false;
+                context.send(Message::Rehearsed(Rehearsed { record_us: micros(took) }));
+            }
             (Event::Message(Message::State(state)), None) => self.state = Some(StateStep::Arrived(state)),
             (Event::StateRestored { took }, Some(StateStep::Restoring { .. })) => {
                 return self.prepared(took, context);
@@ -335,7 +348,8 @@ impl Receiving {
         let (Some((prepare, _)), Some(StateStep::Arrived(_))) = (&self.prepare, &self.state) else {
             return Phase::Receiving(self);
         };
-        if self.complete.0 < prepare.fence {
+        // A rehearsal that is still under way writes `Receiving`: what comes after the restoring must find it done.
+        if self.complete.0 < prepare.fence || self.rehearsing {
             return Phase::Receiving(self);
         }
         let (theirs, own) = (prepare.digest, self.complete.1);

@@ -6,7 +6,7 @@ use ferry_protocol::digest::DigestTable;
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, JOIN_BYTES, Join};
 use ferry_protocol::message::{
     Abort, AbortCode, AtEpoch, Describe, FenceReached, Hello, MessageType, NetworkIdentity, Prepare,
-    Prepared, Ready, Running, State, Welcome,
+    Prepared, Ready, Rehearse, Rehearsed, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -65,6 +65,8 @@ fn messages() -> Vec<Message> {
         Message::Abort(Abort::new(AbortCode::DigestDiffers, "the two memories differ")),
         Message::Ping(5),
         Message::Pong(5),
+        Message::Rehearse(Rehearse),
+        Message::Rehearsed(Rehearsed { record_us: 6 }),
     ]
 }
 

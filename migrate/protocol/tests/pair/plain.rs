@@ -65,7 +65,13 @@ fn the_summary_counts_every_round_and_every_part_of_the_downtime() {
 fn the_messages_come_in_the_order_that_is_drawn_in_the_protocol() {
     let mut pair = Pair::new(config());
     pair.run_to_end();
-    let chatter = [MessageType::Ping, MessageType::Pong, MessageType::FenceReached];
+    let chatter = [
+        MessageType::Ping,
+        MessageType::Pong,
+        MessageType::FenceReached,
+        MessageType::Rehearse,
+        MessageType::Rehearsed,
+    ];
     let order: Vec<_> =
         pair.delivered.iter().map(|(_, message)| *message).filter(|m| !chatter.contains(m)).collect();
     use MessageType::{

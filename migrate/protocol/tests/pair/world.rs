@@ -52,6 +52,12 @@ pub(crate) struct Disk {
     pub(crate) record: Option<Record>,
     /// What becomes of the coming writes; without an entry they succeed.
     pub(crate) faults: VecDeque<DiskFault>,
+    /// What becomes of the coming rehearsals.
+    pub(crate) rehearsal_faults: VecDeque<DiskFault>,
+    /// How long the coming writes take, one after another; without an entry [`RECORD_WORK`].
+    pub(crate) slow: VecDeque<Duration>,
+    /// How many times the record was rehearsed.
+    pub(crate) rehearsals: usize,
 }
 
 /// What becomes of a write.
@@ -67,9 +73,20 @@ pub(crate) enum DiskFault {
 impl Disk {
     /// `Ok` if the write is reported as durable.
     fn write(&mut self, record: Record) -> Result<(), String> {
+        let fault = self.faults.pop_front().unwrap_or(DiskFault::None);
+        self.write_with(record, fault)
+    }
+
+    fn rehearse(&mut self, record: Record) -> Result<(), String> {
+        self.rehearsals += 1;
+        let fault = self.rehearsal_faults.pop_front().unwrap_or(DiskFault::None);
+        self.write_with(record, fault)
+    }
+
+    fn write_with(&mut self, record: Record, fault: DiskFault) -> Result<(), String> {
         let bytes = record.encode();
         let record = Record::decode(&bytes).expect("a record reads back");
-        match self.faults.pop_front().unwrap_or(DiskFault::None) {
+        match fault {
             DiskFault::None => {
                 self.record = Some(record);
                 Ok(())
@@ -80,6 +97,10 @@ impl Disk {
                 Err("the folder could not be synced".to_owned())
             }
         }
+    }
+
+    fn next_took(&mut self) -> Duration {
+        self.slow.pop_front().unwrap_or(RECORD_WORK)
     }
 
     pub(crate) fn standing(&self) -> Option<(&'static str, u64)> {
@@ -119,6 +140,8 @@ pub(crate) struct Pair {
     pub(crate) build_refusal: Option<(AbortCode, &'static str)>,
     /// The only VM that the target's operator wants.
     pub(crate) target_name: Option<String>,
+    /// How long the coming answers to `Ping` take besides, one after another.
+    pub(crate) slow_pongs: VecDeque<Duration>,
     /// Nothing can connect before.
     outage_until: Option<Timestamp>,
     /// The first message of this type is not delivered, and the connection breaks instead.
@@ -170,7 +193,7 @@ impl Pair {
             now,
             source: Source::new(config, layout(), now),
             target: None,
-            source_disk: Disk { record: Some(record), faults: VecDeque::new() },
+            source_disk: Disk { record: Some(record), ..Disk::default() },
             target_disk: Disk::default(),
             source_guest: Guest { runs: true, exists: true, dirty_log: false },
             target_guest: Guest::default(),
@@ -183,6 +206,7 @@ impl Pair {
             memory_differs: false,
             build_refusal: None,
             target_name: None,
+            slow_pongs: VecDeque::new(),
             outage_until: None,
             cut_at: None,
             connection: None,
@@ -439,11 +463,20 @@ impl Pair {
             }
             Action::ReleaseVm => self.source_guest = Guest::default(),
             Action::WriteRecord(record) => {
+                let took = self.source_disk.next_took();
                 let event = match self.source_disk.write(record) {
-                    Ok(()) => Event::RecordWritten { took: RECORD_WORK },
+                    Ok(()) => Event::RecordWritten { took },
                     Err(reason) => Event::RecordFailed(reason),
                 };
-                self.after(RECORD_WORK, Due::Source(event));
+                self.after(took, Due::Source(event));
+            }
+            Action::RehearseRecord(record) => {
+                let took = self.source_disk.next_took();
+                let event = match self.source_disk.rehearse(record) {
+                    Ok(()) => Event::RecordRehearsed { took },
+                    Err(reason) => Event::RehearsalFailed(reason),
+                };
+                self.after(took, Due::Source(event));
             }
             Action::Report(progress) => self.source_progress.push(progress),
             Action::Finish(outcome) => {
@@ -490,11 +523,20 @@ impl Pair {
         match action {
             Action::Send(message) => self.deliver_to_source(message),
             Action::WriteRecord(record) => {
+                let took = self.target_disk.next_took();
                 let event = match self.target_disk.write(record) {
-                    Ok(()) => Event::RecordWritten { took: RECORD_WORK },
+                    Ok(()) => Event::RecordWritten { took },
                     Err(reason) => Event::RecordFailed(reason),
                 };
-                self.after(RECORD_WORK, Due::Target(event));
+                self.after(took, Due::Target(event));
+            }
+            Action::RehearseRecord(record) => {
+                let took = self.target_disk.next_took();
+                let event = match self.target_disk.rehearse(record) {
+                    Ok(()) => Event::RecordRehearsed { took },
+                    Err(reason) => Event::RehearsalFailed(reason),
+                };
+                self.after(took, Due::Target(event));
             }
             Action::BuildMachine { description, layout: built, streams } => {
                 assert_eq!((description, built, streams), (vec![1, 2, 3], layout(), STREAMS));
@@ -559,6 +601,8 @@ impl Pair {
         decoder.push(&wire::encode(&message));
         let read = decoder.next_message().expect("our own bytes").expect("a whole message");
         assert_eq!(read, message);
-        self.after(LATENCY, due(number, read));
+        let is_pong = message.message_type() == MessageType::Pong;
+        let late = is_pong.then(|| self.slow_pongs.pop_front()).flatten().unwrap_or_default();
+        self.after(LATENCY + late, due(number, read));
     }
 }

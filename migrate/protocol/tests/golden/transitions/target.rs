@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use ferry_protocol::digest::DigestTable;
 use ferry_protocol::message::{
-    Abort, AbortCode, Describe, FenceReached, Hello, NetworkIdentity, Prepare, Prepared, Ready, Running,
-    State, Welcome,
+    Abort, AbortCode, Describe, FenceReached, Hello, NetworkIdentity, Prepare, Prepared, Ready, Rehearse,
+    Rehearsed, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -51,6 +51,9 @@ fn word(action: &Action) -> String {
         Action::Send(Message::Abort(abort)) => format!("Send Abort {:?}", abort.code),
         Action::Send(message) => format!("Send {:?}", message.message_type()),
         Action::WriteRecord(record) => format!("WriteRecord {} {}", record.standing.word(), record.epoch),
+        Action::RehearseRecord(record) => {
+            format!("RehearseRecord {} {}", record.standing.word(), record.epoch)
+        }
         Action::BuildMachine { .. } => "BuildMachine".to_owned(),
         Action::DropStaleFrames => "DropStaleFrames".to_owned(),
         Action::RestoreState(_) => "RestoreState".to_owned(),
@@ -132,6 +135,7 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
         (5, vec![prepare(2, 1, MemoryDigest::ZERO)], "Prepare is here, the state is awaited"),
         (6, vec![prepare(2, 9, MemoryDigest::ZERO)], "everything but fence 9 is here"),
         (8, vec![lost()], "the connection is lost"),
+        (5, vec![Event::Message(Message::Rehearse(Rehearse))], "the record is being rehearsed"),
         (5, vec![Event::Cancel], "it was told to give up"),
     ]
 }
@@ -158,6 +162,7 @@ fn events() -> Vec<(String, Event)> {
         ("Released(9)", Event::Message(Message::Released(at(9)))),
         ("Abort", Event::Message(Message::Abort(Abort::new(AbortCode::Cancelled, "no")))),
         ("Ping", Event::Message(Message::Ping(1))),
+        ("Rehearse", Event::Message(Message::Rehearse(Rehearse))),
         ("Disconnected", Event::Disconnected(text())),
         ("Reconnected", Event::Reconnected),
         ("MachineBuilt", Event::MachineBuilt),
@@ -168,6 +173,8 @@ fn events() -> Vec<(String, Event)> {
         ("StateRestored", Event::StateRestored { took: MS }),
         ("RestoreFailed", Event::RestoreFailed(text())),
         ("RecordWritten", Event::RecordWritten { took: MS }),
+        ("RecordRehearsed", Event::RecordRehearsed { took: MS }),
+        ("RehearsalFailed", Event::RehearsalFailed("full".to_owned())),
         ("RecordFailed", Event::RecordFailed(text())),
         ("VmRunning", Event::VmRunning { took: MS }),
         ("RunFailed", Event::RunFailed(text())),
@@ -193,6 +200,7 @@ pub(super) fn messages_of_a_target() -> Vec<(&'static str, Message)> {
         ("Discarded(2)", Message::Discarded(at(2))),
         ("Discarded(9)", Message::Discarded(at(9))),
         ("Pong", Message::Pong(1)),
+        ("Rehearsed", Message::Rehearsed(Rehearsed { record_us: 1 })),
     ]
 }
 

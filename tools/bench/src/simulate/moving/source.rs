@@ -71,6 +71,11 @@ impl Moving {
                 let took = done.saturating_sub(began);
                 stage.at(done, Due::Source(Event::RecordWritten { took }));
             }
+            Action::RehearseRecord(_) => {
+                let (began, done) = self.source_job(hardware.source_record_us, stage);
+                let took = done.saturating_sub(began);
+                stage.at(done, Due::Source(Event::RecordRehearsed { took }));
+            }
             Action::Report(progress) => self.note(&progress, stage),
             Action::Finish(outcome) => self.outcome = Some(outcome),
         }
