@@ -32,10 +32,13 @@ pub struct MigrationReport {
     pub wire_bytes: u64,
     /// Every round; the last was sent while the guest stood still.
     pub rounds: Vec<Round>,
+    /// Whether digests of memory were compared before the guest resumed. `false` only where `--verify off` was asked for:
+    /// then nothing proves that the two memories are the same, and the next two are absent.
+    pub verified: bool,
     /// The digest of guest memory, in hexadecimal.
-    pub digest: String,
+    pub digest: Option<String>,
     /// Whether source and target agreed on it. A guest is never resumed where they do not.
-    pub digest_equal: bool,
+    pub digest_equal: Option<bool>,
 }
 
 /// The parts of a downtime, in ms.
@@ -119,7 +122,8 @@ impl MigrationReport {
     /// The report of a migration of VM `name` that was allowed `budget`.
     #[must_use]
     pub fn new(name: &str, budget: Duration, summary: &Summary) -> Self {
-        let Summary { epoch, host, rounds, downtime, forecast, total, digest, target_digest } = summary;
+        let Summary { epoch, host, rounds, downtime, forecast, total, verified, digest, target_digest } =
+            summary;
         let rounds: Vec<Round> = rounds.iter().map(Round::from).collect();
         Self {
             name: name.to_owned(),
@@ -132,8 +136,9 @@ impl MigrationReport {
             total_ms: ms(*total),
             wire_bytes: rounds.iter().map(|round| round.wire_bytes).sum(),
             rounds,
-            digest: digest.to_string(),
-            digest_equal: digest == target_digest,
+            verified: *verified,
+            digest: verified.then(|| digest.to_string()),
+            digest_equal: verified.then_some(digest == target_digest),
         }
     }
 }

@@ -147,6 +147,7 @@ impl Guest {
             streams: 1,
             compression: Compression::None,
             bandwidth_bytes_per_s: None,
+            verify: true,
             // Far above what is needed: these tests are about correctness on a shared machine.
             downtime_budget: Duration::from_millis(500),
             timeout: Duration::from_secs(120),

@@ -38,6 +38,9 @@ pub struct MigrateOptions {
     pub compression: Compression,
     /// The most that ferry sends while the guest runs, in bytes/s.
     pub bandwidth_bytes_per_s: Option<u64>,
+    /// Whether both sides take digests of memory and compare them before the guest resumes. Without, nothing proves
+    /// that the two memories are the same: meant for measuring what that costs.
+    pub verify: bool,
     /// The downtime that is allowed.
     pub downtime_budget: Duration,
     /// How long it may take until the guest is stopped.
@@ -129,6 +132,7 @@ fn begin(
         streams,
         compression,
         bandwidth_bytes_per_s: _,
+        verify,
         downtime_budget,
         timeout,
         on_timeout,
@@ -144,6 +148,7 @@ fn begin(
         description: vm.description(),
         streams,
         compression,
+        verify,
         downtime_budget,
         timeout,
         on_timeout,
@@ -268,7 +273,7 @@ impl Engine {
                     connection.writer.send(&message);
                 }
             }
-            Action::OpenStreams => self.open_streams(),
+            Action::OpenStreams { verify } => self.open_streams(verify),
             Action::CloseStreams => {
                 self.sender_options.bandwidth.stop();
                 if let Some(senders) = self.senders.take() {
@@ -321,7 +326,7 @@ impl Engine {
         });
     }
 
-    fn open_streams(&self) {
+    fn open_streams(&self, verify: bool) {
         let (options, events) = (Arc::clone(&self.sender_options), self.events.clone());
         let done = events.clone();
         let done = Arc::new(move |result: Result<_, String>| {
@@ -332,7 +337,7 @@ impl Engine {
             let _ = done.send(Happened::Core(event));
         });
         tokio::task::spawn_blocking(move || {
-            let _ = events.send(Happened::Opened(Senders::open(&options, &done)));
+            let _ = events.send(Happened::Opened(Senders::open(&options, verify, &done)));
         });
     }
 

@@ -44,22 +44,24 @@ impl StreamError {
     }
 }
 
-/// Reads frames until the stream ends, which it always does with [`StreamEvent::Failed`].
+/// Reads frames until the stream ends, which it always does with [`StreamEvent::Failed`]. Digests are taken only if
+/// `verify` says so.
 pub(crate) fn receive_stream(
     socket: TcpStream,
     pages: Arc<dyn GuestPages>,
     stream: StreamIndex,
     streams: u16,
+    verify: bool,
     report: &dyn Fn(StreamEvent),
 ) {
     let page_count = pages.layout().page_count();
-    let digests = DigestTable::new(digest_slots(page_count, streams));
+    let digests = verify.then(|| DigestTable::new(digest_slots(page_count, streams)));
     let mut receiver =
         Receiver { socket, pages, page_count, stream, streams, digests, packer: Packer::default() };
     loop {
         match receiver.next_frame() {
             Ok(None) => {}
-            Ok(Some(fence)) => report(StreamEvent::Fence { fence, digest: receiver.digests.sum() }),
+            Ok(Some(fence)) => report(StreamEvent::Fence { fence, digest: receiver.digest() }),
             Err(error) => return report(StreamEvent::Failed(error)),
         }
     }
@@ -71,11 +73,16 @@ struct Receiver {
     page_count: u64,
     stream: StreamIndex,
     streams: u16,
-    digests: DigestTable,
+    /// Of the stream's pages as last received, if anybody wants to compare them.
+    digests: Option<DigestTable>,
     packer: Packer,
 }
 
 impl Receiver {
+    fn digest(&self) -> MemoryDigest {
+        self.digests.as_ref().map_or(MemoryDigest::ZERO, DigestTable::sum)
+    }
+
     /// Takes in one frame; the fence's number if it was one.
     fn next_frame(&mut self) -> Result<Option<u32>, StreamError> {
         let mut header = [0; FRAME_HEADER_BYTES];
@@ -98,7 +105,7 @@ impl Receiver {
 
     /// Takes the digests of what stands in memory, so that a page that landed elsewhere is found.
     fn take_digests(&mut self, chunk: ChunkIndex, mask: &PageMask) {
-        let (digests, streams) = (&mut self.digests, self.streams);
+        let (Some(digests), streams) = (&mut self.digests, self.streams) else { return };
         for range in chunk.ranges(mask) {
             self.pages.for_each_page(range, &mut |page, bytes| {
                 digests.set(digest_slot(page, streams), PageDigest::of(page, bytes));
@@ -110,9 +117,10 @@ impl Receiver {
         const ZERO: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
         for range in chunk.ranges(mask) {
             self.pages.zero(range)?;
+            let Some(digests) = &mut self.digests else { continue };
             // Not read back: that would map memory which a sparse guest never uses.
             for page in range.first()..range.first() + range.count() {
-                self.digests.set(digest_slot(page, self.streams), PageDigest::of(page, &ZERO));
+                digests.set(digest_slot(page, self.streams), PageDigest::of(page, &ZERO));
             }
         }
         Ok(())

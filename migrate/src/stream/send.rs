@@ -15,7 +15,9 @@ use ferry_protocol::digest::DigestTable;
 use ferry_protocol::frame::{Frame, Join};
 use ferry_protocol::page::{Compression, Packer, is_zero};
 use ferry_protocol::source::RoundSent;
-use ferry_protocol::{ChunkIndex, MigrationId, PageBitmap, PageDigest, PageMask, PageRange, StreamIndex};
+use ferry_protocol::{
+    ChunkIndex, MemoryDigest, MigrationId, PageBitmap, PageDigest, PageMask, PageRange, StreamIndex,
+};
 
 use super::{belongs, digest_slot, digest_slots};
 use crate::bandwidth::Bandwidth;
@@ -84,8 +86,13 @@ pub(crate) struct Senders {
 }
 
 impl Senders {
-    /// Connects all streams and starts their threads. `done` hears of every finished round and failure.
-    pub(crate) fn open(options: &Arc<SenderOptions>, done: &Arc<impl Done>) -> io::Result<Self> {
+    /// Connects all streams and starts their threads, which take digests if `verify` says so. `done` hears of every
+    /// finished round and failure.
+    pub(crate) fn open(
+        options: &Arc<SenderOptions>,
+        verify: bool,
+        done: &Arc<impl Done>,
+    ) -> io::Result<Self> {
         let mut senders = Self { queues: Vec::new(), sockets: Vec::new(), threads: Vec::new() };
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
@@ -101,7 +108,7 @@ impl Senders {
                 options: Arc::clone(options),
                 socket,
                 stream,
-                digests: DigestTable::new(slots),
+                digests: verify.then(|| DigestTable::new(slots)),
                 packer: Packer::default(),
                 round: RoundSent::default(),
                 capped: true,
@@ -144,7 +151,8 @@ struct Sender {
     options: Arc<SenderOptions>,
     socket: TcpStream,
     stream: StreamIndex,
-    digests: DigestTable,
+    /// Of the stream's pages as last sent, if anybody wants to compare them.
+    digests: Option<DigestTable>,
     packer: Packer,
     round: RoundSent,
     /// Whether the bandwidth cap applies.
@@ -185,7 +193,7 @@ impl Sender {
             }
         }
         self.write(&Frame::Fence(round.fence).encode(), &[])?;
-        self.round.digest = self.digests.sum();
+        self.round.digest = self.digests.as_ref().map_or(MemoryDigest::ZERO, DigestTable::sum);
         Ok(self.round)
     }
 
@@ -218,7 +226,7 @@ impl Sender {
         self.write(&Frame::Zero { chunk, mask: zero }.encode(), &[])
     }
 
-    /// Takes the digest of each page of the group, and says which are zero.
+    /// Takes the digest of each page of the group if it is wanted, and says which are zero.
     fn look_at(&mut self, chunk: ChunkIndex, group: &PageMask) -> PageMask {
         let mut zero = PageMask::EMPTY;
         let (digests, streams) = (&mut self.digests, self.options.streams);
@@ -226,7 +234,9 @@ impl Sender {
         let mut packer = (self.options.compression == Compression::Lz4).then_some(&mut self.packer);
         for range in chunk.ranges(group) {
             self.options.pages.for_each_page(range, &mut |page, bytes| {
-                digests.set(digest_slot(page, streams), PageDigest::of(page, bytes));
+                if let Some(digests) = digests.as_mut() {
+                    digests.set(digest_slot(page, streams), PageDigest::of(page, bytes));
+                }
                 if is_zero(bytes) {
                     zero.insert(page - chunk.first_page());
                 } else if let Some(packer) = &mut packer {

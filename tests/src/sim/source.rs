@@ -30,7 +30,7 @@ impl World {
         match action {
             Action::Connect { delay } => self.connect(delay),
             Action::Send(message) => self.send(To::Target, &message),
-            Action::OpenStreams => self.open_streams(),
+            Action::OpenStreams { .. } => self.open_streams(),
             Action::CloseStreams => {
                 if self.streams.take().is_some() {
                     self.break_at_target(self.scenario.link.latency);
@@ -117,7 +117,7 @@ impl World {
             }
             Action::Connect { .. }
             | Action::Send(_)
-            | Action::OpenStreams
+            | Action::OpenStreams { .. }
             | Action::CloseStreams
             | Action::SendPages { .. }
             | Action::Report(_)
@@ -273,7 +273,7 @@ fn brief(action: &Action) -> String {
         }
         Action::Connect { .. }
         | Action::Send(_)
-        | Action::OpenStreams
+        | Action::OpenStreams { .. }
         | Action::CloseStreams
         | Action::StartDirtyLog
         | Action::ReadDirtyLog

@@ -82,7 +82,8 @@ impl World {
                 Ok(()) => Event::RecordRehearsed { took },
                 Err(reason) => Event::RehearsalFailed(reason),
             },
-            Action::BuildMachine { description, layout, streams } => {
+            Action::BuildMachine { description, layout, streams, verify } => {
+                assert!(verify, "nobody asked to do without");
                 assert_eq!((description, streams), (vec![1, 2, 3], self.scenario.streams));
                 if self.target_refuses {
                     let sentence = "it has too little memory".to_owned();

@@ -88,8 +88,15 @@ pub(crate) struct MigrationRequest {
     pub(crate) streams: u16,
     pub(crate) compress: Compress,
     pub(crate) bandwidth_bytes_per_s: Option<u64>,
+    /// Whether digests of memory are taken and compared.
+    #[serde(default = "verified")]
+    pub(crate) verify: bool,
     pub(crate) timeout_ms: f64,
     pub(crate) on_timeout: OnTimeoutWord,
+}
+
+const fn verified() -> bool {
+    true
 }
 
 /// How pages are packed.

@@ -128,6 +128,14 @@ pub(crate) enum CompressArg {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SwitchArg {
+    /// It is done
+    On,
+    /// It is left out
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OnTimeoutArg {
     /// Give up; the VM goes on here
     Cancel,
@@ -158,6 +166,9 @@ pub(crate) struct MigrateArgs {
     /// The most to send while the VM runs, like 100M/s or 1Gbit/s
     #[arg(long, value_name = "RATE", value_parser = quantity::bytes_per_s)]
     pub(crate) bandwidth: Option<u64>,
+    /// Compare digests of memory before the VM resumes; 'off' only shows what that costs
+    #[arg(long, value_enum, default_value_t = SwitchArg::On, value_name = "on|off")]
+    pub(crate) verify: SwitchArg,
     /// How long it may take until the VM is stopped
     #[arg(long, default_value = "5m", value_parser = quantity::duration)]
     pub(crate) timeout: Duration,

@@ -214,6 +214,7 @@ impl Committed {
             downtime: self.standstill.downtime,
             forecast: self.standstill.forecast,
             total: now.since(context.started),
+            verified: context.verifies(),
             digest: self.digests.source,
             target_digest: self.digests.target,
         });

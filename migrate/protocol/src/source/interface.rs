@@ -42,6 +42,8 @@ pub struct Config {
     pub streams: u16,
     /// What pages may be packed with.
     pub compression: Compression,
+    /// Whether both sides take digests of memory and compare them. A target that can't do without does so anyway.
+    pub verify: bool,
     /// The downtime that is allowed.
     pub downtime_budget: Duration,
     /// How long it may take until the guest is stopped.
@@ -160,7 +162,10 @@ pub enum Action {
     /// Send a message on it; if there is no connection, drop it.
     Send(Message),
     /// Open the data streams.
-    OpenStreams,
+    OpenStreams {
+        /// Whether they take digests of what they send.
+        verify: bool,
+    },
     /// Shut all data streams, whatever they are doing.
     CloseStreams,
     /// Switch the dirty log on.
@@ -212,7 +217,7 @@ impl Action {
             | Self::RehearseRecord(_) => true,
             Self::Connect { .. }
             | Self::Send(_)
-            | Self::OpenStreams
+            | Self::OpenStreams { .. }
             | Self::CloseStreams
             | Self::SendPages { .. }
             | Self::Report(_)
@@ -381,7 +386,9 @@ pub struct Summary {
     pub forecast: Forecast,
     /// From the start to the target's word that it runs.
     pub total: Duration,
-    /// The digest of the guest's memory as the source sent it.
+    /// Whether digests of memory were taken and found equal; if not, nobody has checked that the two memories are.
+    pub verified: bool,
+    /// The digest of the guest's memory as the source sent it; zero if nothing was verified.
     pub digest: MemoryDigest,
     /// The digest of the memory as the target has it.
     pub target_digest: MemoryDigest,

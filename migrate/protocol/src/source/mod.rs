@@ -86,6 +86,11 @@ impl Context {
         }
     }
 
+    /// Whether both sides take digests of memory and compare them.
+    const fn verifies(&self) -> bool {
+        !self.features.contains(Features::UNVERIFIED)
+    }
+
     fn next_fence(&mut self) -> u32 {
         self.fence += 1;
         self.fence
@@ -253,7 +258,12 @@ fn out_of_turn(event: &Event, phase: &'static str) -> Result<(), Failure> {
     }
 }
 
-/// What the two sides can do, as this source wants it.
+/// What this source offers.
+const fn features_offered(config: &Config) -> Features {
+    if config.verify { Features::OURS.without(Features::UNVERIFIED) } else { Features::OURS }
+}
+
+/// What the two sides must both be able to do, as this source wants it.
 fn features_wanted(config: &Config) -> Features {
     match config.compression {
         Compression::None => Features::NONE,

@@ -132,6 +132,8 @@ pub enum Action {
         layout: MemoryLayout,
         /// How many streams to expect.
         streams: u16,
+        /// Whether they take digests of what arrives.
+        verify: bool,
     },
     /// The guest has stopped at the source: what has queued in the tap so far is stale.
     DropStaleFrames,
@@ -193,7 +195,7 @@ pub enum Outcome {
         name: VmName,
         /// The epoch in which it runs.
         epoch: Epoch,
-        /// The digest on which both sides agreed.
+        /// The digest on which both sides agreed; zero if they agreed not to take any.
         digest: MemoryDigest,
     },
     /// It does not, and this host is as empty as before.

@@ -94,10 +94,11 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
         features: Features::OURS.both(hello.features),
         host: context.config.host.clone(),
     }));
+    let verify = !hello.features.contains(Features::UNVERIFIED);
     let standing = TargetStanding::Receiving(hello.epoch.next());
     let guest = Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
     let deadline = now + super::GREETING_TIMEOUT;
-    Phase::Building(Building { guest, step: BuildStep::AwaitingDescription, deadline })
+    Phase::Building(Building { guest, step: BuildStep::AwaitingDescription, deadline, verify })
 }
 
 /// A source that may have committed comes back, but this process has nothing of its migration any more: it was
@@ -126,6 +127,8 @@ pub(super) struct Building {
     pub(super) guest: Guest,
     step: BuildStep,
     deadline: Timestamp,
+    /// Whether digests of memory are taken and compared.
+    verify: bool,
 }
 
 #[derive(Debug)]
@@ -159,7 +162,7 @@ impl Building {
             }
             (BuildStep::Recording { describe, layout }, Event::RecordWritten { took }) => {
                 let Describe { description, streams, .. } = describe;
-                context.act(Action::BuildMachine { description, layout, streams });
+                context.act(Action::BuildMachine { description, layout, streams, verify: self.verify });
                 self.step = BuildStep::Building { streams, record: took };
                 Phase::Building(self)
             }

@@ -169,6 +169,9 @@ fn numbers_on_the_wire_are_what_they_always_were() {
             line(&format!("abort {code:?}"), number.into());
         }
     }
+    line("feature lz4", Features::LZ4.bits());
+    line("feature rehearsal", Features::REHEARSAL.bits());
+    line("feature unverified", Features::UNVERIFIED.bits());
     let of = |bytes: usize| u64::try_from(bytes).unwrap();
     line("protocol version newest", wire::VERSION_NEWEST.into());
     line("protocol version oldest", wire::VERSION_OLDEST.into());

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use ferry_protocol::digest::DigestTable;
 use ferry_protocol::message::{AbortCode, Hello, MessageType};
+use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::source::{self, Source};
 use ferry_protocol::target::{self, Target};
@@ -136,6 +137,8 @@ pub(crate) struct Pair {
     pub(crate) dirty_pages: Vec<u64>,
     /// The target's memory differs from the source's.
     pub(crate) memory_differs: bool,
+    /// The target knows nothing of migrations without digests, as older ones.
+    pub(crate) target_always_verifies: bool,
     /// The target can't build its machine.
     pub(crate) build_refusal: Option<(AbortCode, &'static str)>,
     /// The only VM that the target's operator wants.
@@ -151,6 +154,8 @@ pub(crate) struct Pair {
     queue: BTreeMap<(Timestamp, u64), Due>,
     sequence: u64,
     streams_open: bool,
+    /// Whether the streams take digests, at the source and at the target.
+    pub(crate) streams_verify: (bool, bool),
     /// A connection with another migration that waits for the target to be free.
     waiting: Option<Hello>,
 }
@@ -166,6 +171,7 @@ pub(crate) fn config() -> source::Config {
         description: vec![1, 2, 3],
         streams: STREAMS,
         compression: ferry_protocol::page::Compression::None,
+        verify: true,
         downtime_budget: 50 * MS,
         timeout: Duration::from_secs(60),
         on_timeout: source::OnTimeout::Cancel,
@@ -204,6 +210,7 @@ impl Pair {
             delivered: Vec::new(),
             dirty_pages: vec![PAGES, 900, 100, 10],
             memory_differs: false,
+            target_always_verifies: false,
             build_refusal: None,
             target_name: None,
             slow_pongs: VecDeque::new(),
@@ -214,6 +221,7 @@ impl Pair {
             queue: BTreeMap::new(),
             sequence: 0,
             streams_open: false,
+            streams_verify: (false, false),
             waiting: None,
         }
     }
@@ -362,12 +370,15 @@ impl Pair {
 
     /// Sorts a message as the engine's listener does.
     fn message_to_target(&mut self, message: Message) {
-        let Message::Hello(hello) = message else {
+        let Message::Hello(mut hello) = message else {
             if let Some(target) = &mut self.target {
                 target.handle(self.now, target::Event::Message(message));
             }
             return;
         };
+        if self.target_always_verifies {
+            hello.features = hello.features.without(Features::UNVERIFIED);
+        }
         match &mut self.target {
             None => self.begin_target(hello),
             Some(target) if target.resumed_by(&hello) => {
@@ -427,7 +438,8 @@ impl Pair {
                 self.after(delay + LATENCY, Due::Connect);
             }
             Action::Send(message) => self.deliver_to_target(message),
-            Action::OpenStreams => {
+            Action::OpenStreams { verify } => {
+                self.streams_verify = (verify, self.streams_verify.1);
                 self.streams_open = true;
                 self.after(LATENCY, Due::Source(Event::StreamsOpened));
             }
@@ -502,16 +514,21 @@ impl Pair {
         let took = PAGE_WORK * u32::try_from(count).unwrap();
         let base = u64::from(fence) * u64::from(STREAMS);
         let parts: Vec<_> = (0..u64::from(STREAMS)).map(|stream| digest(base + stream)).collect();
+        let (here, there) = self.streams_verify;
         let sum = parts.iter().copied().fold(MemoryDigest::ZERO, MemoryDigest::combine);
         let sent = source::RoundSent {
             raw_pages: count,
             wire_bytes: count * 4096,
-            digest: sum,
+            digest: if here { sum } else { MemoryDigest::ZERO },
             ..source::RoundSent::default()
         };
         self.after(took, Due::Source(source::Event::RoundSent(sent)));
         for (index, part) in (0..STREAMS).zip(parts) {
-            let part = if self.memory_differs { digest(999) } else { part };
+            let part = match (there, self.memory_differs) {
+                (false, _) => MemoryDigest::ZERO,
+                (true, true) => digest(999),
+                (true, false) => part,
+            };
             let stream = StreamIndex::new(index, STREAMS).unwrap();
             let reached = target::Event::FenceReached { stream, fence, digest: part };
             self.after(took + LATENCY, Due::Target(reached));
@@ -538,7 +555,8 @@ impl Pair {
                 };
                 self.after(took, Due::Target(event));
             }
-            Action::BuildMachine { description, layout: built, streams } => {
+            Action::BuildMachine { description, layout: built, streams, verify } => {
+                self.streams_verify = (self.streams_verify.0, verify);
                 assert_eq!((description, built, streams), (vec![1, 2, 3], layout(), STREAMS));
                 let event = match self.build_refusal {
                     None => Event::MachineBuilt,

@@ -123,6 +123,7 @@ async fn move_away(
         streams: order.streams,
         compression: if order.lz4 { Compression::Lz4 } else { Compression::None },
         bandwidth_bytes_per_s: order.bandwidth_bytes_per_s,
+        verify: true,
         downtime_budget: budget,
         timeout: Duration::from_secs_f64(order.timeout_ms / 1e3),
         on_timeout: OnTimeout::Cancel,

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{self, Compress, MigrationEvent, MigrationRequest, OnTimeoutWord, VmInfo, VmState};
-use crate::cli::{CompressArg, MigrateArgs, OnTimeoutArg};
+use crate::cli::{CompressArg, MigrateArgs, OnTimeoutArg, SwitchArg};
 use crate::client::{self, Events};
 use crate::quantity::{show_bytes, show_ms, show_rate};
 use crate::state_dir::StateDir;
@@ -39,6 +39,7 @@ fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
             CompressArg::Lz4 => Compress::Lz4,
         },
         bandwidth_bytes_per_s: args.bandwidth,
+        verify: args.verify == SwitchArg::On,
         timeout_ms: ms(args.timeout),
         on_timeout: match args.on_timeout {
             OnTimeoutArg::Cancel => OnTimeoutWord::Cancel,
@@ -249,7 +250,11 @@ pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
     let packing = if packed { format!(", {packed_pages} pages packed") } else { String::new() };
     let _ = writeln!(text, "  total        {:>9}   {} rounds", show_ms(report.total_ms), report.rounds.len());
     let _ = writeln!(text, "  sent         {:>9}{packing}", show_bytes(report.wire_bytes));
-    let equal = if report.digest_equal { "equal on both sides" } else { "DIFFERENT" };
-    let _ = writeln!(text, "  digest       {} ({equal})", report.digest);
+    let equal = if report.digest_equal == Some(true) { "equal on both sides" } else { "DIFFERENT" };
+    let digest = match &report.digest {
+        Some(digest) => format!("{digest} ({equal})"),
+        None => "NOT VERIFIED: nobody has compared the two memories (--verify off)".to_owned(),
+    };
+    let _ = writeln!(text, "  digest       {digest}");
     text
 }

@@ -92,6 +92,7 @@ async fn migrate(
         streams: 1,
         compress: Compress::None,
         bandwidth_bytes_per_s: None,
+        verify: true,
         timeout_ms: 60_000.0,
         on_timeout: OnTimeoutWord::Cancel,
     };

@@ -73,6 +73,13 @@ impl MigrationTask {
         self.log().in_doubt
     }
 
+    /// Whether it moved the guest with its memory compared on both sides, as far as is known yet.
+    pub(crate) fn is_verified(&self) -> bool {
+        let unverified =
+            |event: &MigrationEvent| matches!(event, MigrationEvent::Moved(report) if !report.verified);
+        !self.log().events.last().is_some_and(unverified)
+    }
+
     /// What there is to know about it in a sentence.
     pub(crate) fn note(&self) -> Option<String> {
         self.log().events.iter().rev().find_map(|event| match event {
@@ -212,6 +219,7 @@ fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<Mig
             Compress::Lz4 => Compression::Lz4,
         },
         bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
+        verify: request.verify,
         downtime_budget: duration(request.downtime_ms, "a downtime")?,
         timeout: duration(request.timeout_ms, "a timeout")?,
         on_timeout: match request.on_timeout {

@@ -54,7 +54,9 @@ fn word(action: &Action) -> String {
         Action::RehearseRecord(record) => {
             format!("RehearseRecord {} {}", record.standing.word(), record.epoch)
         }
-        Action::BuildMachine { .. } => "BuildMachine".to_owned(),
+        Action::BuildMachine { verify, .. } => {
+            format!("BuildMachine{}", if *verify { "" } else { ", unverified" })
+        }
         Action::DropStaleFrames => "DropStaleFrames".to_owned(),
         Action::RestoreState(_) => "RestoreState".to_owned(),
         Action::RunVm { runs } => format!("RunVm(runs: {runs})"),
@@ -146,6 +148,7 @@ fn events() -> Vec<(String, Event)> {
         ("Hello", greeting(hello())),
         ("Hello(version 9)", greeting(Hello { version_oldest: 9, version_newest: 9, ..hello() })),
         ("Hello(no lz4)", greeting(Hello { features: Features::NONE, ..hello() })),
+        ("Hello(unverified)", greeting(Hello { features: Features::OURS, ..hello() })),
         ("Hello(another name)", greeting(Hello { name: "other".parse().unwrap(), ..hello() })),
         ("Hello(resumes)", greeting(Hello { resumes: true, ..hello() })),
         ("Describe", describe(regions())),

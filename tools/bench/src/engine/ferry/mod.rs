@@ -292,7 +292,7 @@ fn fill_in(report: &mut EngineReport, numbers: &MigrationReport, starts: &[f64])
         .enumerate()
         .map(|(index, round)| in_results(round, starts.get(index).copied()))
         .collect();
-    report.digest_equal = Some(numbers.digest_equal);
+    report.digest_equal = numbers.digest_equal;
     report.more = vec![
         ("total_own_ms".to_owned(), numbers.total_ms),
         ("forecast_upper_ms".to_owned(), numbers.forecast.upper_ms),

@@ -29,7 +29,7 @@ impl Moving {
                 stage.at(at, Due::Source(Event::Connected));
             }
             Action::Send(message) => self.send_to_target(message, stage),
-            Action::OpenStreams => {
+            Action::OpenStreams { .. } => {
                 // They are opened one after another.
                 let took = self.handshake(stage) * u32::from(self.order.settings.streams);
                 stage.at(stage.now + took, Due::Source(Event::StreamsOpened));
