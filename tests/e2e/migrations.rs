@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ferry_migrate::BandwidthCap;
 use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::report::MigrationReport;
 use ferry_vmm::{Backing, MachineStatus};
@@ -125,7 +126,7 @@ fn a_bandwidth_cap_is_kept() {
     let guest = boot("fill mib=64 random=100", &config(128, 1, Backing::PrivateAnonymous));
     let cap = 50 << 20;
     let (guest, summary) =
-        runtime().block_on(move_guest(guest, |options| options.bandwidth_bytes_per_s = Some(cap)));
+        runtime().block_on(move_guest(guest, |options| options.bandwidth = BandwidthCap::new(Some(cap))));
     guest.goes_on();
     let round = summary.rounds[0];
     // A cap is a promise in one direction only: it may be slower, it must not be faster.

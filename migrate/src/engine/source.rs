@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
-use crate::bandwidth::Bandwidth;
+use crate::bandwidth::{Bandwidth, BandwidthCap};
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
 use crate::stream::{SenderOptions, Senders, TransferCounters};
 use crate::transport::control::{ControlReader, ControlWriter, UNHANDLED_MAX, split};
@@ -36,8 +36,8 @@ pub struct MigrateOptions {
     pub streams: u16,
     /// Whether pages are packed.
     pub compression: Compression,
-    /// The most that ferry sends while the guest runs, in bytes/s.
-    pub bandwidth_bytes_per_s: Option<u64>,
+    /// The most that ferry sends while the guest runs. Keep a clone to change it meanwhile.
+    pub bandwidth: BandwidthCap,
     /// Whether both sides take digests of memory and compare them before the guest resumes. Without, nothing proves
     /// that the two memories are the same: meant for measuring what that costs.
     pub verify: bool,
@@ -84,7 +84,7 @@ pub async fn migrate(
     let (events, inbox) = mpsc::unbounded_channel();
     let pages = vm.pages();
     let layout = pages.layout();
-    let bandwidth = Arc::new(Bandwidth::new(options.bandwidth_bytes_per_s, Arc::clone(&clock)));
+    let bandwidth = Arc::new(Bandwidth::new(options.bandwidth.clone(), Arc::clone(&clock)));
     let counters = Arc::new(TransferCounters::default());
     let sender_options = Arc::new(SenderOptions {
         target: options.target.clone(),
@@ -131,7 +131,7 @@ fn begin(
         target,
         streams,
         compression,
-        bandwidth_bytes_per_s: _,
+        bandwidth: _,
         verify,
         downtime_budget,
         timeout,

@@ -20,7 +20,7 @@ use ferry_protocol::{
 };
 
 use super::{belongs, digest_slot, digest_slots};
-use crate::bandwidth::Bandwidth;
+use crate::bandwidth::{Bandwidth, Pieces, Waits};
 use crate::ports::GuestPages;
 use crate::transport::tcp;
 
@@ -76,6 +76,22 @@ struct Round {
 struct Gathered {
     streams_left: u16,
     sum: RoundSent,
+    /// How long every stream has waited for the cap, at least.
+    waited_min: Duration,
+    /// How long the link was busy meanwhile, at most: as if the streams' pieces never overlapped.
+    busy_max: Duration,
+}
+
+impl Gathered {
+    fn add(&mut self, sent: &RoundSent, waited: Duration, busy: Duration) {
+        self.streams_left -= 1;
+        self.sum = add(&self.sum, sent);
+        self.waited_min = self.waited_min.min(waited);
+        self.busy_max += busy;
+        if self.streams_left == 0 {
+            self.sum.link_idle = self.waited_min.saturating_sub(self.busy_max);
+        }
+    }
 }
 
 /// The threads of a migration's data streams.
@@ -112,6 +128,8 @@ impl Senders {
                 packer: Packer::default(),
                 round: RoundSent::default(),
                 capped: true,
+                waits: Waits::default(),
+                busy_while_waiting: Duration::ZERO,
             };
             let done = Arc::clone(done);
             let thread = thread::Builder::new()
@@ -125,7 +143,12 @@ impl Senders {
     /// Hands a round to all streams.
     pub(crate) fn send(&self, pages: PageBitmap, fence: u32, paused: bool) {
         let streams_left = u16::try_from(self.queues.len()).expect("bounded by STREAMS_MAX");
-        let gathered = Mutex::new(Gathered { streams_left, sum: RoundSent::default() });
+        let gathered = Mutex::new(Gathered {
+            streams_left,
+            sum: RoundSent::default(),
+            waited_min: Duration::MAX,
+            busy_max: Duration::ZERO,
+        });
         let round = Arc::new(Round { pages, fence, paused, gathered });
         for queue in &self.queues {
             // A thread that has ended has said why through `done`.
@@ -157,6 +180,9 @@ struct Sender {
     round: RoundSent,
     /// Whether the bandwidth cap applies.
     capped: bool,
+    waits: Waits,
+    /// Of the time in this round in which the stream waited for the cap: how long its link was busy all the same.
+    busy_while_waiting: Duration,
 }
 
 impl Sender {
@@ -165,8 +191,7 @@ impl Sender {
             match self.send_round(&round) {
                 Ok(sent) => {
                     let mut gathered = round.gathered.lock().unwrap_or_else(PoisonError::into_inner);
-                    gathered.sum = add(&gathered.sum, &sent);
-                    gathered.streams_left -= 1;
+                    gathered.add(&sent, self.waits.total, self.busy_while_waiting);
                     if gathered.streams_left == 0 {
                         done(Ok(gathered.sum));
                     }
@@ -187,6 +212,8 @@ impl Sender {
     fn send_round(&mut self, round: &Round) -> io::Result<RoundSent> {
         self.round = RoundSent::default();
         self.capped = !round.paused;
+        self.waits.total = Duration::ZERO;
+        let busy_before = tcp::busy_time(&self.socket);
         for (chunk, mask) in round.pages.chunks() {
             if belongs(chunk, self.stream, self.options.streams) {
                 self.send_chunk(chunk, mask)?;
@@ -194,6 +221,10 @@ impl Sender {
         }
         self.write(&Frame::Fence(round.fence).encode(), &[])?;
         self.round.digest = self.digests.as_ref().map_or(MemoryDigest::ZERO, DigestTable::sum);
+        let busy = tcp::busy_time(&self.socket).zip(busy_before);
+        // Without a word of the system the link may have been busy all the time.
+        let busy = busy.map_or(Duration::MAX, |(after, before)| after.saturating_sub(before));
+        self.busy_while_waiting = busy.min(self.waits.total);
         Ok(self.round)
     }
 
@@ -272,15 +303,16 @@ impl Sender {
     }
 
     fn write(&mut self, header: &[u8], ranges: &[PageRange]) -> io::Result<()> {
-        let pages: u64 = ranges.iter().map(|range| range.count()).sum();
-        let header_bytes = u64::try_from(header.len()).expect("usize fits u64");
-        let bytes = header_bytes + pages * ferry_protocol::layout::PAGE_BYTES_U64;
-        if self.capped {
-            self.options.bandwidth.wait_for(bytes);
+        let bandwidth = &self.options.bandwidth;
+        let mut pieces = Pieces::new(header, ranges);
+        while let Some(piece) = pieces.next(bandwidth.piece_bytes().filter(|_| self.capped)) {
+            if self.capped {
+                bandwidth.wait_for(piece.bytes, &mut self.waits);
+            }
+            self.options.pages.send(self.socket.as_fd(), piece.header, &piece.ranges)?;
+            self.round.wire_bytes += piece.bytes;
+            self.options.counters.wire_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         }
-        self.options.pages.send(self.socket.as_fd(), header, ranges)?;
-        self.round.wire_bytes += bytes;
-        self.options.counters.wire_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
 
@@ -295,6 +327,7 @@ fn add(a: &RoundSent, b: &RoundSent) -> RoundSent {
         zero_pages: a.zero_pages + b.zero_pages,
         packed_pages: a.packed_pages + b.packed_pages,
         wire_bytes: a.wire_bytes + b.wire_bytes,
+        link_idle: Duration::ZERO,
         digest: a.digest.combine(b.digest),
     }
 }

@@ -261,6 +261,7 @@ fn add(a: RoundSent, b: RoundSent) -> RoundSent {
         zero_pages: a.zero_pages + b.zero_pages,
         packed_pages: a.packed_pages + b.packed_pages,
         wire_bytes: a.wire_bytes + b.wire_bytes,
+        link_idle: Duration::ZERO,
         digest: a.digest.combine(b.digest),
     }
 }

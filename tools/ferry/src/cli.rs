@@ -26,6 +26,8 @@ pub(crate) enum Command {
     Receive(ReceiveArgs),
     /// Migrate a VM to a host where 'ferry receive' waits
     Migrate(MigrateArgs),
+    /// Change the bandwidth of a migration under way
+    Bandwidth(BandwidthArgs),
     /// List the VMs of this host
     List(Output),
     /// Show all that is known of a VM
@@ -177,6 +179,29 @@ pub(crate) struct MigrateArgs {
     pub(crate) on_timeout: OnTimeoutArg,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BandwidthArgs {
+    /// The VM's name
+    pub(crate) name: VmName,
+    /// The most to send while the VM runs, like 100M/s or 1Gbit/s, or 'off'
+    #[arg(value_name = "RATE|off", value_parser = rate_or_off)]
+    pub(crate) rate: RateArg,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// A rate, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RateArg(pub(crate) Option<u64>);
+
+fn rate_or_off(text: &str) -> Result<RateArg, String> {
+    if text == "off" {
+        Ok(RateArg(None))
+    } else {
+        quantity::bytes_per_s(text).map(|rate| RateArg(Some(rate)))
+    }
 }
 
 #[derive(Debug, Args)]

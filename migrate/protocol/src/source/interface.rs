@@ -76,6 +76,8 @@ pub struct RoundSent {
     pub packed_pages: u64,
     /// Bytes written to the data streams.
     pub wire_bytes: u64,
+    /// How long the link stood idle for the bandwidth cap alone: a round without the cap would have been shorter by it.
+    pub link_idle: Duration,
     /// The digest of all pages sent so far, each as last sent.
     pub digest: MemoryDigest,
 }

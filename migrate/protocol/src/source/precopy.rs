@@ -237,7 +237,11 @@ impl PreCopy {
             return Phase::PreCopy(self);
         };
         let took = now.since(started);
-        context.link.add_round(sent.raw_pages + sent.packed_pages, sent.wire_bytes, took);
+        context.link.add_round(
+            sent.raw_pages + sent.packed_pages,
+            sent.wire_bytes,
+            took.saturating_sub(sent.link_idle),
+        );
         let last = Arrived { dirty_pages, sent, took };
         let until = started + self.interval;
         self.step = if until > now && context.fence > 1 {

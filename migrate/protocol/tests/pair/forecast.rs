@@ -106,3 +106,15 @@ fn a_target_whose_disk_fails_at_a_rehearsal_leaves_the_guest_at_the_source() {
     assert!(pair.source_guest.runs && !pair.target_guest.exists);
     assert_eq!(pair.target_disk.standing(), Some(("discarded", 2)));
 }
+
+#[test]
+fn a_bandwidth_cap_does_not_count_against_the_last_round_which_has_none() {
+    let mut pair = Pair::new(config());
+    // 1,000 pages take 10 ms over the link, and 200 ms under the cap.
+    pair.slowed_by_cap = 20;
+    pair.dirty_pages = vec![PAGES, 1_000];
+    let summary = moved(&mut pair);
+    assert_eq!(summary.rounds.len(), 2, "stopped as soon as the log was read");
+    assert!(summary.forecast.copy.expected < 12 * MS, "{:?}", summary.forecast);
+    assert!(summary.downtime.total() <= 50 * MS, "{:?}", summary.downtime);
+}

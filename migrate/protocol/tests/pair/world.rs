@@ -145,6 +145,8 @@ pub(crate) struct Pair {
     pub(crate) target_name: Option<String>,
     /// How long the coming answers to `Ping` take besides, one after another.
     pub(crate) slow_pongs: VecDeque<Duration>,
+    /// How many times longer a bandwidth cap makes every round but the last.
+    pub(crate) slowed_by_cap: u32,
     /// Nothing can connect before.
     outage_until: Option<Timestamp>,
     /// The first message of this type is not delivered, and the connection breaks instead.
@@ -214,6 +216,7 @@ impl Pair {
             build_refusal: None,
             target_name: None,
             slow_pongs: VecDeque::new(),
+            slowed_by_cap: 1,
             outage_until: None,
             cut_at: None,
             connection: None,
@@ -511,7 +514,8 @@ impl Pair {
             return;
         }
         let count = pages.count();
-        let took = PAGE_WORK * u32::try_from(count).unwrap();
+        let by_link = PAGE_WORK * u32::try_from(count).unwrap();
+        let took = if paused { by_link } else { by_link * self.slowed_by_cap };
         let base = u64::from(fence) * u64::from(STREAMS);
         let parts: Vec<_> = (0..u64::from(STREAMS)).map(|stream| digest(base + stream)).collect();
         let (here, there) = self.streams_verify;
@@ -519,6 +523,7 @@ impl Pair {
         let sent = source::RoundSent {
             raw_pages: count,
             wire_bytes: count * 4096,
+            link_idle: took - by_link,
             digest: if here { sum } else { MemoryDigest::ZERO },
             ..source::RoundSent::default()
         };

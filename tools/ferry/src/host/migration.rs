@@ -8,7 +8,7 @@ use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{MigrationId, VmName};
 use ferry_migrate::report::MigrationReport;
-use ferry_migrate::{MigrateOptions, Update, migrate};
+use ferry_migrate::{BandwidthCap, MigrateOptions, Update, migrate};
 use tokio::sync::{mpsc, watch};
 
 use super::{Here, Life, Refused, VmHost};
@@ -24,6 +24,7 @@ const TARGET_BYTES_MAX: usize = 259;
 #[derive(Debug)]
 pub(crate) struct MigrationTask {
     cancel: watch::Sender<bool>,
+    bandwidth: BandwidthCap,
     log: Mutex<Log>,
     /// Grows with every change of the log.
     changes: watch::Sender<u64>,
@@ -39,9 +40,10 @@ struct Log {
 }
 
 impl MigrationTask {
-    fn new() -> Arc<Self> {
+    fn new(bandwidth: BandwidthCap) -> Arc<Self> {
         Arc::new(Self {
             cancel: watch::channel(false).0,
+            bandwidth,
             log: Mutex::default(),
             changes: watch::channel(0).0,
         })
@@ -101,6 +103,16 @@ impl MigrationTask {
         })
     }
 
+    /// Changes the most that it may send while the guest runs.
+    pub(crate) fn set_bandwidth(&self, bytes_per_s: Option<u64>) -> Result<(), Refused> {
+        check_bandwidth(bytes_per_s)?;
+        if self.is_over() {
+            return Err(Refused("the migration is over".into()));
+        }
+        self.bandwidth.set(bytes_per_s);
+        Ok(())
+    }
+
     /// Asks for it to be given up. Whether that still works shows in its events.
     pub(crate) fn cancel(&self) {
         self.cancel.send_replace(true);
@@ -157,7 +169,7 @@ fn event(progress: &Progress) -> MigrationEvent {
 
 /// Starts migrating the VM of `host` away.
 pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc<MigrationTask>, Refused> {
-    let task = MigrationTask::new();
+    let task = MigrationTask::new(BandwidthCap::new(request.bandwidth_bytes_per_s));
     let _change = host.change();
     let here = {
         let here = host.not_migrating("migrate")?;
@@ -172,7 +184,7 @@ pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc
         now.migration = Some(Arc::clone(&task));
         here
     };
-    let options = match options(&host.name, &here, &request) {
+    let options = match options(&host.name, &here, &request, task.bandwidth.clone()) {
         Ok(options) => options,
         Err(refused) => {
             task.add(MigrationEvent::Failed { reason: refused.0.clone() });
@@ -185,7 +197,12 @@ pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc
     Ok(task)
 }
 
-fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<MigrateOptions, Refused> {
+fn options(
+    name: &VmName,
+    here: &Here,
+    request: &MigrationRequest,
+    bandwidth: BandwidthCap,
+) -> Result<MigrateOptions, Refused> {
     let duration = |ms: f64, what: &str| {
         let sane = (0.0..1e10).contains(&ms);
         let refused = || Refused(format!("{what} of {ms} ms makes no sense"));
@@ -204,9 +221,7 @@ fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<Mig
     if !(1..=STREAMS_MAX).contains(&request.streams) {
         return Err(Refused(format!("{} data streams, not 1 to {STREAMS_MAX}", request.streams)));
     }
-    if request.bandwidth_bytes_per_s == Some(0) {
-        return Err(Refused("a bandwidth of 0 would never send anything".into()));
-    }
+    check_bandwidth(request.bandwidth_bytes_per_s)?;
     Ok(MigrateOptions {
         migration: MigrationId(random_id()?),
         vm: here.vm,
@@ -218,7 +233,7 @@ fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<Mig
             Compress::None => Compression::None,
             Compress::Lz4 => Compression::Lz4,
         },
-        bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
+        bandwidth,
         verify: request.verify,
         downtime_budget: duration(request.downtime_ms, "a downtime")?,
         timeout: duration(request.timeout_ms, "a timeout")?,
@@ -227,6 +242,13 @@ fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<Mig
             OnTimeoutWord::Stop => OnTimeout::Stop,
         },
     })
+}
+
+fn check_bandwidth(bytes_per_s: Option<u64>) -> Result<(), Refused> {
+    if bytes_per_s == Some(0) {
+        return Err(Refused("a bandwidth of 0 would never send anything".into()));
+    }
+    Ok(())
 }
 
 /// 16 random bytes.
