@@ -118,6 +118,11 @@ impl Bandwidth {
         Self { clock, cap, pacer, stopped: AtomicBool::new(false) }
     }
 
+    /// The time by the clock that the cap is kept by.
+    pub(crate) fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
     /// The most bytes that may go out in one piece now; `None` without a cap.
     pub(crate) fn piece_bytes(&self) -> Option<u64> {
         let stopped = self.stopped.load(Ordering::Relaxed);

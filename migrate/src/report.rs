@@ -32,6 +32,10 @@ pub struct MigrationReport {
     pub wire_bytes: u64,
     /// Every round; the last was sent while the guest stood still.
     pub rounds: Vec<Round>,
+    /// What each data stream did, in the order of their numbers; empty where the caller has not filled it in from
+    /// [`crate::Update::Streams`].
+    #[serde(default)]
+    pub streams: Vec<StreamReport>,
     /// Whether digests of memory were compared before the guest resumed. `false` only where `--verify off` was asked for:
     /// then nothing proves that the two memories are the same, and the next two are absent.
     pub verified: bool,
@@ -112,6 +116,73 @@ pub struct Round {
     pub forecast: Option<ForecastReport>,
 }
 
+/// What a data stream has done; its times follow each other, so they add up to the time in which it had work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StreamWork {
+    /// Pages that travelled as they are.
+    pub raw_pages: u64,
+    /// Pages of zeroes.
+    pub zero_pages: u64,
+    /// Pages that travelled packed.
+    pub packed_pages: u64,
+    /// Bytes written, frame headers included.
+    pub wire_bytes: u64,
+    /// In the socket's write calls: copying and waiting for room.
+    pub in_socket: Duration,
+    /// Waiting for the bandwidth cap.
+    pub in_cap: Duration,
+    /// The rest: reading pages, digests, packing.
+    pub encoding: Duration,
+}
+
+impl StreamWork {
+    pub(crate) fn add(&mut self, more: &Self) {
+        let Self { raw_pages, zero_pages, packed_pages, wire_bytes, in_socket, in_cap, encoding } = more;
+        self.raw_pages += raw_pages;
+        self.zero_pages += zero_pages;
+        self.packed_pages += packed_pages;
+        self.wire_bytes += wire_bytes;
+        self.in_socket += *in_socket;
+        self.in_cap += *in_cap;
+        self.encoding += *encoding;
+    }
+}
+
+/// [`StreamWork`] for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StreamReport {
+    /// Pages that travelled as they are.
+    pub raw_pages: u64,
+    /// Pages of zeroes.
+    pub zero_pages: u64,
+    /// Pages that travelled packed.
+    pub packed_pages: u64,
+    /// Bytes written, frame headers included.
+    pub wire_bytes: u64,
+    /// In the socket's write calls, copying and waiting for room, in ms.
+    pub socket_ms: f64,
+    /// Waiting for the bandwidth cap, in ms.
+    pub cap_ms: f64,
+    /// Reading pages, digests and packing, in ms.
+    pub encoding_ms: f64,
+}
+
+impl From<&StreamWork> for StreamReport {
+    fn from(work: &StreamWork) -> Self {
+        let StreamWork { raw_pages, zero_pages, packed_pages, wire_bytes, in_socket, in_cap, encoding } =
+            *work;
+        Self {
+            raw_pages,
+            zero_pages,
+            packed_pages,
+            wire_bytes,
+            socket_ms: ms(in_socket),
+            cap_ms: ms(in_cap),
+            encoding_ms: ms(encoding),
+        }
+    }
+}
+
 /// A duration in ms.
 #[must_use]
 pub fn ms(duration: Duration) -> f64 {
@@ -136,6 +207,7 @@ impl MigrationReport {
             total_ms: ms(*total),
             wire_bytes: rounds.iter().map(|round| round.wire_bytes).sum(),
             rounds,
+            streams: Vec::new(),
             verified: *verified,
             digest: verified.then(|| digest.to_string()),
             digest_equal: verified.then_some(digest == target_digest),

@@ -15,6 +15,7 @@ use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::bandwidth::{Bandwidth, BandwidthCap};
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
+use crate::report::StreamWork;
 use crate::stream::{SenderOptions, Senders, TransferCounters};
 use crate::transport::control::{ControlReader, ControlWriter, UNHANDLED_MAX, split};
 use crate::transport::tcp;
@@ -61,6 +62,8 @@ pub enum Update {
         /// Bytes of the whole migration that are sent.
         wire_bytes: u64,
     },
+    /// What each data stream has done in all; comes once, last of all.
+    Streams(Vec<StreamWork>),
 }
 
 /// How often [`Update::Transferred`] comes.
@@ -424,6 +427,7 @@ impl Engine {
         if let Some(senders) = self.senders.take() {
             let _ = tokio::task::spawn_blocking(move || drop(senders)).await;
         }
+        self.update(Update::Streams(self.counters.streams()));
         self.worker.finish().await;
         if let Some(Connection { writer, reader }) = self.connection.take() {
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, writer.finish()).await;

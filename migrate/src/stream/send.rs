@@ -22,6 +22,7 @@ use ferry_protocol::{
 use super::{belongs, digest_slot, digest_slots};
 use crate::bandwidth::{Bandwidth, Pieces, Waits};
 use crate::ports::GuestPages;
+use crate::report::StreamWork;
 use crate::transport::tcp;
 
 /// How long a stream may be unable to write before it counts as stalled.
@@ -60,6 +61,23 @@ impl SenderOptions {
 pub(crate) struct TransferCounters {
     pub(crate) pages: AtomicU64,
     pub(crate) wire_bytes: AtomicU64,
+    streams: Mutex<Vec<StreamWork>>,
+}
+
+impl TransferCounters {
+    /// What each stream has done in the rounds that it has finished.
+    pub(crate) fn streams(&self) -> Vec<StreamWork> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn add(&self, stream: StreamIndex, work: &StreamWork) {
+        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = usize::from(stream.number());
+        if streams.len() <= index {
+            streams.resize(index + 1, StreamWork::default());
+        }
+        streams[index].add(work);
+    }
 }
 
 /// What the streams report.
@@ -129,6 +147,7 @@ impl Senders {
                 round: RoundSent::default(),
                 capped: true,
                 waits: Waits::default(),
+                in_socket: Duration::ZERO,
                 busy_while_waiting: Duration::ZERO,
             };
             let done = Arc::clone(done);
@@ -181,6 +200,8 @@ struct Sender {
     /// Whether the bandwidth cap applies.
     capped: bool,
     waits: Waits,
+    /// How long this round's writes have taken.
+    in_socket: Duration,
     /// Of the time in this round in which the stream waited for the cap: how long its link was busy all the same.
     busy_while_waiting: Duration,
 }
@@ -210,7 +231,9 @@ impl Sender {
     }
 
     fn send_round(&mut self, round: &Round) -> io::Result<RoundSent> {
+        let began = self.options.bandwidth.now();
         self.round = RoundSent::default();
+        self.in_socket = Duration::ZERO;
         self.capped = !round.paused;
         self.waits.total = Duration::ZERO;
         let busy_before = tcp::busy_time(&self.socket);
@@ -225,6 +248,19 @@ impl Sender {
         // Without a word of the system the link may have been busy all the time.
         let busy = busy.map_or(Duration::MAX, |(after, before)| after.saturating_sub(before));
         self.busy_while_waiting = busy.min(self.waits.total);
+        let took = self.options.bandwidth.now().since(began);
+        self.options.counters.add(
+            self.stream,
+            &StreamWork {
+                raw_pages: self.round.raw_pages,
+                zero_pages: self.round.zero_pages,
+                packed_pages: self.round.packed_pages,
+                wire_bytes: self.round.wire_bytes,
+                in_socket: self.in_socket,
+                in_cap: self.waits.total,
+                encoding: took.saturating_sub(self.in_socket + self.waits.total),
+            },
+        );
         Ok(self.round)
     }
 
@@ -309,7 +345,9 @@ impl Sender {
             if self.capped {
                 bandwidth.wait_for(piece.bytes, &mut self.waits);
             }
+            let writing_since = bandwidth.now();
             self.options.pages.send(self.socket.as_fd(), piece.header, &piece.ranges)?;
+            self.in_socket += bandwidth.now().since(writing_since);
             self.round.wire_bytes += piece.bytes;
             self.options.counters.wire_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         }

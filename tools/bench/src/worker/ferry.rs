@@ -167,6 +167,7 @@ fn in_words(update: Update) -> Option<Said> {
             | Progress::Undoing { .. } => None,
         },
         Update::Transferred { round_pages, .. } => Some(Said::Sent { round_pages }),
+        Update::Streams(_) => None,
     }
 }
 

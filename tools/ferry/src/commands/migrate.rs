@@ -250,6 +250,16 @@ pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
     let packing = if packed { format!(", {packed_pages} pages packed") } else { String::new() };
     let _ = writeln!(text, "  total        {:>9}   {} rounds", show_ms(report.total_ms), report.rounds.len());
     let _ = writeln!(text, "  sent         {:>9}{packing}", show_bytes(report.wire_bytes));
+    for (number, stream) in report.streams.iter().enumerate() {
+        let _ = writeln!(
+            text,
+            "  stream {number:<5} {:>9}   socket {}, encoding {}, cap {}",
+            show_bytes(stream.wire_bytes),
+            show_ms(stream.socket_ms),
+            show_ms(stream.encoding_ms),
+            show_ms(stream.cap_ms),
+        );
+    }
     let equal = if report.digest_equal == Some(true) { "equal on both sides" } else { "DIFFERENT" };
     let digest = match &report.digest {
         Some(digest) => format!("{digest} ({equal})"),

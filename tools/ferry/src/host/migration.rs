@@ -7,7 +7,7 @@ use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{MigrationId, VmName};
-use ferry_migrate::report::MigrationReport;
+use ferry_migrate::report::{MigrationReport, StreamReport};
 use ferry_migrate::{BandwidthCap, MigrateOptions, Update, migrate};
 use tokio::sync::{mpsc, watch};
 
@@ -35,6 +35,8 @@ struct Log {
     events: Vec<MigrationEvent>,
     /// The newest count of what is sent: only the newest matters.
     transferred: (u64, u64),
+    /// What each stream did, once it is over.
+    streams: Vec<StreamReport>,
     in_doubt: bool,
     over: bool,
 }
@@ -144,6 +146,9 @@ impl MigrationTask {
                 self.changes.send_modify(|change| *change += 1);
             }
             Update::Progress(progress) => self.add(event(&progress)),
+            Update::Streams(streams) => {
+                self.log().streams = streams.iter().map(StreamReport::from).collect();
+            }
         }
     }
 }
@@ -278,7 +283,9 @@ async fn drive(host: Arc<VmHost>, here: Here, options: MigrateOptions, task: Arc
         Ok(Outcome::Moved(summary)) => {
             // First, so that nobody finds a VM here whose migration is over.
             host.set_life(Life::Gone { target, last: Arc::clone(&task) });
-            task.add(MigrationEvent::Moved(MigrationReport::new(&name, budget, &summary)));
+            let streams = std::mem::take(&mut task.log().streams);
+            let report = MigrationReport { streams, ..MigrationReport::new(&name, budget, &summary) };
+            task.add(MigrationEvent::Moved(report));
         }
         Ok(Outcome::Stayed { failure, epoch }) => {
             if let Life::Here(now) = &mut *host.life() {
