@@ -62,6 +62,9 @@ pub struct DowntimeParts {
     pub commit_ms: f64,
     /// Of `copy_ms`: saving the state.
     pub within_save_ms: f64,
+    /// Of `prepare_ms`: until the last pages had arrived at the target.
+    #[serde(default)]
+    pub within_wait_ms: f64,
     /// Of `prepare_ms` (or before it): restoring the state at the target.
     pub within_restore_ms: f64,
     /// Of `commit_ms`: the record at the target.
@@ -225,6 +228,7 @@ impl From<&Downtime> for DowntimeParts {
             record,
             commit,
             within_save,
+            within_wait,
             within_restore,
             within_target_record,
             within_run,
@@ -237,6 +241,7 @@ impl From<&Downtime> for DowntimeParts {
             record_ms: ms(record),
             commit_ms: ms(commit),
             within_save_ms: ms(within_save),
+            within_wait_ms: ms(within_wait),
             within_restore_ms: ms(within_restore),
             within_target_record_ms: ms(within_target_record),
             within_run_ms: ms(within_run),

@@ -409,7 +409,8 @@ impl Attempt {
                     let failed = |error: PortError| Event::RunFailed(in_words(&*error));
                     Some(running.map_or_else(failed, |()| Event::VmRunning { took }))
                 };
-                self.on_vm(run, Event::RunFailed);
+                // A panic may have come after the first vCPU had been started.
+                self.on_vm(run, Event::RunBroke);
             }
             Action::Announce(network) => self.announce(network),
             Action::DiscardMachine => self.discard(),

@@ -306,6 +306,8 @@ pub struct Downtime {
     pub commit: Duration,
     /// Of `copy`: saving the state.
     pub within_save: Duration,
+    /// Of `prepare`: until the last pages had arrived at the target.
+    pub within_wait: Duration,
     /// Of `prepare`: restoring the state at the target.
     pub within_restore: Duration,
     /// Of `commit`: the record at the target.

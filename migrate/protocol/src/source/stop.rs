@@ -189,6 +189,7 @@ impl Preparing {
         match event {
             Event::Message(Message::Prepared(prepared)) => {
                 self.standstill.downtime.prepare = self.standstill.lap(now);
+                self.standstill.downtime.within_wait = Duration::from_micros(prepared.wait_us);
                 self.standstill.downtime.within_restore = Duration::from_micros(prepared.restore_us);
                 if let Err(failure) = self.check(&prepared, context) {
                     return undo(failure, context);

@@ -107,8 +107,10 @@ pub enum Event {
         /// How long starting it took.
         took: Duration,
     },
-    /// The guest could not be started.
+    /// The guest could not be started: no instruction of it has run, and none may from now on.
     RunFailed(String),
+    /// Starting it broke off, and some of it may have run.
+    RunBroke(String),
     /// The operator wants the target to give up.
     Cancel,
     /// [`Target::poll_timeout`]'s time has come.
@@ -170,7 +172,7 @@ pub enum Progress {
     Prepared,
     /// The guest runs here, or is paused here as its operator had left it.
     Running,
-    /// The guest is this host's, but could not be started; its machine is kept.
+    /// The guest is this host's, but could be neither started nor given back; its machine is kept.
     CannotRun {
         /// Why.
         reason: String,

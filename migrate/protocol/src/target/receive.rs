@@ -228,9 +228,10 @@ fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
             Some((Some(*code), sentence.clone()))
         }
         Event::RestoreFailed(reason) => Some((Some(AbortCode::CannotRestore), reason.clone())),
-        Event::RecordFailed(reason) | Event::RehearsalFailed(reason) | Event::RunFailed(reason) => {
-            Some((Some(AbortCode::Internal), reason.clone()))
-        }
+        Event::RecordFailed(reason)
+        | Event::RehearsalFailed(reason)
+        | Event::RunFailed(reason)
+        | Event::RunBroke(reason) => Some((Some(AbortCode::Internal), reason.clone())),
         Event::Cancel => Some((Some(AbortCode::Cancelled), "the target was told to give up".to_owned())),
         Event::Message(_)
         | Event::Reconnected

@@ -131,6 +131,8 @@ pub(crate) struct Pair {
     pub(crate) target_outcomes: Vec<target::Outcome>,
     pub(crate) source_progress: Vec<source::Progress>,
     pub(crate) target_progress: Vec<target::Progress>,
+    /// What each request to connect asked to wait for.
+    pub(crate) connect_delays: Vec<Duration>,
     /// Every message that was handed over, in order: true for those to the target.
     pub(crate) delivered: Vec<(bool, MessageType)>,
     /// Pages that each following dirty log names; the last one stays.
@@ -209,6 +211,7 @@ impl Pair {
             target_outcomes: Vec::new(),
             source_progress: Vec::new(),
             target_progress: Vec::new(),
+            connect_delays: Vec::new(),
             delivered: Vec::new(),
             dirty_pages: vec![PAGES, 900, 100, 10],
             memory_differs: false,
@@ -435,6 +438,7 @@ impl Pair {
         use source::{Action, Event};
         match action {
             Action::Connect { delay } => {
+                self.connect_delays.push(delay);
                 if let Some(number) = self.connection.take() {
                     self.after(LATENCY, Due::LostAtTarget(number));
                 }

@@ -236,7 +236,11 @@ pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
         forecast.copy_ms,
         &format!("saving the state {}", show_ms(parts.within_save_ms)),
     );
-    let restore = format!("restoring it {}", show_ms(parts.within_restore_ms));
+    let restore = format!(
+        "waiting for the last pages {}, restoring it {}",
+        show_ms(parts.within_wait_ms),
+        show_ms(parts.within_restore_ms)
+    );
     row("  prepare", parts.prepare_ms, forecast.prepare_ms, &restore);
     row("  record", parts.record_ms, forecast.record_ms, "");
     let target = format!(

@@ -193,6 +193,7 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
         (17, vec![discarded], "the target had discarded it"),
         (8, vec![Event::Cancel], "it was cancelled while the guest ran"),
         (16, vec![Event::RecordFailed("full".to_owned())], "the commit could not be recorded"),
+        (16, vec![Event::Cancel], "it was cancelled before the commit was sent"),
     ]
 }
 

@@ -139,6 +139,7 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
         (8, vec![lost()], "the connection is lost"),
         (5, vec![Event::Message(Message::Rehearse(Rehearse))], "the record is being rehearsed"),
         (5, vec![Event::Cancel], "it was told to give up"),
+        (10, vec![Event::RunFailed("no".to_owned())], "it could not be started, that is being recorded"),
     ]
 }
 
@@ -180,6 +181,7 @@ fn events() -> Vec<(String, Event)> {
         ("RehearsalFailed", Event::RehearsalFailed("full".to_owned())),
         ("RecordFailed", Event::RecordFailed(text())),
         ("VmRunning", Event::VmRunning { took: MS }),
+        ("RunBroke", Event::RunBroke(text())),
         ("RunFailed", Event::RunFailed(text())),
         ("Cancel", Event::Cancel),
         ("Timeout", Event::Timeout),
