@@ -113,7 +113,6 @@ fn measure(runtime: &tokio::runtime::Runtime, guest: Guest, order: Order) -> See
     }));
     let report = guest.goes_on();
     let gap = report.largest_gap_since(since).map_or(0, |gap| gap.length_ticks);
-    let wire_bytes: u64 = summary.rounds.iter().map(|round| round.sent.wire_bytes).sum();
     let first = &summary.rounds[0];
     Seen {
         guest,

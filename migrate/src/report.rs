@@ -32,10 +32,17 @@ pub struct MigrationReport {
     pub wire_bytes: u64,
     /// Every round; the last was sent while the guest stood still.
     pub rounds: Vec<Round>,
+    /// What each data stream did, in the order of their numbers; empty where the caller has not filled it in from
+    /// [`crate::Update::Streams`].
+    #[serde(default)]
+    pub streams: Vec<StreamReport>,
+    /// Whether digests of memory were compared before the guest resumed. `false` only where `--verify off` was asked for:
+    /// then nothing proves that the two memories are the same, and the next two are absent.
+    pub verified: bool,
     /// The digest of guest memory, in hexadecimal.
-    pub digest: String,
+    pub digest: Option<String>,
     /// Whether source and target agreed on it. A guest is never resumed where they do not.
-    pub digest_equal: bool,
+    pub digest_equal: Option<bool>,
 }
 
 /// The parts of a downtime, in ms.
@@ -55,6 +62,9 @@ pub struct DowntimeParts {
     pub commit_ms: f64,
     /// Of `copy_ms`: saving the state.
     pub within_save_ms: f64,
+    /// Of `prepare_ms`: until the last pages had arrived at the target.
+    #[serde(default)]
+    pub within_wait_ms: f64,
     /// Of `prepare_ms` (or before it): restoring the state at the target.
     pub within_restore_ms: f64,
     /// Of `commit_ms`: the record at the target.
@@ -115,6 +125,104 @@ pub struct Round {
     pub forecast: Option<ForecastReport>,
 }
 
+/// What a data stream has done; its times follow each other, so they add up to the time in which it had work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StreamWork {
+    /// Pages that travelled as they are.
+    pub raw_pages: u64,
+    /// Pages of zeroes.
+    pub zero_pages: u64,
+    /// Pages that travelled packed.
+    pub packed_pages: u64,
+    /// Pages of which only the changed blocks travelled.
+    pub delta_pages: u64,
+    /// Pages that the target had already.
+    pub unchanged_pages: u64,
+    /// Bytes written, frame headers included.
+    pub wire_bytes: u64,
+    /// In the socket's write calls: copying and waiting for room.
+    pub in_socket: Duration,
+    /// Waiting for the bandwidth cap.
+    pub in_cap: Duration,
+    /// The rest: reading pages, digests, packing.
+    pub encoding: Duration,
+}
+
+impl StreamWork {
+    pub(crate) fn add(&mut self, more: &Self) {
+        let Self {
+            raw_pages,
+            zero_pages,
+            packed_pages,
+            delta_pages,
+            unchanged_pages,
+            wire_bytes,
+            in_socket,
+            in_cap,
+            encoding,
+        } = more;
+        self.raw_pages += raw_pages;
+        self.zero_pages += zero_pages;
+        self.packed_pages += packed_pages;
+        self.delta_pages += delta_pages;
+        self.unchanged_pages += unchanged_pages;
+        self.wire_bytes += wire_bytes;
+        self.in_socket += *in_socket;
+        self.in_cap += *in_cap;
+        self.encoding += *encoding;
+    }
+}
+
+/// [`StreamWork`] for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StreamReport {
+    /// Pages that travelled as they are.
+    pub raw_pages: u64,
+    /// Pages of zeroes.
+    pub zero_pages: u64,
+    /// Pages that travelled packed.
+    pub packed_pages: u64,
+    /// Pages of which only the changed blocks travelled.
+    pub delta_pages: u64,
+    /// Pages that the target had already.
+    pub unchanged_pages: u64,
+    /// Bytes written, frame headers included.
+    pub wire_bytes: u64,
+    /// In the socket's write calls, copying and waiting for room, in ms.
+    pub socket_ms: f64,
+    /// Waiting for the bandwidth cap, in ms.
+    pub cap_ms: f64,
+    /// Reading pages, digests and packing, in ms.
+    pub encoding_ms: f64,
+}
+
+impl From<&StreamWork> for StreamReport {
+    fn from(work: &StreamWork) -> Self {
+        let StreamWork {
+            raw_pages,
+            zero_pages,
+            packed_pages,
+            delta_pages,
+            unchanged_pages,
+            wire_bytes,
+            in_socket,
+            in_cap,
+            encoding,
+        } = *work;
+        Self {
+            raw_pages,
+            zero_pages,
+            packed_pages,
+            delta_pages,
+            unchanged_pages,
+            wire_bytes,
+            socket_ms: ms(in_socket),
+            cap_ms: ms(in_cap),
+            encoding_ms: ms(encoding),
+        }
+    }
+}
+
 /// A duration in ms.
 #[must_use]
 pub fn ms(duration: Duration) -> f64 {
@@ -125,7 +233,8 @@ impl MigrationReport {
     /// The report of a migration of VM `name` that was allowed `budget`.
     #[must_use]
     pub fn new(name: &str, budget: Duration, summary: &Summary) -> Self {
-        let Summary { epoch, host, rounds, downtime, forecast, total, digest, target_digest } = summary;
+        let Summary { epoch, host, rounds, downtime, forecast, total, verified, digest, target_digest } =
+            summary;
         let rounds: Vec<Round> = rounds.iter().map(Round::from).collect();
         Self {
             name: name.to_owned(),
@@ -138,8 +247,10 @@ impl MigrationReport {
             total_ms: ms(*total),
             wire_bytes: rounds.iter().map(|round| round.wire_bytes).sum(),
             rounds,
-            digest: digest.to_string(),
-            digest_equal: digest == target_digest,
+            streams: Vec::new(),
+            verified: *verified,
+            digest: verified.then(|| digest.to_string()),
+            digest_equal: verified.then_some(digest == target_digest),
         }
     }
 }
@@ -154,6 +265,7 @@ impl From<&Downtime> for DowntimeParts {
             record,
             commit,
             within_save,
+            within_wait,
             within_restore,
             within_target_record,
             within_run,
@@ -166,6 +278,7 @@ impl From<&Downtime> for DowntimeParts {
             record_ms: ms(record),
             commit_ms: ms(commit),
             within_save_ms: ms(within_save),
+            within_wait_ms: ms(within_wait),
             within_restore_ms: ms(within_restore),
             within_target_record_ms: ms(within_target_record),
             within_run_ms: ms(within_run),

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use ferry_migrate::BandwidthCap;
 use ferry_migrate::protocol::page::Compression;
+use ferry_migrate::report::MigrationReport;
 use ferry_vmm::{Backing, MachineStatus};
 
 use ferry_tests::guest::{Held, boot, config, has_kvm, move_guest, one_at_a_time};
@@ -137,10 +139,28 @@ fn a_bandwidth_cap_is_kept() {
     let guest = boot("fill mib=64 random=100", &config(128, 1, Backing::PrivateAnonymous));
     let cap = 50 << 20;
     let (guest, summary) =
-        runtime().block_on(move_guest(guest, |options| options.bandwidth_bytes_per_s = Some(cap)));
+        runtime().block_on(move_guest(guest, |options| options.bandwidth = BandwidthCap::new(Some(cap))));
     guest.goes_on();
     let round = summary.rounds[0];
     // A cap is a promise in one direction only: it may be slower, it must not be faster.
     let least = Duration::from_secs_f64(round.sent.wire_bytes as f64 / cap as f64 * 0.97 - 0.01);
     assert!(round.took >= least, "{} bytes in {:?}", round.sent.wire_bytes, round.took);
+}
+
+#[test]
+fn a_migration_without_digests_says_so() {
+    if !has_kvm() {
+        return;
+    }
+    let _turn = one_at_a_time();
+    let guest = boot("dirty rate=50 set=16", &config(128, 1, Backing::PrivateAnonymous));
+    let (guest, summary) = runtime().block_on(move_guest(guest, |options| options.verify = false));
+    guest.goes_on();
+    assert!(!summary.verified);
+    let report = MigrationReport::new("guest", Duration::from_secs(1), &summary);
+    assert_eq!((report.verified, report.digest, report.digest_equal), (false, None, None));
+    let (guest, summary) = runtime().block_on(move_guest(guest, |_| {}));
+    guest.goes_on();
+    let report = MigrationReport::new("guest", Duration::from_secs(1), &summary);
+    assert_eq!((report.verified, report.digest_equal), (true, Some(true)));
 }

@@ -12,7 +12,7 @@ use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Summary};
 use ferry_migrate::protocol::{Epoch, MemoryLayout, MigrationId, PAGE_BYTES, VmId};
-use ferry_migrate::{FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
+use ferry_migrate::{BandwidthCap, FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
 use ferry_vmm::{
     Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, MemoryConfig,
     SerialTarget,
@@ -147,7 +147,8 @@ impl Guest {
             target,
             streams: 1,
             compression: Compression::None,
-            bandwidth_bytes_per_s: None,
+            bandwidth: BandwidthCap::default(),
+            verify: true,
             // Far above what is needed: these tests are about correctness on a shared machine.
             downtime_budget: Duration::from_millis(500),
             timeout: Duration::from_secs(120),

@@ -28,6 +28,13 @@ impl PageRange {
         (count > 0 && end <= layout.page_count()).then_some(Self { first, count })
     }
 
+    /// At most `count_max` of these pages, from the one on that `skipped` others stand before; `None` if nothing is left.
+    #[must_use]
+    pub fn part(self, skipped: u64, count_max: u64) -> Option<Self> {
+        let count = self.count.checked_sub(skipped)?.min(count_max);
+        (count > 0).then_some(Self { first: self.first + skipped, count })
+    }
+
     /// The first page.
     #[must_use]
     pub const fn first(self) -> u64 {

@@ -17,8 +17,14 @@ impl Features {
     pub const ZSTD: Self = Self(1 << 4);
     /// Pages may travel as the blocks of them that have changed.
     pub const DELTA: Self = Self(1 << 5);
+    /// The target measures its record anew when asked ([`crate::message::Rehearse`]).
+    pub const REHEARSAL: Self = Self(1 << 8);
+    /// No digest of memory is taken or compared. A source offers this only where its operator asked for it, so both
+    /// having it is an agreement.
+    pub const UNVERIFIED: Self = Self(1 << 9);
     /// All that this crate can do.
-    pub const OURS: Self = Self(Self::LZ4.0 | Self::ZSTD.0 | Self::DELTA.0);
+    pub const OURS: Self =
+        Self::LZ4.and(Self::ZSTD).and(Self::DELTA).and(Self::REHEARSAL).and(Self::UNVERIFIED);
 
     /// All of either.
     #[must_use]
@@ -30,6 +36,18 @@ impl Features {
     #[must_use]
     pub const fn both(self, other: Self) -> Self {
         Self(self.0 & other.0)
+    }
+
+    /// This set without what is in `other`.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
+    /// As the wire has it: one bit each.
+    #[must_use]
+    pub const fn bits(self) -> u64 {
+        self.0
     }
 
     /// Whether all of `other` is in this set.

@@ -13,8 +13,9 @@ use tokio::task::JoinHandle;
 
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
-use crate::bandwidth::Bandwidth;
+use crate::bandwidth::{Bandwidth, BandwidthCap};
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
+use crate::report::StreamWork;
 use crate::stream::{SenderOptions, Senders, StreamSettings, TransferCounters};
 use crate::transport::control::{ControlReader, ControlWriter, UNHANDLED_MAX, split};
 use crate::transport::tcp;
@@ -36,8 +37,11 @@ pub struct MigrateOptions {
     pub streams: u16,
     /// Whether pages are packed.
     pub compression: Compression,
-    /// The most that ferry sends while the guest runs, in bytes/s.
-    pub bandwidth_bytes_per_s: Option<u64>,
+    /// The most that ferry sends while the guest runs. Keep a clone to change it meanwhile.
+    pub bandwidth: BandwidthCap,
+    /// Whether both sides take digests of memory and compare them before the guest resumes. Without, nothing proves
+    /// that the two memories are the same: meant for measuring what that costs.
+    pub verify: bool,
     /// The downtime that is allowed.
     pub downtime_budget: Duration,
     /// How long it may take until the guest is stopped.
@@ -58,6 +62,8 @@ pub enum Update {
         /// Bytes of the whole migration that are sent.
         wire_bytes: u64,
     },
+    /// What each data stream has done in all; comes once, last of all.
+    Streams(Vec<StreamWork>),
 }
 
 /// How often [`Update::Transferred`] comes.
@@ -81,7 +87,7 @@ pub async fn migrate(
     let (events, inbox) = mpsc::unbounded_channel();
     let pages = vm.pages();
     let layout = pages.layout();
-    let bandwidth = Arc::new(Bandwidth::new(options.bandwidth_bytes_per_s, Arc::clone(&clock)));
+    let bandwidth = Arc::new(Bandwidth::new(options.bandwidth.clone(), Arc::clone(&clock)));
     let counters = Arc::new(TransferCounters::default());
     let settings = StreamSettings {
         target: options.target.clone(),
@@ -126,7 +132,8 @@ fn begin(
         target,
         streams,
         compression,
-        bandwidth_bytes_per_s: _,
+        bandwidth: _,
+        verify,
         downtime_budget,
         timeout,
         on_timeout,
@@ -142,6 +149,7 @@ fn begin(
         description: vm.description(),
         streams,
         compression,
+        verify,
         downtime_budget,
         timeout,
         on_timeout,
@@ -266,7 +274,7 @@ impl Engine {
                     connection.writer.send(&message);
                 }
             }
-            Action::OpenStreams => self.open_streams(),
+            Action::OpenStreams { verify } => self.open_streams(verify),
             Action::CloseStreams => {
                 self.sender_options.bandwidth.stop();
                 if let Some(senders) = self.senders.take() {
@@ -294,6 +302,7 @@ impl Engine {
             }
             Action::ReleaseVm => self.worker_only(|vm| vm.release()),
             Action::WriteRecord(record) => self.write_record(record),
+            Action::RehearseRecord(record) => self.rehearse_record(record),
             Action::Report(progress) => self.update(Update::Progress(Box::new(progress))),
             Action::Finish(outcome) => self.outcome = Some(outcome),
         }
@@ -318,7 +327,7 @@ impl Engine {
         });
     }
 
-    fn open_streams(&self) {
+    fn open_streams(&self, verify: bool) {
         let (options, events) = (Arc::clone(&self.sender_options), self.events.clone());
         let done = events.clone();
         let done = Arc::new(move |result: Result<_, String>| {
@@ -329,7 +338,7 @@ impl Engine {
             let _ = done.send(Happened::Core(event));
         });
         tokio::task::spawn_blocking(move || {
-            let _ = events.send(Happened::Opened(Senders::open(&options, &done)));
+            let _ = events.send(Happened::Opened(Senders::open(&options, verify, &done)));
         });
     }
 
@@ -387,6 +396,17 @@ impl Engine {
         });
     }
 
+    fn rehearse_record(&self, record: Record) {
+        let events = self.events.clone();
+        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
+            let event = match written {
+                Ok(took) => Event::RecordRehearsed { took },
+                Err(reason) => Event::RehearsalFailed(reason),
+            };
+            let _ = events.send(Happened::Core(event));
+        });
+    }
+
     fn show_counters(&self) {
         self.update(Update::Transferred {
             round_pages: self.counters.pages.load(Ordering::Relaxed),
@@ -405,6 +425,7 @@ impl Engine {
         if let Some(senders) = self.senders.take() {
             let _ = tokio::task::spawn_blocking(move || drop(senders)).await;
         }
+        self.update(Update::Streams(self.counters.streams()));
         self.worker.finish().await;
         if let Some(Connection { writer, reader }) = self.connection.take() {
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, writer.finish()).await;

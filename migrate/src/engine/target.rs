@@ -154,11 +154,18 @@ enum Ended {
 /// The next attempt, which waits until this one is over.
 type Newer = (Box<Hello>, Link);
 
+struct BuiltMachine {
+    vm: Arc<dyn TargetVm>,
+    layout: MemoryLayout,
+    streams: u16,
+    verify: bool,
+}
+
 enum Happened {
     Core(Event),
     /// Of the connection with this number. The permit bounds how many wait.
     Link(u64, Event, Option<OwnedSemaphorePermit>),
-    Built(Result<(Arc<dyn TargetVm>, MemoryLayout, u16), BuildRefusal>),
+    Built(Result<BuiltMachine, BuildRefusal>),
 }
 
 struct Connection {
@@ -170,6 +177,8 @@ struct Connection {
 struct Streams {
     vm: Arc<dyn TargetVm>,
     count: u16,
+    /// Whether they take digests.
+    verify: bool,
     joined: Vec<bool>,
     sockets: Vec<std::net::TcpStream>,
     threads: Vec<std::thread::JoinHandle<()>>,
@@ -280,11 +289,11 @@ impl Attempt {
                 drop(permit);
                 (number == self.connection_number).then_some(event)
             }
-            Happened::Built(Ok((vm, ..))) if self.core.is_ending() => {
+            Happened::Built(Ok(BuiltMachine { vm, .. })) if self.core.is_ending() => {
                 vm.discard();
                 None
             }
-            Happened::Built(Ok((vm, layout, count))) => {
+            Happened::Built(Ok(BuiltMachine { vm, layout, streams: count, verify })) => {
                 if vm.pages().layout() != layout {
                     vm.discard();
                     let sentence = "the machine that was built has another memory layout than the source's";
@@ -294,7 +303,8 @@ impl Attempt {
                     });
                 }
                 let joined = vec![false; usize::from(count)];
-                self.streams = Some(Streams { vm, count, joined, sockets: Vec::new(), threads: Vec::new() });
+                let (sockets, threads) = (Vec::new(), Vec::new());
+                self.streams = Some(Streams { vm, count, verify, joined, sockets, threads });
                 Some(Event::MachineBuilt)
             }
             Happened::Built(Err(refusal)) => {
@@ -339,7 +349,7 @@ impl Attempt {
         if std::mem::replace(joined, true) {
             return None;
         }
-        match receive_on(stream, Arc::clone(&streams.vm), index, streams.count, self.events.clone()) {
+        match receive_on(stream, streams, index, self.events.clone()) {
             Ok((socket, thread)) => {
                 streams.sockets.push(socket);
                 streams.threads.push(thread);
@@ -356,12 +366,18 @@ impl Attempt {
         match action {
             Action::Send(message) => self.connection.writer.send(&message),
             Action::WriteRecord(record) => self.write_record(record),
-            Action::BuildMachine { description, layout, streams } => {
+            Action::RehearseRecord(record) => self.rehearse_record(record),
+            Action::BuildMachine { description, layout, streams, verify } => {
                 let (host, vm, events) = (Arc::clone(&self.host), self.vm, self.events.clone());
                 let panicked = self.events.clone();
                 self.worker.run(
                     move || {
-                        let built = host.build(vm, &description, &layout).map(|vm| (vm, layout, streams));
+                        let built = host.build(vm, &description, &layout).map(|vm| BuiltMachine {
+                            vm,
+                            layout,
+                            streams,
+                            verify,
+                        });
                         let _ = events.send(Happened::Built(built));
                     },
                     move || {
@@ -393,7 +409,8 @@ impl Attempt {
                     let failed = |error: PortError| Event::RunFailed(in_words(&*error));
                     Some(running.map_or_else(failed, |()| Event::VmRunning { took }))
                 };
-                self.on_vm(run, Event::RunFailed);
+                // A panic may have come after the first vCPU had been started.
+                self.on_vm(run, Event::RunBroke);
             }
             Action::Announce(network) => self.announce(network),
             Action::DiscardMachine => self.discard(),
@@ -413,6 +430,17 @@ impl Attempt {
             let event = match written {
                 Ok(took) => Event::RecordWritten { took },
                 Err(reason) => Event::RecordFailed(reason),
+            };
+            let _ = events.send(Happened::Core(event));
+        });
+    }
+
+    fn rehearse_record(&self, record: Record) {
+        let events = self.events.clone();
+        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
+            let event = match written {
+                Ok(took) => Event::RecordRehearsed { took },
+                Err(reason) => Event::RehearsalFailed(reason),
             };
             let _ = events.send(Happened::Core(event));
         });
@@ -463,7 +491,7 @@ impl Attempt {
         self.worker.finish().await;
         // A machine that was still being built when the attempt was given up.
         while let Ok(happened) = self.inbox.try_recv() {
-            if let Happened::Built(Ok((vm, ..))) = happened {
+            if let Happened::Built(Ok(BuiltMachine { vm, .. })) = happened {
                 vm.discard();
             }
         }
@@ -503,15 +531,14 @@ fn connect(link: Link, number: u64, events: &mpsc::UnboundedSender<Happened>) ->
 /// Starts a stream's thread; gives it back with its socket for shutting it.
 fn receive_on(
     stream: TcpStream,
-    vm: Arc<dyn TargetVm>,
+    streams: &Streams,
     index: StreamIndex,
-    count: u16,
     events: mpsc::UnboundedSender<Happened>,
 ) -> std::io::Result<(std::net::TcpStream, std::thread::JoinHandle<()>)> {
     let socket = stream.into_std()?;
     tcp::set_up_data(&socket, None)?;
     let handle = socket.try_clone()?;
-    let pages = vm.pages();
+    let (pages, count, verify) = (streams.vm.pages(), streams.count, streams.verify);
     let name = format!("ferry-recv-{}", index.number());
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         let report = |event| {
@@ -524,7 +551,7 @@ fn receive_on(
             };
             let _ = events.send(Happened::Core(event));
         };
-        receive_stream(socket, pages, index, count, &report);
+        receive_stream(socket, pages, index, count, verify, &report);
     })?;
     Ok((handle, thread))
 }

@@ -45,12 +45,14 @@ impl StreamError {
     }
 }
 
-/// Reads frames until the stream ends, which it always does with [`StreamEvent::Failed`].
+/// Reads frames until the stream ends, which it always does with [`StreamEvent::Failed`]. Digests are taken only if
+/// `verify` says so.
 pub(crate) fn receive_stream(
     socket: TcpStream,
     pages: Arc<dyn GuestPages>,
     stream: StreamIndex,
     streams: u16,
+    verify: bool,
     report: &dyn Fn(StreamEvent),
 ) {
     let page_count = pages.layout().page_count();
@@ -60,7 +62,7 @@ pub(crate) fn receive_stream(
         page_count,
         stream,
         streams,
-        digests: HashMap::new(),
+        digests: verify.then(HashMap::new),
         digest: MemoryDigest::ZERO,
         unpacker: Unpacker::default(),
         body: Vec::new(),
@@ -80,8 +82,9 @@ struct Receiver {
     page_count: u64,
     stream: StreamIndex,
     streams: u16,
-    /// By chunk; only chunks that something arrived for take memory.
-    digests: HashMap<u64, ChunkDigests>,
+    /// Of the pages as last received, by chunk, if anybody wants to compare them. Only chunks that something arrived for
+    /// take memory.
+    digests: Option<HashMap<u64, ChunkDigests>>,
     digest: MemoryDigest,
     unpacker: Unpacker,
     /// The body of a packed or delta frame.
@@ -113,7 +116,8 @@ impl Receiver {
 
     /// Takes the digests of what stands in memory, so that a page that landed elsewhere is found.
     fn take_digests(&mut self, chunk: ChunkIndex, mask: &PageMask) {
-        let digests = self.digests.entry(chunk.number()).or_default();
+        let Some(digests) = &mut self.digests else { return };
+        let digests = digests.entry(chunk.number()).or_default();
         for range in chunk.ranges(mask) {
             self.pages.for_each_page(range, &mut |page, bytes| {
                 let change = digests.set(page - chunk.first_page(), PageDigest::of(page, bytes));
@@ -128,7 +132,8 @@ impl Receiver {
             self.pages.zero(range)?;
         }
         // Not read back: that would map memory which a sparse guest never uses.
-        let digests = self.digests.entry(chunk.number()).or_default();
+        let Some(digests) = &mut self.digests else { return Ok(()) };
+        let digests = digests.entry(chunk.number()).or_default();
         for offset in mask.offsets() {
             let digest = PageDigest::of(chunk.first_page() + offset, &ZERO);
             self.digest = self.digest.combine(digests.set(offset, digest));

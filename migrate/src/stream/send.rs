@@ -18,6 +18,7 @@ use super::sender::Sender;
 use super::sent::SentMemory;
 use crate::bandwidth::Bandwidth;
 use crate::ports::{Clock, GuestPages};
+use crate::report::StreamWork;
 use crate::transport::tcp;
 
 /// How long a stream may be unable to write before it counts as stalled.
@@ -97,6 +98,23 @@ impl SenderOptions {
 pub(crate) struct TransferCounters {
     pub(crate) pages: AtomicU64,
     pub(crate) wire_bytes: AtomicU64,
+    streams: Mutex<Vec<StreamWork>>,
+}
+
+impl TransferCounters {
+    /// What each stream has done in the rounds that it has finished.
+    pub(crate) fn streams(&self) -> Vec<StreamWork> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn add(&self, stream: StreamIndex, work: &StreamWork) {
+        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = usize::from(stream.number());
+        if streams.len() <= index {
+            streams.resize(index + 1, StreamWork::default());
+        }
+        streams[index].add(work);
+    }
 }
 
 /// What the streams report.
@@ -113,6 +131,22 @@ pub(super) struct Round {
 pub(super) struct Gathered {
     pub(super) streams_left: u16,
     pub(super) sum: RoundSent,
+    /// How long every stream has waited for the cap, at least.
+    waited_min: Duration,
+    /// How long the link was busy meanwhile, at most: as if the streams' pieces never overlapped.
+    busy_max: Duration,
+}
+
+impl Gathered {
+    pub(super) fn add(&mut self, sent: &RoundSent, waited: Duration, busy: Duration) {
+        self.streams_left -= 1;
+        self.sum = add(&self.sum, sent);
+        self.waited_min = self.waited_min.min(waited);
+        self.busy_max += busy;
+        if self.streams_left == 0 {
+            self.sum.link_idle = self.waited_min.saturating_sub(self.busy_max);
+        }
+    }
 }
 
 /// The threads of a migration's data streams.
@@ -123,8 +157,13 @@ pub(crate) struct Senders {
 }
 
 impl Senders {
-    /// Connects all streams and starts their threads. `done` hears of every finished round and failure.
-    pub(crate) fn open(options: &Arc<SenderOptions>, done: &Arc<impl Done>) -> io::Result<Self> {
+    /// Connects all streams and starts their threads, which take digests if `verify` says so. `done` hears of every
+    /// finished round and failure.
+    pub(crate) fn open(
+        options: &Arc<SenderOptions>,
+        verify: bool,
+        done: &Arc<impl Done>,
+    ) -> io::Result<Self> {
         let mut senders = Self { queues: Vec::new(), sockets: Vec::new(), threads: Vec::new() };
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
@@ -135,7 +174,7 @@ impl Senders {
             senders.sockets.push(socket.try_clone()?);
             let (queue, rounds) = mpsc::channel::<Arc<Round>>();
             senders.queues.push(queue);
-            let mut sender = Sender::new(options, socket, stream);
+            let mut sender = Sender::new(options, socket, stream, verify);
             let done = Arc::clone(done);
             let thread = thread::Builder::new()
                 .name(format!("ferry-send-{number}"))
@@ -148,7 +187,12 @@ impl Senders {
     /// Hands a round to all streams.
     pub(crate) fn send(&self, pages: PageBitmap, fence: u32, paused: bool) {
         let streams_left = u16::try_from(self.queues.len()).expect("bounded by STREAMS_MAX");
-        let gathered = Mutex::new(Gathered { streams_left, sum: RoundSent::default() });
+        let gathered = Mutex::new(Gathered {
+            streams_left,
+            sum: RoundSent::default(),
+            waited_min: Duration::MAX,
+            busy_max: Duration::ZERO,
+        });
         let round = Arc::new(Round { pages, fence, paused, gathered });
         for queue in &self.queues {
             // A thread that has ended has said why through `done`.
@@ -170,7 +214,7 @@ impl Drop for Senders {
     }
 }
 
-pub(super) fn add(a: &RoundSent, b: &RoundSent) -> RoundSent {
+fn add(a: &RoundSent, b: &RoundSent) -> RoundSent {
     RoundSent {
         raw_pages: a.raw_pages + b.raw_pages,
         zero_pages: a.zero_pages + b.zero_pages,
@@ -179,6 +223,7 @@ pub(super) fn add(a: &RoundSent, b: &RoundSent) -> RoundSent {
         unchanged_pages: a.unchanged_pages + b.unchanged_pages,
         untouched_pages: a.untouched_pages + b.untouched_pages,
         wire_bytes: a.wire_bytes + b.wire_bytes,
+        link_idle: Duration::ZERO,
         digest: a.digest.combine(b.digest),
     }
 }

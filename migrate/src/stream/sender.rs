@@ -28,7 +28,10 @@ use ferry_protocol::{ChunkIndex, MemoryDigest, PageMask, PageRange, StreamIndex,
 
 use super::belongs;
 use super::encoders::{Done, Encoders, Job};
-use super::send::{Round, STALL_MAX, SenderOptions, add};
+use super::send::{Round, STALL_MAX, SenderOptions};
+use crate::bandwidth::{Pieces, Waits};
+use crate::report::StreamWork;
+use crate::transport::tcp;
 
 /// Chunks with fewer pages are not worth another thread's while.
 const PAGES_TO_SHARE_MIN: u64 = 32;
@@ -53,6 +56,11 @@ pub(super) struct Sender {
     digest: MemoryDigest,
     /// Whether the bandwidth cap applies.
     capped: bool,
+    /// Whether anybody wants digests.
+    verify: bool,
+    waits: Waits,
+    /// How long this round's writes have taken.
+    in_socket: Duration,
     window: Window,
     /// When the link will have sent what was written.
     busy_until: Timestamp,
@@ -77,7 +85,12 @@ enum Plan {
 }
 
 impl Sender {
-    pub(super) fn new(options: &Arc<SenderOptions>, socket: TcpStream, stream: StreamIndex) -> Self {
+    pub(super) fn new(
+        options: &Arc<SenderOptions>,
+        socket: TcpStream,
+        stream: StreamIndex,
+        verify: bool,
+    ) -> Self {
         let now = options.clock.now();
         let streams = usize::from(options.streams);
         let packers = Encoders::threads().div_ceil(streams);
@@ -91,6 +104,9 @@ impl Sender {
             round: RoundSent::default(),
             digest: MemoryDigest::ZERO,
             capped: true,
+            verify,
+            waits: Waits::default(),
+            in_socket: Duration::ZERO,
             window: Window { began: now, bytes: 0, writing: Duration::ZERO },
             busy_until: now,
             reply,
@@ -107,10 +123,9 @@ impl Sender {
     ) {
         while let Ok(round) = rounds.recv() {
             match self.send_round(&round) {
-                Ok(sent) => {
+                Ok(busy) => {
                     let mut gathered = round.gathered.lock().unwrap_or_else(PoisonError::into_inner);
-                    gathered.sum = add(&gathered.sum, &sent);
-                    gathered.streams_left -= 1;
+                    gathered.add(&self.round, self.waits.total, busy);
                     if gathered.streams_left == 0 {
                         done(Ok(gathered.sum));
                     }
@@ -128,9 +143,14 @@ impl Sender {
         }
     }
 
-    fn send_round(&mut self, round: &Round) -> io::Result<RoundSent> {
+    /// Sends a round, and says how long the link was busy in the time that the stream waited for the cap.
+    fn send_round(&mut self, round: &Round) -> io::Result<Duration> {
+        let began = self.options.clock.now();
         self.round = RoundSent::default();
         self.capped = !round.paused;
+        self.waits.total = Duration::ZERO;
+        self.in_socket = Duration::ZERO;
+        let busy_before = tcp::busy_time(&self.socket);
         self.window = Window { began: self.options.clock.now(), bytes: 0, writing: Duration::ZERO };
         let again = round.fence > 1;
         if again && self.options.sent.is_short() {
@@ -150,7 +170,31 @@ impl Sender {
         }
         self.write(&Frame::Fence(round.fence).encode(), &[])?;
         self.round.digest = self.digest;
-        Ok(self.round)
+        let busy = tcp::busy_time(&self.socket).zip(busy_before);
+        // Without a word of the system the link may have been busy all the time.
+        let busy = busy.map_or(Duration::MAX, |(after, before)| after.saturating_sub(before));
+        self.report_work(began);
+        Ok(busy.min(self.waits.total))
+    }
+
+    /// Adds the round to what the stream has done in all.
+    fn report_work(&self, began: Timestamp) {
+        let took = self.options.clock.now().since(began);
+        let RoundSent {
+            raw_pages, zero_pages, packed_pages, delta_pages, unchanged_pages, wire_bytes, ..
+        } = self.round;
+        let work = StreamWork {
+            raw_pages,
+            zero_pages,
+            packed_pages,
+            delta_pages,
+            unchanged_pages,
+            wire_bytes,
+            in_socket: self.in_socket,
+            in_cap: self.waits.total,
+            encoding: took.saturating_sub(self.in_socket + self.waits.total),
+        };
+        self.options.counters.add(self.stream, &work);
     }
 
     /// The pages of the first round that need to travel: what was never touched is zero on both sides. The round's
@@ -193,8 +237,8 @@ impl Sender {
 
     /// Decides about the next chunk, once there is room for it; writes what becomes ready meanwhile.
     fn plan(&mut self, mask: &PageMask, again: bool) -> io::Result<Plan> {
-        let way =
-            |method, chooser: &Chooser| Way { method, remember: chooser.remembers(again), verify: true };
+        let verify = self.verify;
+        let way = |method, chooser: &Chooser| Way { method, remember: chooser.remembers(again), verify };
         let unpacked = Plan::Here(way(Method::None, &self.chooser));
         if mask.count() < PAGES_TO_SHARE_MIN {
             return Ok(unpacked);
@@ -275,17 +319,22 @@ impl Sender {
     }
 
     fn write(&mut self, header: &[u8], ranges: &[PageRange]) -> io::Result<()> {
-        let pages: u64 = ranges.iter().map(|range| range.count()).sum();
-        let bytes = length(header) + pages * PAGE_BYTES_U64;
-        let began = self.options.clock.now();
-        if self.capped {
-            self.options.bandwidth.wait_for(bytes);
+        let options = Arc::clone(&self.options);
+        let bandwidth = &options.bandwidth;
+        let mut pieces = Pieces::new(header, ranges);
+        while let Some(piece) = pieces.next(bandwidth.piece_bytes().filter(|_| self.capped)) {
+            let began = options.clock.now();
+            if self.capped {
+                bandwidth.wait_for(piece.bytes, &mut self.waits);
+            }
+            let writing_since = options.clock.now();
+            options.pages.send(self.socket.as_fd(), piece.header, &piece.ranges)?;
+            let ended = options.clock.now();
+            self.in_socket += ended.since(writing_since);
+            self.wrote(piece.bytes, began, ended);
+            self.round.wire_bytes += piece.bytes;
+            options.counters.wire_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         }
-        self.options.pages.send(self.socket.as_fd(), header, ranges)?;
-        let ended = self.options.clock.now();
-        self.wrote(bytes, began, ended);
-        self.round.wire_bytes += bytes;
-        self.options.counters.wire_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
 

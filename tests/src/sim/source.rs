@@ -30,7 +30,7 @@ impl World {
         match action {
             Action::Connect { delay } => self.connect(delay),
             Action::Send(message) => self.send(To::Target, &message),
-            Action::OpenStreams => self.open_streams(),
+            Action::OpenStreams { .. } => self.open_streams(),
             Action::CloseStreams => {
                 if self.streams.take().is_some() {
                     self.break_at_target(self.scenario.link.latency);
@@ -44,7 +44,8 @@ impl World {
             | Action::SaveState
             | Action::ResumeVm
             | Action::ReleaseVm
-            | Action::WriteRecord(_) => self.queue_source_job(action),
+            | Action::WriteRecord(_)
+            | Action::RehearseRecord(_) => self.queue_source_job(action),
             Action::Report(progress) => {
                 self.report.doubted |= matches!(progress, Progress::InDoubt { .. });
                 if let Progress::RoundDone(round) = progress {
@@ -57,7 +58,8 @@ impl World {
 
     /// Jobs on the VM and its record are done one after another.
     fn queue_source_job(&mut self, action: Action) {
-        let us = if matches!(action, Action::WriteRecord(_)) { 1_500 } else { 150 };
+        let us =
+            if matches!(action, Action::WriteRecord(_) | Action::RehearseRecord(_)) { 1_500 } else { 150 };
         let done_at = self.source_free_at.max(self.now) + self.about_us(us);
         self.source_free_at = done_at;
         self.at(done_at, Due::SourceJob(self.attempt, action));
@@ -70,6 +72,10 @@ impl World {
             Action::WriteRecord(record) => match self.source_disk.write(&record) {
                 Ok(()) => Some(Event::RecordWritten { took }),
                 Err(reason) => Some(Event::RecordFailed(reason)),
+            },
+            Action::RehearseRecord(record) => match self.source_disk.write(&record) {
+                Ok(()) => Some(Event::RecordRehearsed { took }),
+                Err(reason) => Some(Event::RehearsalFailed(reason)),
             },
             Action::ReleaseVm => {
                 let guest = self.source_guest.take().expect("released once");
@@ -111,7 +117,7 @@ impl World {
             }
             Action::Connect { .. }
             | Action::Send(_)
-            | Action::OpenStreams
+            | Action::OpenStreams { .. }
             | Action::CloseStreams
             | Action::SendPages { .. }
             | Action::Report(_)
@@ -258,6 +264,7 @@ fn add(a: RoundSent, b: RoundSent) -> RoundSent {
         unchanged_pages: a.unchanged_pages + b.unchanged_pages,
         untouched_pages: a.untouched_pages + b.untouched_pages,
         wire_bytes: a.wire_bytes + b.wire_bytes,
+        link_idle: Duration::ZERO,
         digest: a.digest.combine(b.digest),
     }
 }
@@ -270,7 +277,7 @@ fn brief(action: &Action) -> String {
         }
         Action::Connect { .. }
         | Action::Send(_)
-        | Action::OpenStreams
+        | Action::OpenStreams { .. }
         | Action::CloseStreams
         | Action::StartDirtyLog
         | Action::ReadDirtyLog
@@ -280,6 +287,7 @@ fn brief(action: &Action) -> String {
         | Action::ResumeVm
         | Action::ReleaseVm
         | Action::WriteRecord(_)
+        | Action::RehearseRecord(_)
         | Action::Report(_)
         | Action::Finish(_) => format!("{action:?}"),
     }

@@ -455,6 +455,7 @@ fn config(scenario: &Scenario, attempt: u32, epoch: Epoch) -> source::Config {
         description: vec![1, 2, 3],
         streams: scenario.streams,
         compression: scenario.compression,
+        verify: true,
         downtime_budget: scenario.budget,
         timeout: scenario.timeout,
         on_timeout: scenario.on_timeout,

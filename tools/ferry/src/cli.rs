@@ -27,6 +27,8 @@ pub(crate) enum Command {
     Receive(ReceiveArgs),
     /// Migrate a VM to a host where 'ferry receive' waits
     Migrate(MigrateArgs),
+    /// Change the bandwidth of a migration under way
+    Bandwidth(BandwidthArgs),
     /// List the VMs of this host
     List(Output),
     /// Show all that is known of a VM
@@ -126,6 +128,14 @@ pub(crate) struct ReceiveArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SwitchArg {
+    /// It is done
+    On,
+    /// It is left out
+    Off,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OnTimeoutArg {
     /// Give up; the VM goes on here
     Cancel,
@@ -156,6 +166,9 @@ pub(crate) struct MigrateArgs {
     /// The most to send while the VM runs, like 100M/s or 1Gbit/s
     #[arg(long, value_name = "RATE", value_parser = quantity::bytes_per_s)]
     pub(crate) bandwidth: Option<u64>,
+    /// Compare digests of memory before the VM resumes; 'off' only shows what that costs
+    #[arg(long, value_enum, default_value_t = SwitchArg::On, value_name = "on|off")]
+    pub(crate) verify: SwitchArg,
     /// How long it may take until the VM is stopped
     #[arg(long, default_value = "5m", value_parser = quantity::duration)]
     pub(crate) timeout: Duration,
@@ -164,6 +177,29 @@ pub(crate) struct MigrateArgs {
     pub(crate) on_timeout: OnTimeoutArg,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BandwidthArgs {
+    /// The VM's name
+    pub(crate) name: VmName,
+    /// The most to send while the VM runs, like 100M/s or 1Gbit/s, or 'off'
+    #[arg(value_name = "RATE|off", value_parser = rate_or_off)]
+    pub(crate) rate: RateArg,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// A rate, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RateArg(pub(crate) Option<u64>);
+
+fn rate_or_off(text: &str) -> Result<RateArg, String> {
+    if text == "off" {
+        Ok(RateArg(None))
+    } else {
+        quantity::bytes_per_s(text).map(|rate| RateArg(Some(rate)))
+    }
 }
 
 #[derive(Debug, Args)]

@@ -11,8 +11,8 @@
 // UNSAFETY: guest memory is a foreign mapping that a guest changes; it is reached by raw pointers.
 #![expect(unsafe_code, reason = "guest memory is reached by raw pointers")]
 
-use std::fs::File;
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, OnceLock};
 

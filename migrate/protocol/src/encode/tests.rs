@@ -10,6 +10,10 @@ use crate::frame::FRAME_HEADER_BYTES;
 
 const PAGES: usize = 512;
 
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).unwrap()
+}
+
 struct Target {
     pages: Vec<[u8; PAGE_BYTES]>,
     digests: ChunkDigests,
@@ -25,7 +29,7 @@ impl Target {
             let (body, rest) = rest.split_at(body_bytes);
             let mask = self.place(frame, body);
             for offset in mask.offsets() {
-                let digest = PageDigest::of(offset, &self.pages[offset as usize]);
+                let digest = PageDigest::of(offset, &self.pages[index(offset)]);
                 self.digest = self.digest.combine(self.digests.set(offset, digest));
             }
             bytes = rest;
@@ -38,22 +42,22 @@ impl Target {
         match frame {
             Frame::Raw { mask, .. } => {
                 let (pages, _) = body.as_chunks::<PAGE_BYTES>();
-                mask.offsets().zip(pages).for_each(|(at, page)| self.pages[at as usize] = *page);
+                mask.offsets().zip(pages).for_each(|(at, page)| self.pages[index(at)] = *page);
                 mask
             }
             Frame::Zero { mask, .. } => {
-                mask.offsets().for_each(|at| self.pages[at as usize] = [0; PAGE_BYTES]);
+                mask.offsets().for_each(|at| self.pages[index(at)] = [0; PAGE_BYTES]);
                 mask
             }
             Frame::Lz4 { mask, .. } | Frame::Zstd { mask, .. } => {
                 let pages = self.unpacker.unpack(body, how, mask.count()).unwrap();
-                mask.offsets().zip(pages).for_each(|(at, page)| self.pages[at as usize] = *page);
+                mask.offsets().zip(pages).for_each(|(at, page)| self.pages[index(at)] = *page);
                 mask
             }
             Frame::Delta { mask, .. } => {
                 let offsets: Vec<u64> = mask.offsets().collect();
                 for change in delta::changes(body, mask.count()).unwrap() {
-                    let page = &mut self.pages[offsets[change.nth_page] as usize];
+                    let page = &mut self.pages[index(offsets[change.nth_page])];
                     page[change.at..change.at + BLOCK_BYTES].copy_from_slice(change.bytes);
                 }
                 mask
@@ -93,7 +97,7 @@ impl Source {
         let pages = &self.pages;
         let read = |range: PageRange, visit: &mut dyn FnMut(u64, &[u8; PAGE_BYTES])| {
             for page in range.first()..range.first() + range.count() {
-                visit(page, &pages[page as usize]);
+                visit(page, &pages[index(page)]);
             }
         };
         let encoded =
@@ -104,7 +108,7 @@ impl Source {
         race(&mut self.pages);
         for mask in lent {
             wire.extend_from_slice(&Frame::Raw { chunk, mask }.encode());
-            mask.offsets().for_each(|at| wire.extend_from_slice(&self.pages[at as usize]));
+            mask.offsets().for_each(|at| wire.extend_from_slice(&self.pages[index(at)]));
         }
         target.take(&wire);
         self.digest = self.digest.combine(encoded.digest);

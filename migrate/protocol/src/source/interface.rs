@@ -42,6 +42,8 @@ pub struct Config {
     pub streams: u16,
     /// What pages may be packed with.
     pub compression: Compression,
+    /// Whether both sides take digests of memory and compare them. A target that can't do without does so anyway.
+    pub verify: bool,
     /// The downtime that is allowed.
     pub downtime_budget: Duration,
     /// How long it may take until the guest is stopped.
@@ -80,6 +82,8 @@ pub struct RoundSent {
     pub untouched_pages: u64,
     /// Bytes written to the data streams.
     pub wire_bytes: u64,
+    /// How long the link stood idle for the bandwidth cap alone: a round without the cap would have been shorter by it.
+    pub link_idle: Duration,
     /// The digest of all pages sent so far, each as last sent.
     pub digest: MemoryDigest,
 }
@@ -136,6 +140,13 @@ pub enum Event {
     },
     /// The record could not be written.
     RecordFailed(String),
+    /// The record that stands already is written once more.
+    RecordRehearsed {
+        /// How long that took.
+        took: Duration,
+    },
+    /// It could not be written once more.
+    RehearsalFailed(String),
     /// An action on the VM other than resuming failed, or the guest ended by itself.
     VmFailed(String),
     /// The guest runs again (or is as it was before the migration).
@@ -149,6 +160,7 @@ pub enum Event {
 }
 
 /// What is to be done.
+#[expect(clippy::large_enum_variant, reason = "the large one, a report, comes once a round")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Make the control connection, not before `delay` has passed.
@@ -159,7 +171,10 @@ pub enum Action {
     /// Send a message on it; if there is no connection, drop it.
     Send(Message),
     /// Open the data streams.
-    OpenStreams,
+    OpenStreams {
+        /// Whether they take digests of what they send.
+        verify: bool,
+    },
     /// Shut all data streams, whatever they are doing.
     CloseStreams,
     /// Switch the dirty log on.
@@ -187,6 +202,8 @@ pub enum Action {
     ReleaseVm,
     /// Write the record durably.
     WriteRecord(Record),
+    /// Write durably once more the record that stands already, to measure what that costs.
+    RehearseRecord(Record),
     /// Tell the caller.
     Report(Progress),
     /// It is over.
@@ -205,10 +222,11 @@ impl Action {
             | Self::SaveState
             | Self::ResumeVm
             | Self::ReleaseVm
-            | Self::WriteRecord(_) => true,
+            | Self::WriteRecord(_)
+            | Self::RehearseRecord(_) => true,
             Self::Connect { .. }
             | Self::Send(_)
-            | Self::OpenStreams
+            | Self::OpenStreams { .. }
             | Self::CloseStreams
             | Self::SendPages { .. }
             | Self::Report(_)
@@ -295,6 +313,8 @@ pub struct Downtime {
     pub commit: Duration,
     /// Of `copy`: saving the state.
     pub within_save: Duration,
+    /// Of `prepare`: until the last pages had arrived at the target.
+    pub within_wait: Duration,
     /// Of `prepare`: restoring the state at the target.
     pub within_restore: Duration,
     /// Of `commit`: the record at the target.
@@ -377,7 +397,9 @@ pub struct Summary {
     pub forecast: Forecast,
     /// From the start to the target's word that it runs.
     pub total: Duration,
-    /// The digest of the guest's memory as the source sent it.
+    /// Whether digests of memory were taken and found equal; if not, nobody has checked that the two memories are.
+    pub verified: bool,
+    /// The digest of the guest's memory as the source sent it; zero if nothing was verified.
     pub digest: MemoryDigest,
     /// The digest of the memory as the target has it.
     pub target_digest: MemoryDigest,

@@ -54,6 +54,8 @@ struct Context {
     rounds: Vec<RoundReport>,
     link: LinkEstimate,
     costs: FixedCosts,
+    /// What both sides can do.
+    features: Features,
     fence: u32,
     /// Whether the dirty log may be on.
     logging: bool,
@@ -82,6 +84,11 @@ impl Context {
             migration: given.then_some(self.config.migration),
             arrived_by: self.config.arrived_by,
         }
+    }
+
+    /// Whether both sides take digests of memory and compare them.
+    const fn verifies(&self) -> bool {
+        !self.features.contains(Features::UNVERIFIED)
     }
 
     fn next_fence(&mut self) -> u32 {
@@ -133,6 +140,7 @@ impl Source {
             rounds: Vec::new(),
             link: LinkEstimate::default(),
             costs: FixedCosts::default(),
+            features: Features::NONE,
             fence: 0,
             logging: false,
         };
@@ -218,9 +226,10 @@ fn interruption(event: &Event) -> Option<Failure> {
     match event {
         Event::Cancel => Some(Failure::Cancelled),
         Event::Disconnected(reason) | Event::StreamFailed(reason) => Some(Failure::Link(reason.clone())),
-        Event::VmFailed(reason) | Event::ResumeFailed(reason) | Event::RecordFailed(reason) => {
-            Some(Failure::Local(reason.clone()))
-        }
+        Event::VmFailed(reason)
+        | Event::ResumeFailed(reason)
+        | Event::RecordFailed(reason)
+        | Event::RehearsalFailed(reason) => Some(Failure::Local(reason.clone())),
         Event::Message(Message::Abort(abort)) => Some(Failure::Refused(abort.clone())),
         Event::Connected
         | Event::Message(_)
@@ -231,6 +240,7 @@ fn interruption(event: &Event) -> Option<Failure> {
         | Event::Paused
         | Event::StateSaved { .. }
         | Event::RecordWritten { .. }
+        | Event::RecordRehearsed { .. }
         | Event::VmResumed
         | Event::Timeout => None,
     }
@@ -248,7 +258,12 @@ fn out_of_turn(event: &Event, phase: &'static str) -> Result<(), Failure> {
     }
 }
 
-/// What the two sides can do, as this source wants it.
+/// What this source offers.
+const fn features_offered(config: &Config) -> Features {
+    if config.verify { Features::OURS.without(Features::UNVERIFIED) } else { Features::OURS }
+}
+
+/// What the two sides must both be able to do, as this source wants it.
 fn features_wanted(config: &Config) -> Features {
     match config.compression {
         Compression::None => Features::NONE,

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, JOIN_BYTES, Join};
 use ferry_protocol::message::{
     Abort, AbortCode, AtEpoch, Describe, FenceReached, Hello, MessageType, NetworkIdentity, Prepare,
-    Prepared, Ready, Running, State, Welcome,
+    Prepared, Ready, Rehearse, Rehearsed, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -62,6 +62,8 @@ fn messages() -> Vec<Message> {
         Message::Abort(Abort::new(AbortCode::DigestDiffers, "the two memories differ")),
         Message::Ping(5),
         Message::Pong(5),
+        Message::Rehearse(Rehearse),
+        Message::Rehearsed(Rehearsed { record_us: 6 }),
     ]
 }
 
@@ -166,6 +168,9 @@ fn numbers_on_the_wire_are_what_they_always_were() {
             line(&format!("abort {code:?}"), number.into());
         }
     }
+    line("feature lz4", Features::LZ4.bits());
+    line("feature rehearsal", Features::REHEARSAL.bits());
+    line("feature unverified", Features::UNVERIFIED.bits());
     let of = |bytes: usize| u64::try_from(bytes).unwrap();
     line("protocol version newest", wire::VERSION_NEWEST.into());
     line("protocol version oldest", wire::VERSION_OLDEST.into());

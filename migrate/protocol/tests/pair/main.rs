@@ -2,6 +2,7 @@
 //! between.
 
 mod failures;
+mod forecast;
 mod handover;
 mod plain;
 mod world;

@@ -140,6 +140,7 @@ impl MigrationOrder {
             description: Vec::new(),
             streams,
             compression,
+            verify: true,
             downtime_budget,
             timeout,
             on_timeout,

@@ -18,7 +18,7 @@ use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::source::{Failure, OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{Epoch, MigrationId, VmId, VmName};
 use ferry_migrate::report::MigrationReport;
-use ferry_migrate::{FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
+use ferry_migrate::{BandwidthCap, FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
 use ferry_vmm::{
     Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, MemoryConfig,
     NetConfig, SerialTarget,
@@ -123,7 +123,8 @@ async fn move_away(
         target: order.target,
         streams: order.streams,
         compression: if order.lz4 { Compression::Lz4 } else { Compression::None },
-        bandwidth_bytes_per_s: order.bandwidth_bytes_per_s,
+        bandwidth: BandwidthCap::new(order.bandwidth_bytes_per_s),
+        verify: true,
         downtime_budget: budget,
         timeout: Duration::from_secs_f64(order.timeout_ms / 1e3),
         on_timeout: OnTimeout::Cancel,
@@ -167,6 +168,7 @@ fn in_words(update: Update) -> Option<Said> {
             | Progress::Undoing { .. } => None,
         },
         Update::Transferred { round_pages, .. } => Some(Said::Sent { round_pages }),
+        Update::Streams(_) => None,
     }
 }
 

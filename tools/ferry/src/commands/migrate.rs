@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{self, MigrationEvent, MigrationRequest, OnTimeoutWord, VmInfo, VmState};
-use crate::cli::{MigrateArgs, OnTimeoutArg};
+use crate::cli::{MigrateArgs, OnTimeoutArg, SwitchArg};
 use crate::client::{self, Events};
 use crate::quantity::{show_bytes, show_ms, show_rate};
 use crate::state_dir::StateDir;
@@ -36,6 +36,7 @@ fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
         streams: args.streams,
         compress: args.compress.to_string(),
         bandwidth_bytes_per_s: args.bandwidth,
+        verify: args.verify == SwitchArg::On,
         timeout_ms: ms(args.timeout),
         on_timeout: match args.on_timeout {
             OnTimeoutArg::Cancel => OnTimeoutWord::Cancel,
@@ -231,7 +232,11 @@ pub(crate) fn summary(report: &MigrationReport) -> String {
         forecast.copy_ms,
         &format!("saving the state {}", show_ms(parts.within_save_ms)),
     );
-    let restore = format!("restoring it {}", show_ms(parts.within_restore_ms));
+    let restore = format!(
+        "waiting for the last pages {}, restoring it {}",
+        show_ms(parts.within_wait_ms),
+        show_ms(parts.within_restore_ms)
+    );
     row("  prepare", parts.prepare_ms, forecast.prepare_ms, &restore);
     row("  record", parts.record_ms, forecast.record_ms, "");
     let target = format!(
@@ -243,8 +248,22 @@ pub(crate) fn summary(report: &MigrationReport) -> String {
     let _ = writeln!(text, "{:>26}{:>12}", "", "^ forecast");
     let _ = writeln!(text, "  total        {:>9}   {} rounds", show_ms(report.total_ms), report.rounds.len());
     let _ = writeln!(text, "  sent         {:>9}   {}", show_bytes(report.wire_bytes), page_kinds(report));
-    let equal = if report.digest_equal { "equal on both sides" } else { "DIFFERENT" };
-    let _ = writeln!(text, "  digest       {} ({equal})", report.digest);
+    for (number, stream) in report.streams.iter().enumerate() {
+        let _ = writeln!(
+            text,
+            "  stream {number:<5} {:>9}   socket {}, encoding {}, cap {}",
+            show_bytes(stream.wire_bytes),
+            show_ms(stream.socket_ms),
+            show_ms(stream.encoding_ms),
+            show_ms(stream.cap_ms),
+        );
+    }
+    let equal = if report.digest_equal == Some(true) { "equal on both sides" } else { "DIFFERENT" };
+    let digest = match &report.digest {
+        Some(digest) => format!("{digest} ({equal})"),
+        None => "NOT VERIFIED: nobody has compared the two memories (--verify off)".to_owned(),
+    };
+    let _ = writeln!(text, "  digest       {digest}");
     text
 }
 

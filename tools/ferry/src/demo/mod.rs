@@ -93,6 +93,7 @@ async fn migrate(
         streams: 1,
         compress: Compression::Auto.to_string(),
         bandwidth_bytes_per_s: None,
+        verify: true,
         timeout_ms: 60_000.0,
         on_timeout: OnTimeoutWord::Cancel,
     };

@@ -157,8 +157,11 @@ impl VmHost {
                 (info.listen, info.id) = (Some(listen), Some(vm.to_string()));
             }
             Life::Here(here) => describe(&here, &mut info),
-            Life::Gone { target, .. } => {
-                (info.state, info.note) = (VmState::Moved, Some(format!("it runs at {target} now")));
+            Life::Gone { target, last } => {
+                let unverified =
+                    if last.is_verified() { "" } else { "; its memory was NOT VERIFIED on the way" };
+                let note = format!("it runs at {target} now{unverified}");
+                (info.state, info.note) = (VmState::Moved, Some(note));
             }
             Life::Ended { reason, .. } => info.note = Some(reason),
         }

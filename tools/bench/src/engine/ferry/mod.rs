@@ -292,11 +292,12 @@ fn fill_in(report: &mut EngineReport, numbers: &MigrationReport, starts: &[f64])
         .enumerate()
         .map(|(index, round)| in_results(round, starts.get(index).copied()))
         .collect();
-    report.digest_equal = Some(numbers.digest_equal);
+    report.digest_equal = numbers.digest_equal;
     report.more = vec![
         ("total_own_ms".to_owned(), numbers.total_ms),
         ("forecast_upper_ms".to_owned(), numbers.forecast.upper_ms),
         ("within_save_ms".to_owned(), parts.within_save_ms),
+        ("within_wait_ms".to_owned(), parts.within_wait_ms),
         ("within_restore_ms".to_owned(), parts.within_restore_ms),
         ("within_target_record_ms".to_owned(), parts.within_target_record_ms),
         ("within_run_ms".to_owned(), parts.within_run_ms),
