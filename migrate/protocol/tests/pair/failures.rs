@@ -7,7 +7,8 @@ use ferry_protocol::message::AbortCode;
 use ferry_protocol::source::{self, Failure, OnTimeout, Outcome, Progress};
 use ferry_protocol::target;
 
-use crate::world::{DiskFault, MS, PAGES, Pair, config};
+use crate::disk::DiskFault;
+use crate::world::{MS, PAGES, Pair, config};
 
 /// The source's phases before the commit, in order.
 const BEFORE_THE_COMMIT: [&str; 7] =

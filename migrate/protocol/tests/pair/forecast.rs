@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use ferry_protocol::source::{Failure, Outcome, Summary};
 
-use crate::world::{DiskFault, MS, PAGES, Pair, config};
+use crate::disk::DiskFault;
+use crate::world::{MS, PAGES, Pair, config};
 
 /// More rounds than this and a single slow measurement was not forgotten.
 const ROUNDS_MAX: usize = 16;

@@ -8,7 +8,8 @@ use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::source::{self, Outcome};
 use ferry_protocol::{Epoch, MigrationId, VmId, target};
 
-use crate::world::{DiskFault, Pair, config};
+use crate::disk::DiskFault;
+use crate::world::{Pair, config};
 
 fn moved(pair: &Pair) -> bool {
     let moved = matches!(pair.source_outcome, Some(Outcome::Moved(_)));

@@ -18,6 +18,8 @@ use ferry_protocol::{
     StreamIndex, Timestamp, VmId,
 };
 
+use crate::disk::Disk;
+
 pub(crate) const MS: Duration = Duration::from_millis(1);
 pub(crate) const PAGES: u64 = 4096;
 pub(crate) const STREAMS: u16 = 2;
@@ -25,7 +27,6 @@ pub(crate) const STREAMS: u16 = 2;
 /// How long a message takes to the other side.
 const LATENCY: Duration = Duration::from_micros(500);
 const VM_WORK: Duration = Duration::from_micros(300);
-const RECORD_WORK: Duration = MS;
 const PAGE_WORK: Duration = Duration::from_micros(10);
 
 /// More steps than this mean that the two go round in circles.
@@ -44,68 +45,6 @@ enum Due {
     LostAtTarget(u32),
     /// One side has closed the connection behind its last message.
     Closed(u32),
-}
-
-/// One host's disk.
-#[derive(Debug, Default)]
-pub(crate) struct Disk {
-    pub(crate) record: Option<Record>,
-    /// What becomes of the coming writes; without an entry they succeed.
-    pub(crate) faults: VecDeque<DiskFault>,
-    /// What becomes of the coming rehearsals.
-    pub(crate) rehearsal_faults: VecDeque<DiskFault>,
-    /// How long the coming writes take, one after another; without an entry [`RECORD_WORK`].
-    pub(crate) slow: VecDeque<Duration>,
-    /// How many times the record was rehearsed.
-    pub(crate) rehearsals: usize,
-}
-
-/// What becomes of a write.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum DiskFault {
-    None,
-    /// It fails and nothing is on the disk.
-    Lost,
-    /// It is reported as failed but is on the disk all the same.
-    Landed,
-}
-
-impl Disk {
-    /// `Ok` if the write is reported as durable.
-    fn write(&mut self, record: Record) -> Result<(), String> {
-        let fault = self.faults.pop_front().unwrap_or(DiskFault::None);
-        self.write_with(record, fault)
-    }
-
-    fn rehearse(&mut self, record: Record) -> Result<(), String> {
-        self.rehearsals += 1;
-        let fault = self.rehearsal_faults.pop_front().unwrap_or(DiskFault::None);
-        self.write_with(record, fault)
-    }
-
-    fn write_with(&mut self, record: Record, fault: DiskFault) -> Result<(), String> {
-        let bytes = record.encode();
-        let record = Record::decode(&bytes).expect("a record reads back");
-        match fault {
-            DiskFault::None => {
-                self.record = Some(record);
-                Ok(())
-            }
-            DiskFault::Lost => Err("no space left".to_owned()),
-            DiskFault::Landed => {
-                self.record = Some(record);
-                Err("the folder could not be synced".to_owned())
-            }
-        }
-    }
-
-    fn next_took(&mut self) -> Duration {
-        self.slow.pop_front().unwrap_or(RECORD_WORK)
-    }
-
-    pub(crate) fn standing(&self) -> Option<(&'static str, u64)> {
-        self.record.as_ref().map(|record| (record.standing.word(), record.epoch.number()))
-    }
 }
 
 /// A host's guest as far as this world knows it.
