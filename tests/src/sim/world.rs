@@ -61,6 +61,7 @@ pub struct Report {
 }
 
 /// What comes due at some time.
+#[expect(clippy::large_enum_variant, reason = "a few hundred of them wait at most")]
 #[derive(Debug)]
 pub(super) enum Due {
     /// For the attempt of that number.
