@@ -204,8 +204,17 @@ pub struct Target {
 /// If it can't listen.
 #[must_use]
 pub fn target_for(guest: &Guest) -> Target {
+    target_with(guest, MemoryChoices::default())
+}
+
+/// The same, with memory of a kind that it chooses.
+///
+/// # Panics
+/// If it can't listen.
+#[must_use]
+pub fn target_with(guest: &Guest, memory: MemoryChoices) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
-    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory: MemoryChoices::default() };
+    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
     let options = ReceiveOptions {
@@ -251,7 +260,19 @@ pub async fn source_with(
 /// # Panics
 /// If anything is not as it should be.
 pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) -> (Guest, Summary) {
-    let mut target = target_for(&guest);
+    move_guest_to(guest, MemoryChoices::default(), change).await
+}
+
+/// The same, to memory of a kind that the target chooses.
+///
+/// # Panics
+/// If anything is not as it should be.
+pub async fn move_guest_to(
+    guest: Guest,
+    memory: MemoryChoices,
+    change: impl FnOnce(&mut MigrateOptions),
+) -> (Guest, Summary) {
+    let mut target = target_with(&guest, memory);
     let mut options = guest.options(target.address.clone());
     change(&mut options);
     let never = watch::channel(false);
