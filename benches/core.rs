@@ -110,6 +110,16 @@ fn frames_and_bitmaps(criterion: &mut Criterion) {
     criterion.bench_function("bitmap/chunks of 4 GiB, sparse", |bench| {
         bench.iter(|| black_box(&sparse).chunks().count());
     });
+    for (name, gib) in [("4 GiB", 4), ("64 GiB", 64)] {
+        let mut bitmap = PageBitmap::empty(gib << 18);
+        (0..1_000).for_each(|page| bitmap.insert(page));
+        criterion.bench_function(&format!("bitmap/scan of {name}, 1,000 pages dirty"), |bench| {
+            bench.iter(|| black_box(&bitmap).chunks().map(|(_, mask)| mask.count()).sum::<u64>());
+        });
+    }
+    criterion.bench_function("bitmap/ranges of 4 GiB, sparse", |bench| {
+        bench.iter(|| black_box(&sparse).ranges().count());
+    });
     criterion.bench_function("bitmap/union of 4 GiB", |bench| {
         let full = PageBitmap::full(page_count);
         bench.iter_batched_ref(|| sparse.clone(), |to| to.union(black_box(&full)), BatchSize::LargeInput);

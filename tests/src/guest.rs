@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ferry_guest_abi::report::Stage;
+use ferry_guest_abi::report::{GAP_LOG_MIN_US, Stage};
 use ferry_guest_abi::{REPORT_GPA, Report, Workload};
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::{BuildRefusal, RecordStore, SystemClock, TargetHost, TargetVm};
@@ -68,13 +68,22 @@ pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
 /// If it does not come up.
 #[must_use]
 pub fn boot(workload: &str, config: &MachineConfig) -> Guest {
+    boot_logging_gaps(workload, config, GAP_LOG_MIN_US)
+}
+
+/// The same, with a log of every gap between two heartbeats from a length on.
+///
+/// # Panics
+/// If it does not come up.
+#[must_use]
+pub fn boot_logging_gaps(workload: &str, config: &MachineConfig, gap_log_us: u64) -> Guest {
     let workload = Workload::parse(workload).expect("a workload");
     let machine = Machine::build(config).expect("a machine");
     machine
         .load(&BootSource {
             kernel: Kernel::Image { name: "workload guest", bytes: ferry_guest_image::WORKLOAD_GUEST },
             initrd: None,
-            cmdline: format!("workload {workload}"),
+            cmdline: format!("gap_log_us={gap_log_us} workload {workload}"),
         })
         .expect("it boots");
     machine.run().expect("it runs");

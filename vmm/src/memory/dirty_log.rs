@@ -28,8 +28,10 @@ use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
 use super::{GuestRam, PAGE_BYTES};
 use crate::capability::{DirtyLogMode, KvmCallError};
 
-/// Pages cleared a call: 64 MiB, about 0.5 ms of KVM's lock if all of them are dirty.
-const CLEAR_PAGES_MAX: usize = 16_384;
+/// Pages cleared a call: 4 MiB, some 30 us of KVM's lock if all of them are dirty. Each of the guest's write faults may wait
+/// for one such call, so a guest that writes to many protected pages feels this many times over; see the section on
+/// dirty tracking in docs/performance.md.
+const CLEAR_PAGES_MAX: usize = 1_024;
 
 const WORD_PAGES: usize = 64;
 
