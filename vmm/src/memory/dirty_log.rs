@@ -311,7 +311,7 @@ mod tests {
         };
         assert_eq!(pieces(&[]), []);
         assert_eq!(pieces(&[0; 9]), []);
-        assert_eq!(pieces(&[0, 1, 0, 4, 0]), [1..4]);
+        assert_eq!(pieces(&[0, 1, 0, 4, 0]), vec![1_usize..4; 1]);
         // 16 full words are CLEAR_DIRTY_PAGES.
         assert_eq!(pieces(&[u64::MAX; 40]), [0..16, 16..32, 32..40]);
         let mut scattered = vec![0; 4 * CLEAR_WORDS_MAX];
