@@ -148,7 +148,7 @@ fn encoding(criterion: &mut Criterion) {
                     let chunk = ChunkIndex::new(number, PAGES as u64).expect("it exists");
                     let read = |range: PageRange, visit: &mut dyn FnMut(u64, &[u8; PAGE_BYTES])| {
                         (range.first()..range.first() + range.count())
-                            .for_each(|page| visit(page, &pages[page as usize]));
+                            .for_each(|page| visit(page, &pages[usize::try_from(page).expect("64 MiB")]));
                     };
                     let way = Way { method: Method::None, remember, verify: true };
                     let all = PageMask([u64::MAX; 8]);
@@ -179,6 +179,16 @@ fn frames_and_bitmaps(criterion: &mut Criterion) {
     (0..page_count).step_by(997).for_each(|page| sparse.insert(page));
     criterion.bench_function("bitmap/chunks of 4 GiB, sparse", |bench| {
         bench.iter(|| black_box(&sparse).chunks().count());
+    });
+    for (name, gib) in [("4 GiB", 4), ("64 GiB", 64)] {
+        let mut bitmap = PageBitmap::empty(gib << 18);
+        (0..1_000).for_each(|page| bitmap.insert(page));
+        criterion.bench_function(&format!("bitmap/scan of {name}, 1,000 pages dirty"), |bench| {
+            bench.iter(|| black_box(&bitmap).chunks().map(|(_, mask)| mask.count()).sum::<u64>());
+        });
+    }
+    criterion.bench_function("bitmap/ranges of 4 GiB, sparse", |bench| {
+        bench.iter(|| black_box(&sparse).ranges().count());
     });
     criterion.bench_function("bitmap/union of 4 GiB", |bench| {
         let full = PageBitmap::full(page_count);

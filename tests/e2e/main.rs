@@ -3,5 +3,6 @@
 //! The guest checks its own memory all the time, so a page that is lost, stale or misplaced shows as an error
 //! in its report.
 
+mod backings;
 mod bad_input;
 mod migrations;

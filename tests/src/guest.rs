@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ferry_guest_abi::report::Stage;
+use ferry_guest_abi::report::{GAP_LOG_MIN_US, Stage};
 use ferry_guest_abi::{REPORT_GPA, Report, Workload};
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::{BuildRefusal, RecordStore, SystemClock, TargetHost, TargetVm};
@@ -68,13 +68,22 @@ pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
 /// If it does not come up.
 #[must_use]
 pub fn boot(workload: &str, config: &MachineConfig) -> Guest {
+    boot_logging_gaps(workload, config, GAP_LOG_MIN_US)
+}
+
+/// The same, with a log of every gap between two heartbeats from a length on.
+///
+/// # Panics
+/// If it does not come up.
+#[must_use]
+pub fn boot_logging_gaps(workload: &str, config: &MachineConfig, gap_log_us: u64) -> Guest {
     let workload = Workload::parse(workload).expect("a workload");
     let machine = Machine::build(config).expect("a machine");
     machine
         .load(&BootSource {
             kernel: Kernel::Image { name: "workload guest", bytes: ferry_guest_image::WORKLOAD_GUEST },
             initrd: None,
-            cmdline: format!("workload {workload}"),
+            cmdline: format!("gap_log_us={gap_log_us} workload {workload}"),
         })
         .expect("it boots");
     machine.run().expect("it runs");
@@ -205,8 +214,17 @@ pub struct Target {
 /// If it can't listen.
 #[must_use]
 pub fn target_for(guest: &Guest) -> Target {
+    target_with(guest, MemoryChoices::default())
+}
+
+/// The same, with memory of a kind that it chooses.
+///
+/// # Panics
+/// If it can't listen.
+#[must_use]
+pub fn target_with(guest: &Guest, memory: MemoryChoices) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
-    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory: MemoryChoices::default() };
+    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
     let options = ReceiveOptions {
@@ -252,7 +270,19 @@ pub async fn source_with(
 /// # Panics
 /// If anything is not as it should be.
 pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) -> (Guest, Summary) {
-    let mut target = target_for(&guest);
+    move_guest_to(guest, MemoryChoices::default(), change).await
+}
+
+/// The same, to memory of a kind that the target chooses.
+///
+/// # Panics
+/// If anything is not as it should be.
+pub async fn move_guest_to(
+    guest: Guest,
+    memory: MemoryChoices,
+    change: impl FnOnce(&mut MigrateOptions),
+) -> (Guest, Summary) {
+    let mut target = target_with(&guest, memory);
     let mut options = guest.options(target.address.clone());
     change(&mut options);
     let never = watch::channel(false);
