@@ -156,7 +156,7 @@ fn run_scenario(
         })
         .collect();
     // What a source, its target and the memory held for it will have in use together.
-    drop(WarmMemory::hold(scenario.memory_mib.saturating_mul(WARM_GUESTS)));
+    drop(WarmMemory::hold(scenario.in_use_mib().saturating_mul(WARM_GUESTS)));
     let mut runs: Vec<Run> = Vec::new();
     for repetition in 0..scenario.repetitions {
         for position in 0..here.len() {

@@ -105,14 +105,14 @@ impl Attempt<'_> {
             folder: folder.path(),
         })?;
         run.flags = pair.flags();
-        let window = self.until_ready(&*pair, &boot)?;
+        let window = if pair.has_guest() { self.until_ready(&*pair, &boot)? } else { None };
         let clients = match hosts.client() {
-            Some(namespace) if self.scenario.client.is_some() => {
+            Some(namespace) if self.scenario.client.is_some() && pair.has_guest() => {
                 Some(Clients::start(self.scenario.client, namespace, self.clock)?)
             }
             _ => None,
         };
-        let warm = WarmMemory::hold(self.scenario.memory_mib);
+        let warm = WarmMemory::hold(self.scenario.in_use_mib());
         let others_before = until_quiet(&*pair, self.clock)?;
         let (wire, tap) = hosts.counters()?;
         let watched = Watched {
@@ -209,7 +209,8 @@ impl Attempt<'_> {
         let (wire, tap) = hosts.counters()?;
         let wire_without_tap =
             || Some(wire.bytes().ok()?.saturating_sub(tap.as_ref().map_or(Ok(0), |tap| tap.bytes()).ok()?));
-        let window = GuestWindow::find(pids[0], self.scenario.memory_mib).ok();
+        let window = pair.has_guest().then(|| GuestWindow::find(pids[0], self.scenario.memory_mib).ok());
+        let window = window.flatten();
         let heartbeat_before = window.and_then(|window| window.report()).map(|report| report.heartbeat_tsc);
         let own = std::process::id();
         let (own_before, machine_before) = (cost::snapshot(own)?, idle::now()?);

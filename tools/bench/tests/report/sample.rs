@@ -180,8 +180,11 @@ impl Model {
             noise *= 1.6;
         }
         let is_ferry = info.kind == EngineKind::Ferry;
-        let streams =
-            scenario.engines.iter().find(|setting| setting.engine == info.name).map_or(1, |it| it.streams);
+        let streams = scenario
+            .engines
+            .iter()
+            .find(|setting| setting.engine == info.name)
+            .map_or(1, |it| it.streams.fixed().unwrap_or(2));
         let speed = match (is_ferry, streams) {
             (true, 1) => 2.7e9,
             (true, _) => 3.3e9,

@@ -3,8 +3,38 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use ferry_migrate::protocol::page;
 use ferry_migrate::report::MigrationReport;
+use ferry_vmm::Backing;
 use serde::{Deserialize, Serialize};
+
+use crate::scenario::{Compression, MemoryBacking};
+
+/// What `compression` is to ferry.
+///
+/// # Errors
+/// What ferry lacks, in words.
+pub fn packing(compression: Compression) -> Result<page::Compression, &'static str> {
+    match compression {
+        Compression::None => Ok(page::Compression::None),
+        Compression::Lz4 => Ok(page::Compression::Lz4),
+        Compression::Auto => Err("it does not choose by itself whether to pack"),
+        Compression::Zstd => Err("it has no zstd"),
+        Compression::Xbzrle => Err("it sends no differences"),
+    }
+}
+
+/// What `backing` is to ferry.
+///
+/// # Errors
+/// What ferry lacks, in words.
+pub fn backing(backing: MemoryBacking) -> Result<Backing, &'static str> {
+    match backing {
+        MemoryBacking::Private => Ok(Backing::PrivateAnonymous),
+        MemoryBacking::Shared => Ok(Backing::SharedMemfd),
+        MemoryBacking::Hugepages => Err("it has no memory from the pool of huge pages"),
+    }
+}
 
 /// What a source is to boot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -17,6 +47,8 @@ pub struct SourceOrder {
     pub cmdline: String,
     /// Its memory.
     pub memory_mib: u32,
+    /// What holds it.
+    pub backing: MemoryBacking,
     /// Its vCPUs.
     pub cpus: u8,
     /// Its tap and MAC.
@@ -45,8 +77,8 @@ pub struct MoveOrder {
     pub target: String,
     /// Data streams.
     pub streams: u16,
-    /// Whether pages are packed with lz4.
-    pub lz4: bool,
+    /// How pages are packed.
+    pub compression: Compression,
     /// The most that is sent while the guest runs.
     pub bandwidth_bytes_per_s: Option<u64>,
     /// The downtime that is allowed.
