@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use ferry_bench::results::{Outcome, ProcessRole, Results, Run, ScenarioResult};
+use ferry_bench::results::{Metric, Outcome, ProcessRole, Results, Run, ScenarioResult, Verdict};
 use ferry_tests::tier;
 
 fn suite(folder: &Path, arguments: &[&str]) -> Results {
@@ -39,7 +39,14 @@ fn check_moved(scenario: &str, run: &Run) {
     for process in &measures.processes {
         assert!(process.cpu_s > 0.0 && process.cpu_engine_s <= process.cpu_s, "{name}: {process:?}");
         assert!(process.peak_memory_bytes > 64 << 20, "{name}: {process:?}");
+        // 64 MiB were filled, a quarter of which the target may leave out.
+        let guest = process.guest_memory_bytes.unwrap();
+        assert!((45 << 20..=128 << 20).contains(&guest), "{name}: {process:?}");
         assert!(process.threads.iter().any(|thread| thread.vcpu), "{name}: {process:?}");
+    }
+    for metric in [Metric::MemoryOverheadSourceBytes, Metric::MemoryOverheadTargetBytes] {
+        let overhead = metric.of(measures).unwrap();
+        assert!(overhead > 1e6, "{name}: {metric:?} {overhead}");
     }
     assert!(run.timeline.link_bytes_per_s.iter().any(|(_, rate)| *rate > 0.0), "{name}");
 }
@@ -73,6 +80,16 @@ fn check_job(scenario: &str, run: &Run) {
     }
 }
 
+/// Each of the limits has been judged by figures, whatever they are.
+fn check_limits(results: &Results) {
+    assert_eq!(results.limits.len(), 5);
+    for result in &results.limits {
+        let value = result.value.unwrap_or_else(|| panic!("{result:?}"));
+        assert!(value > 0.0 && result.count == 1 && result.engine.is_some(), "{result:?}");
+        assert_ne!(result.verdict, Verdict::NotMeasured, "{result:?}");
+    }
+}
+
 #[test]
 fn every_scenario_of_the_smoke_suite_is_measured_from_all_sides() {
     if !tier::has_kvm("bench") || !tier::is_root("bench") {
@@ -84,6 +101,7 @@ fn every_scenario_of_the_smoke_suite_is_measured_from_all_sides() {
     for info in &results.engines {
         tier::runs(&format!("bench, {}", info.name), info.absent.clone().map_or(Ok(()), Err));
     }
+    check_limits(&results);
     for result in &results.scenarios {
         let name = result.scenario.name.as_str();
         let engines: Vec<_> = result.runs.iter().map(|run| run.engine.as_str()).collect();

@@ -137,6 +137,12 @@ pub const COLUMNS: &[Column] = &[
     column("peak_memory_target_bytes", "The target's, bytes.", |row| {
         text(side(row, ProcessRole::Target)?.peak_memory_bytes)
     }),
+    column("memory_overhead_source_bytes", "The source's less the guest's, bytes.", |row| {
+        metric(row, Metric::MemoryOverheadSourceBytes)
+    }),
+    column("memory_overhead_target_bytes", "The target's less the guest's, bytes.", |row| {
+        metric(row, Metric::MemoryOverheadTargetBytes)
+    }),
     column("guest_pages_per_s_before", "Pages that the guest wrote a second before the order.", |row| {
         text(measures(row).guest_pages_per_s_before?)
     }),

@@ -94,12 +94,14 @@ pub fn run(
         machine: machine::info(),
         engines: used_engines(&engines, &scenarios),
         scenarios: Vec::new(),
+        limits: Vec::new(),
     };
     for scenario in scenarios {
         let result = run_scenario(&scenario, &engines, folder.path(), clock, progress);
         progress.scenario_done(&result);
         results.scenarios.push(result);
     }
+    results.limits = stats::limits::judge(&suite.limits, &results.scenarios, &results.engines);
     results.took_s = clock.now().as_secs_f64();
     Ok(results)
 }

@@ -37,14 +37,16 @@ use std::path::{Path, PathBuf};
 use ferry_guest_abi::Workload;
 use serde::Deserialize;
 
+use super::limit::{self, LimitFile};
 use super::{
     Axis, Client, Compression, EngineConfig, EngineKind, EngineSetting, Guest, Link, LinuxGuest,
     MemoryBacking, Scenario, Strategy, Streams, Suite, SweepPoint,
 };
 
 /// The suites that come along, by name.
-pub const BUILT_IN: [(&str, &str); 3] = [
+pub const BUILT_IN: [(&str, &str); 4] = [
     ("standard", include_str!("suites/standard.toml")),
+    ("memory", include_str!("suites/memory.toml")),
     ("smoke", include_str!("suites/smoke.toml")),
     ("calibration", include_str!("suites/calibration.toml")),
 ];
@@ -99,6 +101,8 @@ struct SuiteFile {
     defaults: toml::Table,
     engines: BTreeMap<String, EngineFile>,
     scenarios: Vec<toml::Table>,
+    #[serde(default)]
+    limits: Vec<toml::Table>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -233,7 +237,18 @@ pub fn parse(name: &str, text: &str) -> Result<Suite, SuiteError> {
             what,
         })?);
     }
+    let mut limits = Vec::new();
+    for (index, table) in file.limits.into_iter().enumerate() {
+        let wrong = |what: String| SuiteError::Wrong {
+            name: name.to_owned(),
+            place: format!("limit {}", index + 1),
+            what,
+        };
+        let limit: LimitFile = table.try_into().map_err(|error: toml::de::Error| wrong(error.to_string()))?;
+        limits.extend(limit::expand(&limit, &scenarios).map_err(wrong)?);
+    }
     let suite = Suite {
+        limits,
         name: name.to_owned(),
         title: file.title,
         summary: file.summary,

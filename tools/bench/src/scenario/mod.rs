@@ -4,6 +4,7 @@
 //! suites that come along lie in `suites/`.
 
 pub mod file;
+mod limit;
 mod setting;
 
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use ferry_guest_abi::Workload;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use limit::{Base, Bound, Limit, Quantity, Rate};
 pub use setting::{Auto, MemoryBacking, Streams};
 
 /// A set of scenarios that are run and reported together.
@@ -27,6 +29,9 @@ pub struct Suite {
     pub engines: Vec<EngineConfig>,
     /// The scenarios, in the order of the file, sweeps expanded.
     pub scenarios: Vec<Scenario>,
+    /// What is expected of its figures.
+    #[serde(default)]
+    pub limits: Vec<Limit>,
 }
 
 /// One guest on one link, which every engine in turn migrates.

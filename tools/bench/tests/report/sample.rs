@@ -53,7 +53,7 @@ impl Recipe {
         let mut engines: Vec<EngineInfo> =
             suite.engines.iter().map(|engine| info(&engine.name, engine.kind)).collect();
         engines.push(info(ODD, EngineKind::Qemu));
-        Results {
+        let mut results = Results {
             schema: SCHEMA,
             suite: suite.name,
             title: "Sample data of a test, not measured".to_owned(),
@@ -75,7 +75,10 @@ impl Recipe {
                 .map(|scenario| self.scenario(scenario, &engines, &mut at_s, &mut random))
                 .collect(),
             engines,
-        }
+            limits: Vec::new(),
+        };
+        results.limits = stats::limits::judge(&suite.limits, &results.scenarios, &results.engines);
+        results
     }
 
     fn scenario(
@@ -330,6 +333,7 @@ impl Model {
                 ThreadCost { name: "CPU 0/KVM".to_owned(), cpu_s: 0.4, vcpu: true },
             ],
             peak_memory_bytes: whole(f64::from(scenario.memory_mib) * MIB + 4e7 * self.noise),
+            guest_memory_bytes: Some(whole(f64::from(scenario.memory_mib) * MIB)),
         };
         vec![side(ProcessRole::Source, 0.6), side(ProcessRole::Target, 0.4)]
     }
