@@ -96,8 +96,8 @@ fn its_bandwidth_can_be_changed() {
     migrating = source.start(source.command(&arguments));
     migrating.until("round-started");
     source.ferry(&["bandwidth", "web", "off"]).well();
-    let moved = migrating.end();
-    assert_eq!(moved.json_lines().last().expect("events")["event"], "moved", "{moved:?}");
+    let events = migrating.end().json_lines();
+    assert_eq!(events.last().expect("events")["event"], "moved", "{events:?}");
     target.goes_on("web");
 }
 
