@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use ferry_protocol::encode::Encoded;
+use ferry_protocol::encode::pack::Method;
 use ferry_protocol::policy::{Estimate, Forecast};
 use ferry_protocol::source::{Downtime, RoundReport, Summary};
 use serde::{Deserialize, Serialize};
@@ -125,8 +127,49 @@ pub struct Round {
     pub forecast: Option<ForecastReport>,
 }
 
+/// What packing did for a data stream. It goes on in threads beside the stream's own.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct PackingWork {
+    /// Bytes of pages that were tried with lz4.
+    pub lz4_bytes: u64,
+    /// Bytes of pages that were tried with zstd of level 1 or 2.
+    pub zstd_bytes: u64,
+    /// The same with higher levels.
+    pub zstd_high_bytes: u64,
+    /// What all of that came to, in bytes, where it was worth it.
+    pub packed_bytes: u64,
+    /// Pages that were sent unpacked because the link would have run dry.
+    pub filled_pages: u64,
+    /// Time of the packing threads, in ms.
+    pub packing_ms: f64,
+}
+
+impl PackingWork {
+    pub(crate) fn add(&mut self, method: Method, encoded: &Encoded, took: Duration) {
+        let tried = match method {
+            Method::None => return,
+            Method::Lz4 => &mut self.lz4_bytes,
+            Method::Zstd(..=2) => &mut self.zstd_bytes,
+            Method::Zstd(_) => &mut self.zstd_high_bytes,
+        };
+        *tried += encoded.packing.from_bytes;
+        self.packed_bytes += encoded.packing.to_bytes;
+        self.packing_ms += ms(took);
+    }
+
+    fn add_all(&mut self, more: &Self) {
+        let Self { lz4_bytes, zstd_bytes, zstd_high_bytes, packed_bytes, filled_pages, packing_ms } = more;
+        self.lz4_bytes += lz4_bytes;
+        self.zstd_bytes += zstd_bytes;
+        self.zstd_high_bytes += zstd_high_bytes;
+        self.packed_bytes += packed_bytes;
+        self.filled_pages += filled_pages;
+        self.packing_ms += packing_ms;
+    }
+}
+
 /// What a data stream has done; its times follow each other, so they add up to the time in which it had work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct StreamWork {
     /// Pages that travelled as they are.
     pub raw_pages: u64,
@@ -144,8 +187,12 @@ pub struct StreamWork {
     pub in_socket: Duration,
     /// Waiting for the bandwidth cap.
     pub in_cap: Duration,
-    /// The rest: reading pages, digests, packing.
+    /// The rest: reading pages, digests, waiting for packed ones.
     pub encoding: Duration,
+    /// What was packed beside it.
+    pub packing: PackingWork,
+    /// What the link took of this stream when it was last full, in bytes/s.
+    pub link_bytes_per_s: Option<f64>,
 }
 
 impl StreamWork {
@@ -160,7 +207,11 @@ impl StreamWork {
             in_socket,
             in_cap,
             encoding,
+            packing,
+            link_bytes_per_s,
         } = more;
+        self.packing.add_all(packing);
+        self.link_bytes_per_s = link_bytes_per_s.or(self.link_bytes_per_s);
         self.raw_pages += raw_pages;
         self.zero_pages += zero_pages;
         self.packed_pages += packed_pages;
@@ -192,8 +243,12 @@ pub struct StreamReport {
     pub socket_ms: f64,
     /// Waiting for the bandwidth cap, in ms.
     pub cap_ms: f64,
-    /// Reading pages, digests and packing, in ms.
+    /// Reading pages, digests and waiting for packed ones, in ms.
     pub encoding_ms: f64,
+    /// What was packed beside it.
+    pub packing: PackingWork,
+    /// What the link took of this stream when it was last full, in bytes/s; `null` if it never was.
+    pub link_bytes_per_s: Option<f64>,
 }
 
 impl From<&StreamWork> for StreamReport {
@@ -208,6 +263,8 @@ impl From<&StreamWork> for StreamReport {
             in_socket,
             in_cap,
             encoding,
+            packing,
+            link_bytes_per_s,
         } = *work;
         Self {
             raw_pages,
@@ -219,6 +276,8 @@ impl From<&StreamWork> for StreamReport {
             socket_ms: ms(in_socket),
             cap_ms: ms(in_cap),
             encoding_ms: ms(encoding),
+            packing,
+            link_bytes_per_s,
         }
     }
 }

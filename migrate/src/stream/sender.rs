@@ -26,11 +26,13 @@ use ferry_protocol::page::Compression;
 use ferry_protocol::source::RoundSent;
 use ferry_protocol::{ChunkIndex, MemoryDigest, PageMask, PageRange, StreamIndex, Timestamp};
 
+use socket2::SockRef;
+
 use super::belongs;
 use super::encoders::{Done, Encoders, Job};
 use super::send::{Round, STALL_MAX, SenderOptions};
 use crate::bandwidth::{Pieces, Waits};
-use crate::report::StreamWork;
+use crate::report::{PackingWork, StreamWork};
 use crate::transport::tcp;
 
 /// Chunks with fewer pages are not worth another thread's while.
@@ -61,7 +63,10 @@ pub(super) struct Sender {
     waits: Waits,
     /// How long this round's writes have taken.
     in_socket: Duration,
+    packing: PackingWork,
     window: Window,
+    /// What the socket's buffer holds.
+    buffer_bytes: usize,
     /// When the link will have sent what was written.
     busy_until: Timestamp,
     reply: mpsc::Sender<Done>,
@@ -107,7 +112,9 @@ impl Sender {
             verify,
             waits: Waits::default(),
             in_socket: Duration::ZERO,
+            packing: PackingWork::default(),
             window: Window { began: now, bytes: 0, writing: Duration::ZERO },
+            buffer_bytes: 0,
             busy_until: now,
             reply,
             ready,
@@ -150,6 +157,7 @@ impl Sender {
         self.capped = !round.paused;
         self.waits.total = Duration::ZERO;
         self.in_socket = Duration::ZERO;
+        self.packing = PackingWork::default();
         let busy_before = tcp::busy_time(&self.socket);
         self.window = Window { began: self.options.clock.now(), bytes: 0, writing: Duration::ZERO };
         let again = round.fence > 1;
@@ -193,6 +201,8 @@ impl Sender {
             in_socket: self.in_socket,
             in_cap: self.waits.total,
             encoding: took.saturating_sub(self.in_socket + self.waits.total),
+            packing: self.packing,
+            link_bytes_per_s: self.chooser.link_bytes_per_s(),
         };
         self.options.counters.add(self.stream, &work);
     }
@@ -301,6 +311,7 @@ impl Sender {
             let pages = encoded.raw_pages + encoded.packed_pages;
             self.chooser.packed(*method, pages * PAGE_BYTES_U64, length(bytes), *took);
         }
+        self.packing.add(*method, encoded, *took);
         self.account(encoded);
         self.write(bytes, &[])
     }
@@ -342,11 +353,14 @@ impl Sender {
     fn wrote(&mut self, bytes: u64, began: Timestamp, ended: Timestamp) {
         self.window.bytes += bytes;
         self.window.writing += ended.since(began);
-        if let Some(link) = self.chooser.link_bytes_per_s().filter(|link| *link > 0.0) {
-            #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-            let takes = Duration::from_secs_f64((bytes as f64 / link).min(STALL_MAX.as_secs_f64()));
-            self.busy_until = (self.busy_until.max(began) + takes).min(ended + BUFFERED_MAX);
-        }
+        let Some(link) = self.chooser.link_bytes_per_s().filter(|link| *link > 0.0) else { return };
+        let takes = |bytes: f64| Duration::from_secs_f64((bytes / link).min(STALL_MAX.as_secs_f64()));
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let (bytes, buffer) = (bytes as f64, self.buffer_bytes as f64);
+        // Whoever had to wait has filled the buffer.
+        let waited = ended.since(began) > takes(bytes) / 2;
+        let left = if waited { ended + takes(buffer) } else { self.busy_until.max(began) + takes(bytes) };
+        self.busy_until = left.min(ended + BUFFERED_MAX);
     }
 
     fn take_window(&mut self) {
@@ -355,6 +369,8 @@ impl Sender {
             let Window { began, bytes, writing } = self.window;
             self.chooser.wrote(bytes, writing, now.since(began));
             self.window = Window { began: now, bytes: 0, writing: Duration::ZERO };
+            // The system makes it larger as it sees fit. A third is free when it wakes the writer.
+            self.buffer_bytes = SockRef::from(&self.socket).send_buffer_size().unwrap_or(0) / 3;
         }
     }
 

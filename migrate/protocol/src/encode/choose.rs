@@ -31,12 +31,22 @@ pub const GAIN_MIN: f64 = 1.03;
 
 /// What is tried, by what it costs.
 const CANDIDATES: [Method; 3] = [Method::Lz4, Method::Zstd(1), Method::Zstd(3)];
+const LZ4: usize = 0;
+const ZSTD_1: usize = 1;
+const ZSTD_3: usize = 2;
 
 /// Once in so many decisions another method is tried again: the guest's pages may have become others.
 const TRY_AGAIN_EVERY: u32 = 64;
 
+/// What was worse than this share of the best is not tried again.
+const WORTH_TRYING: f64 = 0.8;
+
 /// How much a new measurement counts.
 const GAIN: f64 = 0.3;
+
+/// How much one counts that says the link is slower: what fits a buffer goes at the speed of memory, so that a link is
+/// rather what it was at its slowest.
+const GAIN_SLOWER: f64 = 0.7;
 
 /// A share of time in writing from which on the link counts as the limit.
 const WAITING_MIN: f64 = 0.5;
@@ -48,6 +58,11 @@ struct Mean(Option<f64>);
 impl Mean {
     fn add(&mut self, value: f64) {
         self.0 = Some(self.0.map_or(value, |mean| mean + GAIN * (value - mean)));
+    }
+
+    fn add_rate(&mut self, value: f64) {
+        let gain = |mean| if value < mean { GAIN_SLOWER } else { GAIN };
+        self.0 = Some(self.0.map_or(value, |mean| mean + gain(mean) * (value - mean)));
     }
 }
 
@@ -90,7 +105,7 @@ impl Chooser {
     pub fn wrote(&mut self, bytes: u64, writing: Duration, elapsed: Duration) {
         let (writing_s, elapsed_s) = (writing.as_secs_f64(), elapsed.as_secs_f64());
         if elapsed_s > 0.0 && writing_s >= WAITING_MIN * elapsed_s {
-            self.link.add(as_f64(bytes) / writing_s);
+            self.link.add_rate(as_f64(bytes) / writing_s);
         } else if let Some(link) = &mut self.link.0 {
             // The link was not full. It may have become faster: believe so, slowly, until it is full again.
             *link *= 1.01;
@@ -131,12 +146,7 @@ impl Chooser {
     fn best(&mut self) -> Method {
         let Some(link) = self.link.0.filter(|link| *link < LINK_MAX_BYTES_PER_S) else { return Method::None };
         self.decisions = self.decisions.wrapping_add(1);
-        let untried = self.methods.iter().position(|measured| measured.ratio.0.is_none());
-        let again = self.decisions.is_multiple_of(TRY_AGAIN_EVERY).then(|| {
-            self.tried_last = (self.tried_last + 1) % CANDIDATES.len();
-            self.tried_last
-        });
-        if let Some(candidate) = untried.or(again) {
+        if let Some(candidate) = self.untried(link).or_else(|| self.try_again(link)) {
             return CANDIDATES[candidate];
         }
         let mut best = (Method::None, link);
@@ -147,6 +157,29 @@ impl Chooser {
             }
         }
         best.0
+    }
+
+    /// What has not been tried and may be best: more packing where the packers have time left, less where they have not.
+    fn untried(&self, link: f64) -> Option<usize> {
+        let zstd = &self.methods[ZSTD_1];
+        let next = match (zstd.packed_per_s.0, zstd.ratio.0) {
+            (Some(one), Some(ratio)) if one * f64::from(self.packers) / ratio >= link => ZSTD_3,
+            (Some(_), Some(_)) => LZ4,
+            (None, _) | (_, None) => ZSTD_1,
+        };
+        self.methods[next].ratio.0.is_none().then_some(next)
+    }
+
+    /// Now and then, what was not much worse when it was last tried.
+    fn try_again(&mut self, link: f64) -> Option<usize> {
+        if !self.decisions.is_multiple_of(TRY_AGAIN_EVERY) {
+            return None;
+        }
+        self.tried_last = (self.tried_last + 1) % CANDIDATES.len();
+        let gets = |measured| self.guest_bytes_per_s(link, measured);
+        let best = self.methods.iter().map(gets).fold(link, f64::max);
+        let again = &self.methods[self.tried_last];
+        (again.ratio.0.is_some() && gets(again) > best * WORTH_TRYING).then_some(self.tried_last)
     }
 
     /// The guest's bytes that the stream moves in a second with a method.
@@ -212,6 +245,8 @@ mod tests {
     fn slow_links_get_what_shrinks_most_and_fast_ones_nothing() {
         assert_eq!(settled(12e6, 2, TEXT), Method::Zstd(3));
         assert_eq!(settled(118e6, 2, TEXT), Method::Zstd(3));
+        let nearly_alike = [TEXT[0], TEXT[1], (180e6, 2.95)];
+        assert_eq!(settled(118e6, 2, nearly_alike), Method::Zstd(1), "not worth the time");
         assert_eq!(settled(1.2e9, 2, TEXT), Method::None);
     }
 
