@@ -13,7 +13,6 @@ use ferry_protocol::digest::ChunkDigests;
 use ferry_protocol::encode::delta;
 use ferry_protocol::encode::pack::{Packed, Unpacker};
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, FrameError};
-use ferry_protocol::layout::PAGE_BYTES;
 use ferry_protocol::message::AbortCode;
 use ferry_protocol::{ChunkIndex, MemoryDigest, PageDigest, PageMask, PageRange, StreamIndex};
 
@@ -62,7 +61,8 @@ pub(crate) fn receive_stream(
         page_count,
         stream,
         streams,
-        digests: verify.then(HashMap::new),
+        verify,
+        chunks: HashMap::new(),
         digest: MemoryDigest::ZERO,
         unpacker: Unpacker::default(),
         body: Vec::new(),
@@ -76,15 +76,24 @@ pub(crate) fn receive_stream(
     }
 }
 
+/// What is known of a chunk.
+#[derive(Default)]
+struct ReceivedChunk {
+    digests: ChunkDigests,
+    /// Pages that something was written to: the others are zero, as they were when the machine was built.
+    filled: PageMask,
+}
+
 struct Receiver {
     socket: TcpStream,
     pages: Arc<dyn GuestPages>,
     page_count: u64,
     stream: StreamIndex,
     streams: u16,
-    /// Of the pages as last received, by chunk, if anybody wants to compare them. Only chunks that something arrived for
-    /// take memory.
-    digests: Option<HashMap<u64, ChunkDigests>>,
+    /// Whether anybody wants to compare digests.
+    verify: bool,
+    /// By chunk; only chunks that something arrived for take memory.
+    chunks: HashMap<u64, ReceivedChunk>,
     digest: MemoryDigest,
     unpacker: Unpacker,
     /// The body of a packed or delta frame.
@@ -116,8 +125,11 @@ impl Receiver {
 
     /// Takes the digests of what stands in memory, so that a page that landed elsewhere is found.
     fn take_digests(&mut self, chunk: ChunkIndex, mask: &PageMask) {
-        let Some(digests) = &mut self.digests else { return };
-        let digests = digests.entry(chunk.number()).or_default();
+        let ReceivedChunk { digests, filled } = self.chunks.entry(chunk.number()).or_default();
+        filled.0.iter_mut().zip(mask.0).for_each(|(filled, more)| *filled |= more);
+        if !self.verify {
+            return;
+        }
         for range in chunk.ranges(mask) {
             self.pages.for_each_page(range, &mut |page, bytes| {
                 let change = digests.set(page - chunk.first_page(), PageDigest::of(page, bytes));
@@ -127,16 +139,18 @@ impl Receiver {
     }
 
     fn zero(&mut self, chunk: ChunkIndex, mask: &PageMask) -> Result<(), StreamError> {
-        const ZERO: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-        for range in chunk.ranges(mask) {
+        // Memory that nothing was written to is neither looked at nor given back.
+        let Some(ReceivedChunk { digests, filled }) = self.chunks.get_mut(&chunk.number()) else {
+            return Ok(());
+        };
+        let mut filled_before = *mask;
+        filled_before.0.iter_mut().zip(filled.0).for_each(|(word, filled)| *word &= filled);
+        for range in chunk.ranges(&filled_before) {
             self.pages.zero(range)?;
         }
-        // Not read back: that would map memory which a sparse guest never uses.
-        let Some(digests) = &mut self.digests else { return Ok(()) };
-        let digests = digests.entry(chunk.number()).or_default();
-        for offset in mask.offsets() {
-            let digest = PageDigest::of(chunk.first_page() + offset, &ZERO);
-            self.digest = self.digest.combine(digests.set(offset, digest));
+        for offset in filled_before.offsets() {
+            filled.remove(offset);
+            self.digest = self.digest.combine(digests.set(offset, PageDigest::ZERO_PAGE));
         }
         Ok(())
     }

@@ -17,9 +17,9 @@ use ferry_protocol::{
 
 use crate::files::{check, check_bytes, check_complete};
 
-/// The digest of one page of zeroes at page 7: a fixed number that is not zero.
+/// The digest of one page of ones at page 7: a fixed number that is not zero.
 fn digest() -> MemoryDigest {
-    PageDigest::of(7, &[0; PAGE_BYTES]).alone()
+    PageDigest::of(7, &[1; PAGE_BYTES]).alone()
 }
 
 fn messages() -> Vec<Message> {
