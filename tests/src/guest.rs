@@ -155,6 +155,7 @@ impl Guest {
             epoch: self.epoch,
             target,
             streams: 1,
+            adapt_streams: false,
             compression: Compression::None,
             bandwidth: BandwidthCap::default(),
             verify: true,

@@ -234,6 +234,7 @@ fn options(
         epoch: here.epoch,
         target: request.target.clone(),
         streams: request.streams,
+        adapt_streams: request.adapt_streams,
         compression: request
             .compress
             .parse()
