@@ -235,7 +235,7 @@ impl Sender {
         self.round = RoundSent::default();
         self.in_socket = Duration::ZERO;
         self.capped = !round.paused;
-        self.waits.total = Duration::ZERO;
+        self.waits = Waits::default();
         let busy_before = tcp::busy_time(&self.socket);
         for (chunk, mask) in round.pages.chunks() {
             if belongs(chunk, self.stream, self.options.streams) {
