@@ -154,7 +154,7 @@ impl Sender {
         let began = self.options.clock.now();
         self.round = RoundSent::default();
         self.capped = !round.paused;
-        self.waits.total = Duration::ZERO;
+        self.waits = Waits::default();
         self.in_socket = Duration::ZERO;
         self.packing = PackingWork::default();
         let busy_before = tcp::busy_time(&self.socket);

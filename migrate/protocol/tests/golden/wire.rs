@@ -11,8 +11,7 @@ use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::wire::{Decoder, encode};
 use ferry_protocol::{
-    ChunkIndex, Epoch, MemoryDigest, Message, MigrationId, PAGE_BYTES, PageDigest, PageMask, Region,
-    StreamIndex, VmId,
+    ChunkIndex, Epoch, MemoryDigest, Message, MigrationId, PAGE_BYTES, PageDigest, PageMask, Region, VmId,
 };
 
 use crate::files::{check, check_bytes, check_complete};
