@@ -99,12 +99,17 @@ impl Sender {
         let streams = usize::from(options.streams);
         let packers = Encoders::threads().div_ceil(streams);
         let (reply, ready) = mpsc::channel();
+        let within_host = tcp::is_within_host(&socket);
         Self {
             options: Arc::clone(options),
             socket,
             stream,
             encoder: Some(Encoder::default()),
-            chooser: Chooser::new(options.compression, u16::try_from(packers).unwrap_or(u16::MAX)),
+            chooser: Chooser::new(
+                options.compression,
+                u16::try_from(packers).unwrap_or(u16::MAX),
+                within_host,
+            ),
             round: RoundSent::default(),
             digest: MemoryDigest::ZERO,
             capped: true,
@@ -362,8 +367,8 @@ impl Sender {
             let Window { began, bytes, writing } = self.window;
             self.chooser.wrote(bytes, writing, now.since(began));
             self.window = Window { began: now, bytes: 0, writing: Duration::ZERO };
-            // The system makes it larger as it sees fit. A third is free when it wakes the writer.
-            self.buffer_bytes = SockRef::from(&self.socket).send_buffer_size().unwrap_or(0) / 3;
+            // The system makes it larger as it sees fit. A third is free when it wakes the writer, and some is overhead.
+            self.buffer_bytes = SockRef::from(&self.socket).send_buffer_size().unwrap_or(0) / 5 * 3;
         }
     }
 

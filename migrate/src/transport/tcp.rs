@@ -39,10 +39,16 @@ pub(crate) fn set_up_data(stream: &TcpStream, stall_max: Option<Duration>) -> io
     set_up(stream)?;
     stream.set_nonblocking(false)?;
     stream.set_write_timeout(stall_max)?;
-    if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
+    if is_within_host(stream) {
         spare_pacing(stream);
     }
     Ok(())
+}
+
+/// Whether the other end is a process of the same host (and the same network namespace).
+pub(crate) fn is_within_host(stream: &TcpStream) -> bool {
+    let ends = stream.peer_addr().and_then(|peer| Ok((peer, stream.local_addr()?)));
+    ends.is_ok_and(|(peer, local)| peer.ip() == local.ip())
 }
 
 /// Within a host there is no congestion to control, and pacing (bbr's, where that is the host's default) costs the sender

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! with `packed` the bytes that all packers take in a second. The method with the most is used; one that costs more time
-//! must win by [`GAIN_MIN`]. Above [`LINK_MAX_BYTES_PER_S`] nothing is packed: a target unpacks no faster than that.
+//! must win by [`GAIN_MIN`]. A link that is not known yet is taken to be slow. Within a host nothing is packed, and above [`LINK_MAX_BYTES_PER_S`] nothing is packed: a target unpacks no faster than that.
 //!
 //! Nothing here looks at a clock: durations come in.
 
@@ -79,6 +79,7 @@ struct Measured {
 pub struct Chooser {
     asked: Compression,
     packers: u16,
+    within_host: bool,
     link: Mean,
     methods: [Measured; CANDIDATES.len()],
     decisions: u32,
@@ -87,12 +88,14 @@ pub struct Chooser {
 }
 
 impl Chooser {
-    /// A controller for what the operator `asked` for, with so many packing threads for this stream.
+    /// A controller for what the operator `asked` for, with so many packing threads for this stream, which may lead to
+    /// another process of the same host.
     #[must_use]
-    pub fn new(asked: Compression, packers: u16) -> Self {
+    pub fn new(asked: Compression, packers: u16, within_host: bool) -> Self {
         Self {
             asked,
             packers: packers.max(1),
+            within_host,
             link: Mean::default(),
             methods: [Measured::default(); CANDIDATES.len()],
             decisions: 0,
@@ -144,7 +147,10 @@ impl Chooser {
     }
 
     fn best(&mut self) -> Method {
-        let Some(link) = self.link.0.filter(|link| *link < LINK_MAX_BYTES_PER_S) else { return Method::None };
+        let link = self.link.0.unwrap_or(0.0);
+        if self.within_host || link > LINK_MAX_BYTES_PER_S {
+            return Method::None;
+        }
         self.decisions = self.decisions.wrapping_add(1);
         if let Some(candidate) = self.untried(link).or_else(|| self.try_again(link)) {
             return CANDIDATES[candidate];
@@ -196,7 +202,7 @@ impl Chooser {
         if self.asked == Compression::None {
             return false;
         }
-        let slow = self.link.0.is_some_and(|link| link < REMEMBER_MAX_BYTES_PER_S);
+        let slow = !self.within_host && self.link.0.is_none_or(|link| link < REMEMBER_MAX_BYTES_PER_S);
         slow || (again && self.deltas.0.is_none_or(|deltas| deltas > 0.1))
     }
 
@@ -220,8 +226,8 @@ mod tests {
 
     /// Lets the chooser see a link and pages that each method packs so (bytes/s, ratio), until it has settled.
     fn settled(link: f64, packers: u16, pages: [(f64, f64); 3]) -> Method {
-        let mut chooser = Chooser::new(Compression::Auto, packers);
-        assert_eq!(chooser.choose(), Method::None, "nothing is known yet");
+        let mut chooser = Chooser::new(Compression::Auto, packers, false);
+        assert_eq!(chooser.choose(), Method::Zstd(1), "nothing is known yet");
         let mut chosen = Method::None;
         for _ in 0..40 {
             let second = Duration::from_secs(1);
@@ -263,19 +269,29 @@ mod tests {
 
     #[test]
     fn what_was_asked_for_is_done() {
-        let mut chooser = Chooser::new(Compression::Zstd(5), 1);
+        let mut chooser = Chooser::new(Compression::Zstd(5), 1, false);
         assert_eq!(chooser.choose(), Method::Zstd(5));
-        assert_eq!(Chooser::new(Compression::None, 1).choose(), Method::None);
+        assert_eq!(Chooser::new(Compression::None, 1, false).choose(), Method::None);
     }
 
     #[test]
     fn deltas_that_do_not_pay_are_no_longer_prepared_on_a_fast_link() {
-        assert!(!Chooser::new(Compression::None, 1).remembers(true), "pages as they are, it was said");
-        let mut chooser = Chooser::new(Compression::Auto, 1);
+        assert!(!Chooser::new(Compression::None, 1, false).remembers(true), "pages as they are, it was said");
+        let mut chooser = Chooser::new(Compression::Auto, 1, true);
         assert!(!chooser.remembers(false) && chooser.remembers(true));
         (0..20).for_each(|_| chooser.came_again(0, 100));
         assert!(!chooser.remembers(true));
-        chooser.wrote(10 * MIB, Duration::from_secs(1), Duration::from_secs(1));
+        let mut chooser = Chooser::new(Compression::Auto, 1, false);
+        chooser.wrote(1000 * MIB, Duration::from_secs(1), Duration::from_secs(1));
+        assert!(!chooser.remembers(false));
+        (0..5).for_each(|_| chooser.wrote(10 * MIB, Duration::from_secs(1), Duration::from_secs(1)));
         assert!(chooser.remembers(false), "a slow link has time for it");
+    }
+
+    #[test]
+    fn within_a_host_nothing_is_packed() {
+        let mut chooser = Chooser::new(Compression::Auto, 2, true);
+        chooser.wrote(10 * MIB, Duration::from_secs(1), Duration::from_secs(1));
+        assert_eq!(chooser.choose(), Method::None, "a target that is slow for a moment is no slow link");
     }
 }
