@@ -30,7 +30,7 @@ pub use config::{
 pub use devices::SerialError;
 pub use machine::{BuildError, FrameObserver, Machine, MachineStatus, RunError};
 pub use memory::{
-    DirtyLogError, GuestRam, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryError, PAGE_BYTES, RamError,
+    DirtyLogError, GuestRam, HandOverError, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryError, PAGE_BYTES, RamError,
     RamRegion, check_available,
 };
 pub use parking::MachineEvent;

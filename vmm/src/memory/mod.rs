@@ -12,6 +12,7 @@
 //! not here yet.
 
 mod available;
+mod handed_over;
 pub(crate) mod dirty_log;
 mod ram;
 mod transfer;
@@ -19,6 +20,7 @@ mod transfer;
 use std::fs::File;
 use std::io;
 
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 use vm_memory::bitmap::AtomicBitmap;
@@ -26,6 +28,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, Mmap
 
 pub use available::check_available;
 pub use dirty_log::DirtyLogError;
+pub use handed_over::HandOverError;
+pub(crate) use handed_over::adopt;
 pub use ram::{GuestRam, RamError, RamRegion};
 
 use crate::config::{Backing, MemoryConfig};
@@ -85,6 +89,9 @@ pub enum MemoryError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// Memory that another process hands over can't be taken.
+    #[error(transparent)]
+    HandedOver(#[from] HandOverError),
 }
 
 /// The regions that `size_bytes` of memory occupies, in guest-physical order.
@@ -107,6 +114,11 @@ pub(crate) fn allocate(config: &MemoryConfig) -> Result<GuestRam, MemoryError> {
         Backing::PrivateAnonymous => None,
         Backing::SharedMemfd => Some(make_memfd(config.size_bytes)?),
     };
+    map(config, file)
+}
+
+/// Maps anonymous memory, or all regions end to end from `file`.
+fn map(config: &MemoryConfig, file: Option<File>) -> Result<GuestRam, MemoryError> {
     let regions = regions_of(config.size_bytes);
     let mut mapped = Vec::with_capacity(regions.len());
     let mut file_offset = 0;
@@ -144,10 +156,12 @@ pub(crate) fn allocate(config: &MemoryConfig) -> Result<GuestRam, MemoryError> {
 
 fn make_memfd(bytes: u64) -> Result<File, MemoryError> {
     let io_error = |action| move |errno: nix::Error| MemoryError::Io { action, bytes, source: errno.into() };
-    let file =
-        memfd_create(c"ferry-guest-memory", MFdFlags::MFD_CLOEXEC).map_err(io_error("make a memfd"))?;
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = memfd_create(c"ferry-guest-memory", flags).map_err(io_error("make a memfd"))?;
     let length = i64::try_from(bytes).expect("MEMORY_BYTES_MAX is far below 2^63");
     ftruncate(&file, length).map_err(io_error("size a memfd"))?;
+    // Whoever it is handed to must be able to rely on its length.
+    fcntl(&file, FcntlArg::F_ADD_SEALS(handed_over::SEALS)).map_err(io_error("seal a memfd"))?;
     Ok(File::from(file))
 }
 

@@ -219,6 +219,12 @@ impl GuestRam {
         Ok(())
     }
 
+    /// The file that holds all regions end to end, if one does.
+    pub(super) fn file(&self) -> Option<&std::fs::File> {
+        let file = self.inner.memory.iter().find_map(|region| region.file_offset())?;
+        Some(file.file())
+    }
+
     /// The memory as devices see it: writes through it mark pages dirty.
     pub(crate) fn tracked(&self) -> &TrackedMemory {
         &self.inner.memory
@@ -266,11 +272,10 @@ impl GuestRam {
 
     fn punch_hole(&self, span: Span) -> Result<(), RamError> {
         let error = |source| RamError::Zero { bytes: span.bytes, source };
-        let file = self.inner.memory.iter().find_map(|region| region.file_offset());
-        let file = file.ok_or_else(|| error(io::ErrorKind::NotFound.into()))?;
+        let file = self.file().ok_or_else(|| error(io::ErrorKind::NotFound.into()))?;
         let number = |value: u64| i64::try_from(value).expect("below MEMORY_BYTES_MAX");
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(file.file().as_fd(), mode, number(span.file_offset), number(span.bytes as u64))
+        fallocate(file.as_fd(), mode, number(span.file_offset), number(span.bytes as u64))
             .map_err(|errno| error(errno.into()))
     }
 }
