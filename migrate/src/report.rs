@@ -5,12 +5,27 @@
 use std::time::Duration;
 
 use ferry_protocol::policy::{Estimate, Forecast};
-use ferry_protocol::source::{Downtime, RoundReport, Summary};
+use ferry_protocol::source::{Downtime, MemoryPath, RoundReport, Summary};
 use serde::{Deserialize, Serialize};
+
+/// How memory got to the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReportKind {
+    /// Page by page, while the guest ran.
+    #[default]
+    Live,
+    /// It was handed over to another process of the same host: no page was copied, so there are no rounds and there is no
+    /// digest.
+    Local,
+}
 
 /// A successful migration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MigrationReport {
+    /// How memory got there; reports of older versions are all [`ReportKind::Live`].
+    #[serde(default)]
+    pub kind: ReportKind,
     /// The VM's name.
     pub name: String,
     /// The target's host name.
@@ -32,7 +47,7 @@ pub struct MigrationReport {
     pub wire_bytes: u64,
     /// Every round; the last was sent while the guest stood still.
     pub rounds: Vec<Round>,
-    /// The digest of guest memory, in hexadecimal.
+    /// The digest of guest memory, in hexadecimal; zero if memory was handed over.
     pub digest: String,
     /// Whether source and target agreed on it. A guest is never resumed where they do not.
     pub digest_equal: bool,
@@ -119,9 +134,14 @@ impl MigrationReport {
     /// The report of a migration of VM `name` that was allowed `budget`.
     #[must_use]
     pub fn new(name: &str, budget: Duration, summary: &Summary) -> Self {
-        let Summary { epoch, host, rounds, downtime, forecast, total, digest, target_digest } = summary;
+        let Summary { epoch, host, memory, rounds, downtime, forecast, total, digest, target_digest } =
+            summary;
         let rounds: Vec<Round> = rounds.iter().map(Round::from).collect();
         Self {
+            kind: match memory {
+                MemoryPath::Streams => ReportKind::Live,
+                MemoryPath::HandedOver => ReportKind::Local,
+            },
             name: name.to_owned(),
             host: host.clone(),
             epoch: epoch.number(),

@@ -4,4 +4,5 @@
 //! in its report.
 
 mod bad_input;
+mod local;
 mod migrations;

@@ -30,6 +30,7 @@ impl World {
         match action {
             Action::Connect { delay } => self.connect(delay),
             Action::Send(message) => self.send(To::Target, &message),
+            Action::SendMemory(_) => unreachable!("the two hosts of this world share no memory"),
             Action::OpenStreams => self.open_streams(),
             Action::CloseStreams => {
                 if self.streams.take().is_some() {
@@ -111,6 +112,7 @@ impl World {
             }
             Action::Connect { .. }
             | Action::Send(_)
+            | Action::SendMemory(_)
             | Action::OpenStreams
             | Action::CloseStreams
             | Action::SendPages { .. }
@@ -267,6 +269,7 @@ fn brief(action: &Action) -> String {
         }
         Action::Connect { .. }
         | Action::Send(_)
+        | Action::SendMemory(_)
         | Action::OpenStreams
         | Action::CloseStreams
         | Action::StartDirtyLog

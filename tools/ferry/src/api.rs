@@ -82,7 +82,7 @@ pub(crate) struct NetworkInfo {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct MigrationRequest {
-    /// The target as `host:port`.
+    /// The target as `host:port` or `unix:/path`.
     pub(crate) target: String,
     pub(crate) downtime_ms: f64,
     pub(crate) streams: u16,

@@ -137,10 +137,9 @@ mod tests {
     }
 
     fn refusal(memory: OwnedFd) -> HandOverError {
-        match adopt(&config(Backing::SharedMemfd), memory).unwrap_err() {
-            MemoryError::HandedOver(error) => error,
-            other => panic!("{other}"),
-        }
+        let error = adopt(&config(Backing::SharedMemfd), memory).unwrap_err();
+        let MemoryError::HandedOver(error) = error else { panic!("{error}") };
+        error
     }
 
     #[test]

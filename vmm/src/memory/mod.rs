@@ -12,8 +12,8 @@
 //! not here yet.
 
 mod available;
-mod handed_over;
 pub(crate) mod dirty_log;
+mod handed_over;
 mod ram;
 mod transfer;
 

@@ -206,6 +206,7 @@ impl Committed {
         let summary = Box::new(Summary {
             epoch: self.epoch,
             host: context.host.clone(),
+            memory: context.config.memory,
             rounds: std::mem::take(&mut context.rounds),
             downtime: self.standstill.downtime,
             forecast: self.standstill.forecast,

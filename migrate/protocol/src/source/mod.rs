@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  negotiate.rs  Greeting -> Describing -> OpeningStreams
+//!  local.rs      Offering: memory handed over within one host, instead of the streams and pre-copy
 //!  precopy.rs    PreCopy: rounds until the forecast downtime fits
 //!  stop.rs       Stopping: pause, last log, last pages, state
 //!                Preparing: the target checks and restores
@@ -20,14 +21,15 @@
 
 mod commit;
 mod interface;
+mod local;
 mod negotiate;
 mod precopy;
 mod stop;
 mod undo;
 
 pub use interface::{
-    Action, Config, Downtime, Event, Failure, NEGOTIATION_TIMEOUT, OnTimeout, Outcome, Progress, RoundReport,
-    RoundSent, STANDSTILL_FORCED_MAX, Summary, standstill_max,
+    Action, Config, Downtime, Event, Failure, MemoryPath, NEGOTIATION_TIMEOUT, OnTimeout, Outcome, Progress,
+    RoundReport, RoundSent, STANDSTILL_FORCED_MAX, Summary, standstill_max,
 };
 
 use std::collections::VecDeque;
@@ -101,6 +103,7 @@ enum Phase {
     Greeting(negotiate::Greeting),
     Describing(negotiate::Describing),
     OpeningStreams(negotiate::OpeningStreams),
+    Offering(local::Offering),
     PreCopy(precopy::PreCopy),
     Stopping(stop::Stopping),
     Preparing(stop::Preparing),
@@ -149,6 +152,7 @@ impl Source {
             Phase::Greeting(phase) => phase.on(now, event, context),
             Phase::Describing(phase) => phase.on(now, event, context),
             Phase::OpeningStreams(phase) => phase.on(now, event, context),
+            Phase::Offering(phase) => phase.on(now, event, context),
             Phase::PreCopy(phase) => phase.on(now, event, context),
             Phase::Stopping(phase) => phase.on(now, event, context),
             Phase::Preparing(phase) => phase.on(now, event, context),
@@ -174,6 +178,7 @@ impl Source {
             Phase::Greeting(phase) => Some(phase.deadline),
             Phase::Describing(phase) => Some(phase.deadline),
             Phase::OpeningStreams(phase) => Some(phase.deadline),
+            Phase::Offering(phase) => Some(phase.wake()),
             Phase::PreCopy(phase) => phase.wake(&self.context),
             Phase::Stopping(phase) => Some(phase.deadline()),
             Phase::Preparing(phase) => Some(phase.deadline()),
@@ -200,6 +205,7 @@ impl Source {
             Phase::Greeting(_) => "greeting",
             Phase::Describing(_) => "describing",
             Phase::OpeningStreams(_) => "opening streams",
+            Phase::Offering(_) => "offering memory",
             Phase::PreCopy(_) => "pre-copy",
             Phase::Stopping(_) => "stop-and-copy",
             Phase::Preparing(_) => "preparing",
@@ -250,8 +256,9 @@ fn out_of_turn(event: &Event, phase: &'static str) -> Result<(), Failure> {
 
 /// What the two sides can do, as this source wants it.
 fn features_wanted(config: &Config) -> Features {
-    match config.compression {
-        Compression::None => Features::NONE,
-        Compression::Lz4 => Features::LZ4,
+    match (config.memory, config.compression) {
+        (MemoryPath::HandedOver, Compression::None | Compression::Lz4) => Features::HAND_OVER,
+        (MemoryPath::Streams, Compression::None) => Features::NONE,
+        (MemoryPath::Streams, Compression::Lz4) => Features::LZ4,
     }
 }

@@ -5,8 +5,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use ferry_protocol::digest::DigestTable;
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, JOIN_BYTES, Join};
 use ferry_protocol::message::{
-    Abort, AbortCode, AtEpoch, Describe, FenceReached, Hello, MessageType, NetworkIdentity, Prepare,
-    Prepared, Ready, Running, State, Welcome,
+    Abort, AbortCode, AtEpoch, Describe, FenceReached, HandOver, Hello, MessageType, NetworkIdentity,
+    Prepare, Prepared, Ready, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -65,6 +65,10 @@ fn messages() -> Vec<Message> {
         Message::Abort(Abort::new(AbortCode::DigestDiffers, "the two memories differ")),
         Message::Ping(5),
         Message::Pong(5),
+        Message::HandOver(HandOver {
+            description: vec![1, 2, 3],
+            regions: vec![Region { gpa: 0, bytes: 0x8000_0000 }],
+        }),
     ]
 }
 

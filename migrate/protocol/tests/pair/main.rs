@@ -3,5 +3,6 @@
 
 mod failures;
 mod handover;
+mod local;
 mod plain;
 mod world;

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::{RecordStore, SystemClock};
 use ferry_migrate::protocol::page::Compression;
@@ -18,7 +18,7 @@ use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::source::{Failure, OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{Epoch, MigrationId, VmId, VmName};
 use ferry_migrate::report::MigrationReport;
-use ferry_migrate::{FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
+use ferry_migrate::{FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
 use ferry_vmm::{
     Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryConfig, NetConfig, SerialTarget,
 };
@@ -119,7 +119,7 @@ async fn move_away(
         vm,
         name: name()?,
         epoch: Epoch::FIRST,
-        target: order.target,
+        target: order.target.parse()?,
         streams: order.streams,
         compression: if order.lz4 { Compression::Lz4 } else { Compression::None },
         bandwidth_bytes_per_s: order.bandwidth_bytes_per_s,
@@ -172,11 +172,14 @@ fn in_words(update: Update) -> Option<Said> {
 async fn run_target(order: TargetOrder) -> anyhow::Result<ExitCode> {
     let TargetOrder { listen, tap, folder } = order;
     let host = MachineHost::new(LocalChoices { tap, serial: SerialTarget::Null });
-    let options = ReceiveOptions { listen, host: "target".to_owned(), name: None };
+    let options = ReceiveOptions { listen: listen.into(), host: "target".to_owned(), name: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
     let mut receiver = Receiver::bind(options, Arc::new(host), records(&folder)?, clock, updates)?;
-    say(&Said::Listening { address: receiver.local_address()? })?;
+    let ListenAddress::Tcp(address) = receiver.local_address()? else {
+        bail!("it was told to listen on a TCP address");
+    };
+    say(&Said::Listening { address })?;
     let never = watch::channel(false);
     let received = receiver.receive(never.1.clone()).await?;
     // The machine lives as long as `received`; the harness ends this process.
