@@ -47,9 +47,10 @@ pub struct MigrationReport {
     pub wire_bytes: u64,
     /// Every round; the last was sent while the guest stood still.
     pub rounds: Vec<Round>,
-    /// The digest of guest memory, in hexadecimal; zero if memory was handed over.
+    /// The digest of guest memory, in hexadecimal; empty if memory was handed over, for there are no two to compare.
     pub digest: String,
-    /// Whether source and target agreed on it. A guest is never resumed where they do not.
+    /// Whether source and target agreed on it, or have the one memory that was handed over. A guest is never resumed where
+    /// they do not.
     pub digest_equal: bool,
 }
 
@@ -152,7 +153,10 @@ impl MigrationReport {
             total_ms: ms(*total),
             wire_bytes: rounds.iter().map(|round| round.wire_bytes).sum(),
             rounds,
-            digest: digest.to_string(),
+            digest: match memory {
+                MemoryPath::Streams => digest.to_string(),
+                MemoryPath::HandedOver => String::new(),
+            },
             digest_equal: digest == target_digest,
         }
     }

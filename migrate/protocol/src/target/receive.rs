@@ -283,8 +283,8 @@ pub(super) struct Receiving {
     pages_complete_at: Option<Timestamp>,
 }
 
-/// The state is restored only once memory is complete and equal: restoring reads guest memory (page tables) and may
-/// write to it (the clock that KVM shows the guest), and must do neither to pages that are still arriving.
+/// The state is restored only once memory is complete and equal: restoring reads guest memory (page tables), which must
+/// not be done to pages that are still arriving. It must not write to it: memory that was handed over is the source's.
 #[derive(Debug)]
 enum StateStep {
     Arrived(State),

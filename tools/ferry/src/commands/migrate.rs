@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{anyhow, bail};
-use ferry_migrate::report::{ForecastReport, MigrationReport, Round, ms};
+use ferry_migrate::Endpoint;
+use ferry_migrate::report::{ForecastReport, MigrationReport, ReportKind, Round, ms};
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
@@ -111,6 +112,8 @@ struct Display {
     json: bool,
     bar: Option<ProgressBar>,
     compress: bool,
+    /// Whether memory is handed over within this host.
+    local: bool,
 }
 
 impl Display {
@@ -123,7 +126,9 @@ impl Display {
             bar.enable_steady_tick(Duration::from_millis(100));
             bar
         });
-        Self { json, bar, compress: args.compress != CompressArg::None }
+        let target = args.to.as_deref().map(str::parse);
+        let local = matches!(target, Some(Ok(Endpoint::Unix(_))));
+        Self { json, bar, compress: args.compress != CompressArg::None, local }
     }
 
     /// A line above the bar.
@@ -140,6 +145,9 @@ impl Display {
             return println!("{}", serde_json::to_string(event).expect("our own types have a JSON form"));
         }
         match event {
+            MigrationEvent::Started { target, memory_bytes } if self.local => {
+                self.say(&format!("handing {} of memory over through {target}", show_bytes(*memory_bytes)));
+            }
             MigrationEvent::Started { target, memory_bytes } => {
                 self.say(&format!("migrating {} of memory to {target}", show_bytes(*memory_bytes)));
                 self.say(HEADING);
@@ -161,8 +169,9 @@ impl Display {
             MigrationEvent::RoundDone(round) => self.say(&round_line(round)),
             MigrationEvent::Stopping { pages, forecast, forced } => {
                 let why = if *forced { " (the time is over, so whatever it takes)" } else { "" };
+                let left = if self.local { String::new() } else { format!(" with {pages} pages left") };
                 self.say(&format!(
-                    "stopping the guest with {pages} pages left; forecast downtime {}{why}",
+                    "stopping the guest{left}; forecast downtime {}{why}",
                     show_forecast(forecast)
                 ));
             }
@@ -247,6 +256,14 @@ pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
     let _ = writeln!(text, "{:>26}{:>12}", "", "^ forecast");
     let packed_pages: u64 = report.rounds.iter().map(|round| round.packed_pages).sum();
     let packing = if packed { format!(", {packed_pages} pages packed") } else { String::new() };
+    if report.kind == ReportKind::Local {
+        let _ = writeln!(text, "  total        {:>9}", show_ms(report.total_ms));
+        let _ = writeln!(
+            text,
+            "  memory       handed over: no page was copied, so there is no digest to compare"
+        );
+        return text;
+    }
     let _ = writeln!(text, "  total        {:>9}   {} rounds", show_ms(report.total_ms), report.rounds.len());
     let _ = writeln!(text, "  sent         {:>9}{packing}", show_bytes(report.wire_bytes));
     let equal = if report.digest_equal { "equal on both sides" } else { "DIFFERENT" };
