@@ -1,36 +1,68 @@
 //! Migrations of a real guest over loopback, beside what loopback TCP takes in the same run.
 //!
-//! `cargo bench -p ferry-benches --bench loopback [-- RUNS]` interleaves one TCP transfer and one migration, with
-//! 1 GiB of random pages in an idle guest, one stream, no compression; and prints medians with their spread.
-//! Nothing is asserted: machines are noisy, ratios within one run are what counts.
+//! `cargo bench -p ferry-benches --bench loopback [-- runs=7 streams=1 mib=1024 compress=none]` interleaves one TCP
+//! transfer (over as many connections) and one migration of a guest with so many MiB of random pages that is otherwise
+//! idle, and prints medians with their spread. Nothing is asserted: machines are noisy, ratios within one run are what
+//! counts.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Instant;
 
+use ferry_migrate::protocol::page::Compression;
 use ferry_tests::guest::{Guest, boot, config, has_kvm, move_guest};
-use ferry_vmm::{Backing, Machine};
+use ferry_vmm::{Backing, Machine, MachineConfig};
 
 const MIB: u64 = 1 << 20;
-const FILLED_MIB: u64 = 1024;
-const GUEST_MIB: u64 = 1088;
+
+/// What the command line asks for.
+#[derive(Debug, Clone, Copy)]
+struct Order {
+    runs: u32,
+    streams: u16,
+    mib: u64,
+    compression: Compression,
+}
+
+impl Order {
+    fn of_command_line() -> Self {
+        let value = |key: &str| {
+            std::env::args()
+                .find_map(|argument| argument.strip_prefix(key)?.strip_prefix('=').map(str::to_owned))
+        };
+        let number = |key, otherwise| {
+            value(key).map_or(otherwise, |value| value.parse().expect("a number behind the '='"))
+        };
+        Self {
+            runs: number("runs", 7),
+            streams: u16::try_from(number("streams", 1)).expect("few streams"),
+            mib: number("mib", 1024).into(),
+            compression: value("compress")
+                .map_or(Compression::None, |value| value.parse().expect("a packing")),
+        }
+    }
+
+    fn guest(self) -> MachineConfig {
+        config(self.mib + 64, 1, Backing::PrivateAnonymous)
+    }
+}
 
 fn main() {
     // `cargo bench` passes --bench; `cargo test --benches` does not, and wants no measurement.
     if !std::env::args().any(|argument| argument == "--bench") || !has_kvm() {
         return;
     }
-    let runs = std::env::args().filter_map(|argument| argument.parse().ok()).next().unwrap_or(7);
+    let order = Order::of_command_line();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .expect("a runtime");
-    println!("{FILLED_MIB} MiB of random pages, idle guest, loopback, 1 stream, no compression; {runs} runs");
-    let mut guest = boot(
-        &format!("fill mib={FILLED_MIB} random=100 verify=0"),
-        &config(GUEST_MIB, 1, Backing::PrivateAnonymous),
+    let Order { runs, streams, mib, compression } = order;
+    println!(
+        "{mib} MiB of random pages, idle guest, loopback, streams {streams}, packing {compression}; {runs} runs"
     );
+    let mut guest = boot(&format!("fill mib={mib} random=100 verify=0"), &order.guest());
     // The first ones touch memory that the machine may not have used before.
     for _ in 0..2 {
         guest = runtime.block_on(move_guest(guest, |_| {})).0;
@@ -38,9 +70,9 @@ fn main() {
     let (mut tcp, mut whole, mut round, mut ratio) = (vec![], vec![], vec![], vec![]);
     let (mut downtime, mut gap) = (vec![], vec![]);
     for _ in 0..runs {
-        let raw = raw_tcp(FILLED_MIB * MIB);
-        warm();
-        let seen = measure(&runtime, guest);
+        let raw = raw_tcp(order);
+        warm(order);
+        let seen = measure(&runtime, guest, order);
         guest = seen.guest;
         tcp.push(raw);
         whole.push(seen.whole_mib_per_s);
@@ -59,8 +91,8 @@ fn main() {
 
 /// Touches as much memory as the target is about to take. On a virtual host the first touch of memory that was
 /// idle for a while is a fault of the host below, which has nothing to do with the migration.
-fn warm() {
-    let machine = Machine::build(&config(GUEST_MIB, 1, Backing::PrivateAnonymous)).expect("a machine");
+fn warm(order: Order) {
+    let machine = Machine::build(&order.guest()).expect("a machine");
     let ram = machine.ram();
     ram.prefault(0, ram.page_count()).expect("memory");
 }
@@ -73,42 +105,48 @@ struct Seen {
     gap_ms: f64,
 }
 
-fn measure(runtime: &tokio::runtime::Runtime, guest: Guest) -> Seen {
+fn measure(runtime: &tokio::runtime::Runtime, guest: Guest, order: Order) -> Seen {
     let since = guest.healthy().heartbeat_tsc;
-    let (guest, summary) = runtime.block_on(move_guest(guest, |_| {}));
+    let (guest, summary) = runtime.block_on(move_guest(guest, |options| {
+        options.streams = order.streams;
+        options.compression = order.compression;
+    }));
     let report = guest.goes_on();
     let gap = report.largest_gap_since(since).map_or(0, |gap| gap.length_ticks);
-    let wire_bytes: u64 = summary.rounds.iter().map(|round| round.sent.wire_bytes).sum();
     let first = &summary.rounds[0];
     Seen {
         guest,
-        whole_mib_per_s: wire_bytes as f64 / MIB as f64 / summary.total.as_secs_f64(),
+        whole_mib_per_s: order.mib as f64 / summary.total.as_secs_f64(),
         round_mib_per_s: first.sent.wire_bytes as f64 / MIB as f64 / first.took.as_secs_f64(),
         downtime_ms: summary.downtime.total().as_secs_f64() * 1e3,
         gap_ms: report.gap_ms(gap).unwrap_or_default(),
     }
 }
 
-/// What one loopback connection takes: 1 MiB writes, a receiver that discards.
+/// What as many loopback connections take: 1 MiB writes, receivers that discard.
 #[expect(clippy::disallowed_methods, reason = "a bench measures real time")]
-fn raw_tcp(bytes: u64) -> f64 {
+fn raw_tcp(order: Order) -> f64 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
     let address = listener.local_addr().expect("an address");
-    let reader = std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().expect("a connection");
-        let mut buffer = vec![0; 1 << 20];
-        while stream.read(&mut buffer).expect("bytes") > 0 {}
-    });
-    let mut stream = TcpStream::connect(address).expect("a connection");
-    stream.set_nodelay(true).expect("no delay");
     let buffer: Vec<u8> = (0..1u32 << 20).map(|at| at.to_le_bytes()[0]).collect();
     let began = Instant::now();
-    for _ in 0..bytes / MIB {
-        stream.write_all(&buffer).expect("written");
-    }
-    drop(stream);
-    reader.join().expect("a reader");
-    bytes as f64 / MIB as f64 / began.elapsed().as_secs_f64()
+    std::thread::scope(|scope| {
+        for _ in 0..order.streams {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().expect("a connection");
+                let mut buffer = vec![0; 1 << 20];
+                while stream.read(&mut buffer).expect("bytes") > 0 {}
+            });
+            scope.spawn(|| {
+                let mut stream = TcpStream::connect(address).expect("a connection");
+                stream.set_nodelay(true).expect("no delay");
+                for _ in 0..order.mib / u64::from(order.streams) {
+                    stream.write_all(&buffer).expect("written");
+                }
+            });
+        }
+    });
+    order.mib as f64 / began.elapsed().as_secs_f64()
 }
 
 fn show(what: &str, unit: &str, mut values: Vec<f64>) {

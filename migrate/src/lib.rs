@@ -25,6 +25,7 @@ pub mod report;
 mod stream;
 mod transport;
 
+pub use bandwidth::BandwidthCap;
 pub use engine::source::{MigrateOptions, Update, migrate};
 pub use engine::target::{ReceiveOptions, Receiver};
 pub use ferry_protocol as protocol;

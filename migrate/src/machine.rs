@@ -5,9 +5,10 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use ferry_protocol::bitmap::CHUNK_PAGES;
 use ferry_protocol::layout::Region;
 use ferry_protocol::message::AbortCode;
-use ferry_protocol::{MemoryLayout, PAGE_BYTES, PageBitmap, PageRange, VmId};
+use ferry_protocol::{ChunkIndex, MemoryLayout, PAGE_BYTES, PageBitmap, PageMask, PageRange, VmId};
 use ferry_vmm::{BuildError, GuestRam, LocalChoices, Machine, MachineConfig, MachineStatus, MemoryError};
 
 use crate::announce::LearnedAddresses;
@@ -51,15 +52,33 @@ impl GuestPages for MachinePages {
     }
 
     fn receive(&self, socket: BorrowedFd<'_>, ranges: &[PageRange]) -> io::Result<()> {
-        ranges.iter().try_for_each(|range| self.ram.receive_pages(socket, range.first(), range.count()))
+        let runs: Vec<(u64, u64)> = ranges.iter().map(|range| (range.first(), range.count())).collect();
+        self.ram.receive_pages(socket, &runs)
     }
 
     fn write(&self, page: u64, bytes: &[u8; PAGE_BYTES]) {
         self.ram.write_page(page, bytes).expect(IN_LAYOUT);
     }
 
+    fn patch(&self, page: u64, at: usize, bytes: &[u8]) {
+        self.ram.patch_page(page, at, bytes).expect(IN_LAYOUT);
+    }
+
     fn zero(&self, range: PageRange) -> io::Result<()> {
         self.ram.zero_pages(range.first(), range.count()).map_err(io::Error::other)
+    }
+
+    fn touched(&self, chunk: ChunkIndex) -> PageMask {
+        let first = chunk.first_page();
+        let count = CHUNK_PAGES.min(self.layout.page_count() - first);
+        let mut mask = PageMask::EMPTY;
+        let insert = |from: u64, count: u64| (from..from + count).for_each(|page| mask.insert(page - first));
+        self.ram.touched(first, count, insert).expect(IN_LAYOUT);
+        mask
+    }
+
+    fn prefault(&self, range: PageRange) -> io::Result<()> {
+        self.ram.prefault(range.first(), range.count())
     }
 }
 

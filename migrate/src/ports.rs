@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferry_protocol::message::{AbortCode, NetworkIdentity};
-use ferry_protocol::{MemoryLayout, PAGE_BYTES, PageBitmap, PageRange, Record, Timestamp, VmId};
+use ferry_protocol::{
+    ChunkIndex, MemoryLayout, PAGE_BYTES, PageBitmap, PageMask, PageRange, Record, Timestamp, VmId,
+};
 
 /// Whatever a port's implementation fails with; its chain of causes reaches the user.
 pub type PortError = Box<dyn Error + Send + Sync>;
@@ -41,11 +43,28 @@ pub trait GuestPages: Send + Sync {
     /// Writes one page.
     fn write(&self, page: u64, bytes: &[u8; PAGE_BYTES]);
 
+    /// Overwrites part of a page from its byte `at` on.
+    ///
+    /// # Panics
+    /// If the page ends before `bytes` do.
+    fn patch(&self, page: u64, at: usize, bytes: &[u8]);
+
     /// Makes the pages of `range` read as zero, without touching those that never held anything else.
     ///
     /// # Errors
     /// What the operating system says.
     fn zero(&self, range: PageRange) -> io::Result<()>;
+
+    /// The pages of `chunk` that may hold something else than zeroes, without reading or allocating any. While the guest
+    /// runs, a page that is left out is only known to be zero if its dirty log was reset before this call: what is
+    /// written later is then dirty again.
+    fn touched(&self, chunk: ChunkIndex) -> PageMask;
+
+    /// Has the host provide memory for the pages of `range` now, ahead of what will arrive for them. Changes no byte.
+    ///
+    /// # Errors
+    /// If the host has no memory left.
+    fn prefault(&self, range: PageRange) -> io::Result<()>;
 }
 
 /// The state of a paused guest.

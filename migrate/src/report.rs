@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use ferry_protocol::encode::Encoded;
+use ferry_protocol::encode::pack::Method;
 use ferry_protocol::policy::{Estimate, Forecast};
 use ferry_protocol::source::{Downtime, MemoryPath, RoundReport, Summary};
 use serde::{Deserialize, Serialize};
@@ -47,11 +49,18 @@ pub struct MigrationReport {
     pub wire_bytes: u64,
     /// Every round; the last was sent while the guest stood still.
     pub rounds: Vec<Round>,
-    /// The digest of guest memory, in hexadecimal; empty if memory was handed over, for there are no two to compare.
-    pub digest: String,
-    /// Whether source and target agreed on it, or have the one memory that was handed over. A guest is never resumed where
-    /// they do not.
-    pub digest_equal: bool,
+    /// What each data stream did, in the order of their numbers; empty where the caller has not filled it in from
+    /// [`crate::Update::Streams`].
+    #[serde(default)]
+    pub streams: Vec<StreamReport>,
+    /// Whether digests of memory were compared before the guest resumed. If not, the next two are absent: either `--verify
+    /// off` was asked for, so that nothing proves that the two memories are the same, or memory was handed over
+    /// ([`ReportKind::Local`]), so that there is only one.
+    pub verified: bool,
+    /// The digest of guest memory, in hexadecimal.
+    pub digest: Option<String>,
+    /// Whether source and target agreed on it. A guest is never resumed where they do not.
+    pub digest_equal: Option<bool>,
 }
 
 /// The parts of a downtime, in ms.
@@ -71,6 +80,9 @@ pub struct DowntimeParts {
     pub commit_ms: f64,
     /// Of `copy_ms`: saving the state.
     pub within_save_ms: f64,
+    /// Of `prepare_ms`: until the last pages had arrived at the target.
+    #[serde(default)]
+    pub within_wait_ms: f64,
     /// Of `prepare_ms` (or before it): restoring the state at the target.
     pub within_restore_ms: f64,
     /// Of `commit_ms`: the record at the target.
@@ -113,6 +125,12 @@ pub struct Round {
     pub zero_pages: u64,
     /// Of these: packed.
     pub packed_pages: u64,
+    /// Of these: only the blocks that had changed.
+    pub delta_pages: u64,
+    /// Of these: nothing, since the target had them already.
+    pub unchanged_pages: u64,
+    /// Pages of which the target was not told, because nothing ever touched them.
+    pub untouched_pages: u64,
     /// Bytes on the data streams.
     pub wire_bytes: u64,
     /// How long it took, in ms, until all had arrived.
@@ -125,6 +143,161 @@ pub struct Round {
     pub forecast: Option<ForecastReport>,
 }
 
+/// What packing did for a data stream. It goes on in threads beside the stream's own.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct PackingWork {
+    /// Bytes of pages that were tried with lz4.
+    pub lz4_bytes: u64,
+    /// Bytes of pages that were tried with zstd of level 1 or 2.
+    pub zstd_bytes: u64,
+    /// The same with higher levels.
+    pub zstd_high_bytes: u64,
+    /// What all of that came to, in bytes, where it was worth it.
+    pub packed_bytes: u64,
+    /// Pages that were sent unpacked because the link would have run dry.
+    pub filled_pages: u64,
+    /// Time of the packing threads, in ms.
+    pub packing_ms: f64,
+}
+
+impl PackingWork {
+    pub(crate) fn add(&mut self, method: Method, encoded: &Encoded, took: Duration) {
+        let tried = match method {
+            Method::None => return,
+            Method::Lz4 => &mut self.lz4_bytes,
+            Method::Zstd(..=2) => &mut self.zstd_bytes,
+            Method::Zstd(_) => &mut self.zstd_high_bytes,
+        };
+        *tried += encoded.packing.from_bytes;
+        self.packed_bytes += encoded.packing.to_bytes;
+        self.packing_ms += ms(took);
+    }
+
+    fn add_all(&mut self, more: &Self) {
+        let Self { lz4_bytes, zstd_bytes, zstd_high_bytes, packed_bytes, filled_pages, packing_ms } = more;
+        self.lz4_bytes += lz4_bytes;
+        self.zstd_bytes += zstd_bytes;
+        self.zstd_high_bytes += zstd_high_bytes;
+        self.packed_bytes += packed_bytes;
+        self.filled_pages += filled_pages;
+        self.packing_ms += packing_ms;
+    }
+}
+
+/// What a data stream has done; its times follow each other, so they add up to the time in which it had work.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct StreamWork {
+    /// Pages that travelled as they are.
+    pub raw_pages: u64,
+    /// Pages of zeroes.
+    pub zero_pages: u64,
+    /// Pages that travelled packed.
+    pub packed_pages: u64,
+    /// Pages of which only the changed blocks travelled.
+    pub delta_pages: u64,
+    /// Pages that the target had already.
+    pub unchanged_pages: u64,
+    /// Bytes written, frame headers included.
+    pub wire_bytes: u64,
+    /// In the socket's write calls: copying and waiting for room.
+    pub in_socket: Duration,
+    /// Waiting for the bandwidth cap.
+    pub in_cap: Duration,
+    /// The rest: reading pages, digests, waiting for packed ones.
+    pub encoding: Duration,
+    /// What was packed beside it.
+    pub packing: PackingWork,
+    /// What the link took of this stream when it was last full, in bytes/s.
+    pub link_bytes_per_s: Option<f64>,
+}
+
+impl StreamWork {
+    pub(crate) fn add(&mut self, more: &Self) {
+        let Self {
+            raw_pages,
+            zero_pages,
+            packed_pages,
+            delta_pages,
+            unchanged_pages,
+            wire_bytes,
+            in_socket,
+            in_cap,
+            encoding,
+            packing,
+            link_bytes_per_s,
+        } = more;
+        self.packing.add_all(packing);
+        self.link_bytes_per_s = link_bytes_per_s.or(self.link_bytes_per_s);
+        self.raw_pages += raw_pages;
+        self.zero_pages += zero_pages;
+        self.packed_pages += packed_pages;
+        self.delta_pages += delta_pages;
+        self.unchanged_pages += unchanged_pages;
+        self.wire_bytes += wire_bytes;
+        self.in_socket += *in_socket;
+        self.in_cap += *in_cap;
+        self.encoding += *encoding;
+    }
+}
+
+/// [`StreamWork`] for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StreamReport {
+    /// Pages that travelled as they are.
+    pub raw_pages: u64,
+    /// Pages of zeroes.
+    pub zero_pages: u64,
+    /// Pages that travelled packed.
+    pub packed_pages: u64,
+    /// Pages of which only the changed blocks travelled.
+    pub delta_pages: u64,
+    /// Pages that the target had already.
+    pub unchanged_pages: u64,
+    /// Bytes written, frame headers included.
+    pub wire_bytes: u64,
+    /// In the socket's write calls, copying and waiting for room, in ms.
+    pub socket_ms: f64,
+    /// Waiting for the bandwidth cap, in ms.
+    pub cap_ms: f64,
+    /// Reading pages, digests and waiting for packed ones, in ms.
+    pub encoding_ms: f64,
+    /// What was packed beside it.
+    pub packing: PackingWork,
+    /// What the link took of this stream when it was last full, in bytes/s; `null` if it never was.
+    pub link_bytes_per_s: Option<f64>,
+}
+
+impl From<&StreamWork> for StreamReport {
+    fn from(work: &StreamWork) -> Self {
+        let StreamWork {
+            raw_pages,
+            zero_pages,
+            packed_pages,
+            delta_pages,
+            unchanged_pages,
+            wire_bytes,
+            in_socket,
+            in_cap,
+            encoding,
+            packing,
+            link_bytes_per_s,
+        } = *work;
+        Self {
+            raw_pages,
+            zero_pages,
+            packed_pages,
+            delta_pages,
+            unchanged_pages,
+            wire_bytes,
+            socket_ms: ms(in_socket),
+            cap_ms: ms(in_cap),
+            encoding_ms: ms(encoding),
+            packing,
+            link_bytes_per_s,
+        }
+    }
+}
+
 /// A duration in ms.
 #[must_use]
 pub fn ms(duration: Duration) -> f64 {
@@ -135,8 +308,18 @@ impl MigrationReport {
     /// The report of a migration of VM `name` that was allowed `budget`.
     #[must_use]
     pub fn new(name: &str, budget: Duration, summary: &Summary) -> Self {
-        let Summary { epoch, host, memory, rounds, downtime, forecast, total, digest, target_digest } =
-            summary;
+        let Summary {
+            epoch,
+            host,
+            memory,
+            rounds,
+            downtime,
+            forecast,
+            total,
+            verified,
+            digest,
+            target_digest,
+        } = summary;
         let rounds: Vec<Round> = rounds.iter().map(Round::from).collect();
         Self {
             kind: match memory {
@@ -153,11 +336,10 @@ impl MigrationReport {
             total_ms: ms(*total),
             wire_bytes: rounds.iter().map(|round| round.wire_bytes).sum(),
             rounds,
-            digest: match memory {
-                MemoryPath::Streams => digest.to_string(),
-                MemoryPath::HandedOver => String::new(),
-            },
-            digest_equal: digest == target_digest,
+            streams: Vec::new(),
+            verified: *verified,
+            digest: verified.then(|| digest.to_string()),
+            digest_equal: verified.then_some(digest == target_digest),
         }
     }
 }
@@ -172,6 +354,7 @@ impl From<&Downtime> for DowntimeParts {
             record,
             commit,
             within_save,
+            within_wait,
             within_restore,
             within_target_record,
             within_run,
@@ -184,6 +367,7 @@ impl From<&Downtime> for DowntimeParts {
             record_ms: ms(record),
             commit_ms: ms(commit),
             within_save_ms: ms(within_save),
+            within_wait_ms: ms(within_wait),
             within_restore_ms: ms(within_restore),
             within_target_record_ms: ms(within_target_record),
             within_run_ms: ms(within_run),
@@ -209,6 +393,15 @@ impl From<&Forecast> for ForecastReport {
     }
 }
 
+impl Round {
+    /// Pages that travelled as they are.
+    #[must_use]
+    pub const fn whole_pages(&self) -> u64 {
+        let others = self.zero_pages + self.packed_pages + self.delta_pages + self.unchanged_pages;
+        self.sent_pages.saturating_sub(others)
+    }
+}
+
 impl From<&RoundReport> for Round {
     #[expect(clippy::cast_precision_loss, reason = "a rate for people needs no more than 53 bits")]
     fn from(report: &RoundReport) -> Self {
@@ -221,6 +414,9 @@ impl From<&RoundReport> for Round {
             sent_pages: sent.pages(),
             zero_pages: sent.zero_pages,
             packed_pages: sent.packed_pages,
+            delta_pages: sent.delta_pages,
+            unchanged_pages: sent.unchanged_pages,
+            untouched_pages: sent.untouched_pages,
             wire_bytes: sent.wire_bytes,
             ms: ms(*took),
             link_bytes_per_s,

@@ -25,7 +25,9 @@ impl UnderWay {
     }
 
     fn again(source: &Host<'_>, address: &str) -> Process {
-        let arguments = ["migrate", "web", "--to", address, "--bandwidth", "10M/s", "--json"];
+        // Less than what a standstill takes without any page: it goes on until somebody ends it.
+        let slow = ["--bandwidth", "10M/s", "--downtime", "2ms"];
+        let arguments = [&["migrate", "web", "--to", address, "--json"][..], &slow].concat();
         let process = source.start(source.command(&arguments));
         process.until("transferred");
         process
@@ -77,6 +79,29 @@ fn a_migration_can_be_cancelled_from_elsewhere() {
 }
 
 #[test]
+fn its_bandwidth_can_be_changed() {
+    let Some(_turn) = turn() else { return };
+    let UnderWay { source, target, mut migrating, address, running: _running, waiting: _waiting } =
+        UnderWay::start();
+    source.refuses(&["bandwidth", "web", "0"], &["0"]);
+    source.refuses(&["bandwidth", "nobody", "off"], &["there is no VM 'nobody'"]);
+    let said = source.ferry(&["bandwidth", "web", "20M/s", "--json"]).json();
+    assert_eq!(said["bytes_per_s"], 20 << 20, "{said}");
+    source.ferry(&["migrate", "web", "--cancel", "--json"]);
+    migrating.end().refusal(&["cancel"]);
+    nothing_lost(&source, &target);
+    source.refuses(&["bandwidth", "web", "off"], &["the migration is over"]);
+    // At this rate the first round would take some minutes.
+    let arguments = ["migrate", "web", "--to", &address, "--bandwidth", "100K/s", "--json"];
+    migrating = source.start(source.command(&arguments));
+    migrating.until("round-started");
+    source.ferry(&["bandwidth", "web", "off"]).well();
+    let events = migrating.end().json_lines();
+    assert_eq!(events.last().expect("events")["event"], "moved", "{events:?}");
+    target.goes_on("web");
+}
+
+#[test]
 fn an_interrupt_of_the_command_cancels_the_migration() {
     let Some(_turn) = turn() else { return };
     let UnderWay { source, target, migrating, running: _running, waiting: _waiting, .. } = UnderWay::start();
@@ -118,7 +143,8 @@ fn a_guest_that_dirties_faster_than_the_link_is_given_up_with_the_figures() {
     let (source, target) = (Host::new(FERRY), Host::new(FERRY));
     let _running = source.runs("dirty rate=200 set=24");
     let (_waiting, address) = target.receives();
-    let migrate = ["migrate", "web", "--to", &address, "--bandwidth", "20M/s", "--downtime", "20ms"];
+    // The cap does not hold in the last round, so what can't be met must be the budget.
+    let migrate = ["migrate", "web", "--to", &address, "--bandwidth", "20M/s", "--downtime", "2ms"];
     let error = source.refuses(&[&migrate[..], &["--timeout", "3s"]].concat(), &["the guest dirties"]);
     println!("{error}");
     nothing_lost(&source, &target);

@@ -3,6 +3,7 @@
 //! The guest checks its own memory all the time, so a page that is lost, stale or misplaced shows as an error
 //! in its report.
 
+mod backings;
 mod bad_input;
 mod local;
 mod migrations;

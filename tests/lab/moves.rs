@@ -233,7 +233,7 @@ fn no_frame_of_the_guest_leaves_the_target_before_the_handover() {
     let address = format!("{HOST_B_IPV4}:{PORT}");
     let watch = TapWatch::start(&lab.host_b, clock);
     let _on_b = receive(&b, &address);
-    let slowly = ["migrate", "web", "--to", &address, "--bandwidth", "10M/s", "--json"];
+    let slowly = ["migrate", "web", "--to", &address, "--bandwidth", "10M/s", "--downtime", "2ms", "--json"];
     let migrating = a.start(a.command(&slowly));
     migrating.until("transferred");
     std::thread::sleep(Duration::from_secs(1));

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ferry_guest_abi::report::Stage;
+use ferry_guest_abi::report::{GAP_LOG_MIN_US, Stage};
 use ferry_guest_abi::{REPORT_GPA, Report, Workload};
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::{BuildRefusal, RecordStore, SystemClock, TargetHost, TargetVm};
@@ -13,9 +13,12 @@ use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Summary};
 use ferry_migrate::protocol::{Epoch, MemoryLayout, MigrationId, PAGE_BYTES, VmId};
-use ferry_migrate::{FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
+use ferry_migrate::{
+    BandwidthCap, FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate,
+};
 use ferry_vmm::{
-    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryConfig, SerialTarget,
+    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, MemoryConfig,
+    SerialTarget,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -55,7 +58,7 @@ impl Drop for Guest {
 #[must_use]
 pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
     MachineConfig {
-        memory: MemoryConfig { size_bytes: memory_mib << 20, backing },
+        memory: MemoryConfig::new(memory_mib << 20, backing),
         cpus,
         net: None,
         serial: SerialTarget::Null,
@@ -68,13 +71,22 @@ pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
 /// If it does not come up.
 #[must_use]
 pub fn boot(workload: &str, config: &MachineConfig) -> Guest {
+    boot_logging_gaps(workload, config, GAP_LOG_MIN_US)
+}
+
+/// The same, with a log of every gap between two heartbeats from a length on.
+///
+/// # Panics
+/// If it does not come up.
+#[must_use]
+pub fn boot_logging_gaps(workload: &str, config: &MachineConfig, gap_log_us: u64) -> Guest {
     let workload = Workload::parse(workload).expect("a workload");
     let machine = Machine::build(config).expect("a machine");
     machine
         .load(&BootSource {
             kernel: Kernel::Image { name: "workload guest", bytes: ferry_guest_image::WORKLOAD_GUEST },
             initrd: None,
-            cmdline: format!("workload {workload}"),
+            cmdline: format!("gap_log_us={gap_log_us} workload {workload}"),
         })
         .expect("it boots");
     machine.run().expect("it runs");
@@ -147,7 +159,8 @@ impl Guest {
             target: target.parse().expect("an endpoint"),
             streams: 1,
             compression: Compression::None,
-            bandwidth_bytes_per_s: None,
+            bandwidth: BandwidthCap::default(),
+            verify: true,
             // Far above what is needed: these tests are about correctness on a shared machine.
             downtime_budget: Duration::from_millis(500),
             timeout: Duration::from_secs(120),
@@ -221,7 +234,16 @@ pub struct Target {
 /// If it can't listen.
 #[must_use]
 pub fn target_for(guest: &Guest) -> Target {
-    target_at(guest, ListenAddress::Tcp("127.0.0.1:0".parse().expect("an address")))
+    target_with(guest, MemoryChoices::default())
+}
+
+/// The same, with memory of a kind that it chooses.
+///
+/// # Panics
+/// If it can't listen.
+#[must_use]
+pub fn target_with(guest: &Guest, memory: MemoryChoices) -> Target {
+    target_at(guest, ListenAddress::Tcp("127.0.0.1:0".parse().expect("an address")), memory)
 }
 
 /// An empty host for `guest` to which its memory is handed over, within the current runtime.
@@ -230,12 +252,12 @@ pub fn target_for(guest: &Guest) -> Target {
 /// If it can't listen.
 #[must_use]
 pub fn local_target_for(guest: &Guest) -> Target {
-    target_at(guest, ListenAddress::Unix(guest.folder.path().join("socket")))
+    target_at(guest, ListenAddress::Unix(guest.folder.path().join("socket")), MemoryChoices::default())
 }
 
-fn target_at(guest: &Guest, listen: ListenAddress) -> Target {
+fn target_at(guest: &Guest, listen: ListenAddress, memory: MemoryChoices) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
-    let local = LocalChoices { tap: None, serial: SerialTarget::Null };
+    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
     let options = ReceiveOptions { listen, host: "target".into(), name: None };
@@ -277,7 +299,19 @@ pub async fn source_with(
 /// # Panics
 /// If anything is not as it should be.
 pub async fn move_guest(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) -> (Guest, Summary) {
-    let target = target_for(&guest);
+    move_guest_to(guest, MemoryChoices::default(), change).await
+}
+
+/// The same, to memory of a kind that the target chooses.
+///
+/// # Panics
+/// If anything is not as it should be.
+pub async fn move_guest_to(
+    guest: Guest,
+    memory: MemoryChoices,
+    change: impl FnOnce(&mut MigrateOptions),
+) -> (Guest, Summary) {
+    let target = target_with(&guest, memory);
     move_to(guest, target, change).await
 }
 

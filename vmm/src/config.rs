@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use crate::memory::{MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, PAGE_BYTES};
+use crate::memory::{HUGE_PAGE_BYTES, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, PAGE_BYTES};
 
 /// The most vCPUs of a machine. APIC ids are 8 bits wide without x2APIC, and 255 is a broadcast; the
 /// bound stays well below, where one thread a vCPU still makes sense.
@@ -26,19 +26,48 @@ pub struct MachineConfig {
 /// The guest's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryConfig {
-    /// A multiple of 4096 between [`MEMORY_BYTES_MIN`] and [`MEMORY_BYTES_MAX`].
+    /// A multiple of 4096 between [`MEMORY_BYTES_MIN`] and [`MEMORY_BYTES_MAX`]; of [`HUGE_PAGE_BYTES`] where the
+    /// pages come from the host's pool.
     pub size_bytes: u64,
     /// What holds the bytes on the host.
     pub backing: Backing,
+    /// In pages of which size.
+    pub huge_pages: HugePages,
+    /// The host's NUMA node that all of it comes from; any if `None`. It is local to a host and never migrates.
+    pub node: Option<u32>,
+}
+
+impl MemoryConfig {
+    /// Memory of any node, with transparent huge pages.
+    #[must_use]
+    pub const fn new(size_bytes: u64, backing: Backing) -> Self {
+        Self { size_bytes, backing, huge_pages: HugePages::Transparent, node: None }
+    }
 }
 
 /// What holds guest memory on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// Private anonymous memory, with huge pages where the host has them.
+    /// Private anonymous memory.
     PrivateAnonymous,
     /// A memfd, which other processes can map.
     SharedMemfd,
+}
+
+/// The size of the pages that guest memory has on the host. The guest never sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HugePages {
+    /// Huge pages wherever the host has some to hand: transparent ones for private memory, and what the host's own
+    /// policy says (shmem_enabled) for a memfd.
+    Transparent,
+    /// 4 KiB pages only.
+    Off,
+    /// 2 MiB pages from the pool that the host's administrator has set aside (hugetlbfs), all of them reserved when the
+    /// machine is built, or no machine.
+    Pool,
+    /// As [`HugePages::Pool`] where the pool has enough, and else as [`HugePages::Transparent`]: what a target builds for a
+    /// machine that has had pages of the pool.
+    PoolIfFree,
 }
 
 /// A virtio network interface on a tap.
@@ -93,6 +122,20 @@ pub struct LocalChoices {
     pub tap: Option<String>,
     /// Where the serial output goes on this host.
     pub serial: SerialTarget,
+    /// What holds the machine's memory on this host.
+    pub memory: MemoryChoices,
+}
+
+/// What a target decides for itself about the memory of a machine that it takes over; `None` is what the source had,
+/// for the node: any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryChoices {
+    /// What holds the bytes.
+    pub backing: Option<Backing>,
+    /// In pages of which size.
+    pub huge_pages: Option<HugePages>,
+    /// From which NUMA node.
+    pub node: Option<u32>,
 }
 
 /// Why a [`MachineConfig`] can't be built by any host.
@@ -104,6 +147,15 @@ pub enum ConfigError {
          {MEMORY_BYTES_MIN} to {MEMORY_BYTES_MAX}"
     )]
     MemorySize {
+        /// What was asked for.
+        size_bytes: u64,
+    },
+    /// The memory is no whole number of huge pages, but is to come from a pool of them.
+    #[error(
+        "{size_bytes} bytes of memory are no whole number of huge pages of {HUGE_PAGE_BYTES} bytes; give a multiple \
+         of 2M, or leave out hugepages=2M"
+    )]
+    MemoryInHugePages {
         /// What was asked for.
         size_bytes: u64,
     },
@@ -127,10 +179,14 @@ impl MachineConfig {
     /// # Errors
     /// Names the first field that can't be.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let Self { memory: MemoryConfig { size_bytes, backing: _ }, cpus, net, serial: _ } = self;
+        let Self { memory, cpus, net, serial: _ } = self;
+        let MemoryConfig { size_bytes, backing: _, huge_pages, node: _ } = memory;
         let page_bytes = PAGE_BYTES as u64;
         if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(size_bytes) || size_bytes % page_bytes != 0 {
             return Err(ConfigError::MemorySize { size_bytes: *size_bytes });
+        }
+        if *huge_pages == HugePages::Pool && size_bytes % HUGE_PAGE_BYTES as u64 != 0 {
+            return Err(ConfigError::MemoryInHugePages { size_bytes: *size_bytes });
         }
         if !(1..=CPUS_MAX).contains(cpus) {
             return Err(ConfigError::Cpus { cpus: *cpus });
@@ -154,7 +210,7 @@ mod tests {
 
     fn config() -> MachineConfig {
         MachineConfig {
-            memory: MemoryConfig { size_bytes: 64 << 20, backing: Backing::PrivateAnonymous },
+            memory: MemoryConfig::new(64 << 20, Backing::PrivateAnonymous),
             cpus: 2,
             net: Some(NetConfig { tap: "tap0".into(), mac: [0x02, 0, 0, 0, 0, 1] }),
             serial: SerialTarget::Null,
@@ -169,6 +225,11 @@ mod tests {
             bad.memory.size_bytes = size_bytes;
             assert_eq!(bad.check(), Err(ConfigError::MemorySize { size_bytes }));
         }
+        let mut bad = config();
+        bad.memory.size_bytes += 4096;
+        assert_eq!(bad.check(), Ok(()));
+        bad.memory.huge_pages = HugePages::Pool;
+        assert!(matches!(bad.check(), Err(ConfigError::MemoryInHugePages { .. })));
         for cpus in [0, CPUS_MAX + 1] {
             let mut bad = config();
             bad.cpus = cpus;

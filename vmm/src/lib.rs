@@ -24,14 +24,14 @@ mod tiny_kernel;
 pub use boot::{BootError, CMDLINE_BYTES_MAX};
 pub use capability::{KvmCallError, KvmError};
 pub use config::{
-    Backing, BootSource, CPUS_MAX, ConfigError, Kernel, LocalChoices, MachineConfig, MemoryConfig, NetConfig,
-    SerialTarget,
+    Backing, BootSource, CPUS_MAX, ConfigError, HugePages, Kernel, LocalChoices, MachineConfig,
+    MemoryChoices, MemoryConfig, NetConfig, SerialTarget,
 };
 pub use devices::SerialError;
 pub use machine::{BuildError, FrameObserver, Machine, MachineStatus, RunError};
 pub use memory::{
-    DirtyLogError, GuestRam, HandOverError, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryError, PAGE_BYTES,
-    RamError, RamRegion, check_available,
+    DirtyLogError, GuestRam, HUGE_PAGE_BYTES, HandOverError, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryError,
+    PAGE_BYTES, RamError, RamRegion, check_available,
 };
 pub use parking::MachineEvent;
 pub use saved::{STATE_BYTES_MAX, StateError};

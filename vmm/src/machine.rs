@@ -25,7 +25,7 @@ pub use build::BuildError;
 
 use crate::boot::{self, BootError};
 use crate::capability::Capabilities;
-use crate::config::{BootSource, MachineConfig};
+use crate::config::{BootSource, HugePages, MachineConfig};
 use crate::devices::virtio::mmio::WINDOW_BYTES;
 pub use crate::devices::virtio::net::FrameObserver;
 use crate::devices::virtio::net::Net;
@@ -226,6 +226,17 @@ impl Machine {
     #[must_use]
     pub fn ram(&self) -> GuestRam {
         self.ram.clone()
+    }
+
+    /// What holds the guest's memory on this host, in words, and where that is not what the machine would have.
+    #[must_use]
+    pub fn memory_kind(&self) -> String {
+        let kind = self.ram.kind();
+        let did_without = self.ram.huge_pages() != HugePages::Pool;
+        if self.config.memory.huge_pages == HugePages::PoolIfFree && did_without {
+            return format!("{kind} (the host's pool had too few of 2 MiB)");
+        }
+        kind
     }
 
     /// Frequency of the guest's TSC in kHz, where the host's is stable.

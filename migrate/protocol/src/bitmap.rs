@@ -7,6 +7,9 @@ use crate::layout::MemoryLayout;
 /// Pages of a chunk: 2 MiB, the unit that is tied to a data stream.
 pub const CHUNK_PAGES: u64 = 512;
 
+/// The same as the length of an array.
+pub(crate) const CHUNK_SLOTS: usize = 512;
+
 const WORD_PAGES: u64 = 64;
 const CHUNK_WORDS: usize = 8;
 
@@ -23,6 +26,13 @@ impl PageRange {
     pub fn new(first: u64, count: u64, layout: &MemoryLayout) -> Option<Self> {
         let end = first.checked_add(count)?;
         (count > 0 && end <= layout.page_count()).then_some(Self { first, count })
+    }
+
+    /// At most `count_max` of these pages, from the one on that `skipped` others stand before; `None` if nothing is left.
+    #[must_use]
+    pub fn part(self, skipped: u64, count_max: u64) -> Option<Self> {
+        let count = self.count.checked_sub(skipped)?.min(count_max);
+        (count > 0).then_some(Self { first: self.first + skipped, count })
     }
 
     /// The first page.
@@ -100,6 +110,19 @@ impl PageMask {
     pub fn contains(&self, offset: u64) -> bool {
         let (word, bit) = split(offset);
         self.0.get(word).is_some_and(|w| w & bit != 0)
+    }
+
+    /// Removes page `offset` of the chunk, if it is in the set.
+    pub fn remove(&mut self, offset: u64) {
+        let (word, bit) = split(offset);
+        if let Some(word) = self.0.get_mut(word) {
+            *word &= !bit;
+        }
+    }
+
+    /// The offsets of the pages in the set, in ascending order.
+    pub fn offsets(&self) -> impl Iterator<Item = u64> + use<> {
+        self.runs().flat_map(|(first, count)| first..first + count)
     }
 
     /// How many pages are in the set.

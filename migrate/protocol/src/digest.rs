@@ -7,10 +7,10 @@
 //! It finds what was lost, damaged, misplaced or overtaken between the two memories. It does not protect
 //! against a peer that means harm: xxh3 is not a cryptographic hash.
 
-use xxhash_rust::xxh3::xxh3_128_with_seed;
-
 use serde::{Deserialize, Serialize};
+use twox_hash::XxHash3_128;
 
+use crate::bitmap::CHUNK_SLOTS;
 use crate::layout::PAGE_BYTES;
 
 /// The digest of one page at its place.
@@ -21,7 +21,14 @@ impl PageDigest {
     /// The digest of `bytes` as page number `page`.
     #[must_use]
     pub fn of(page: u64, bytes: &[u8; PAGE_BYTES]) -> Self {
-        Self(xxh3_128_with_seed(bytes, page))
+        // Chooses by the processor's vector instructions, at run time.
+        Self(XxHash3_128::oneshot_with_seed(page, bytes))
+    }
+
+    /// The digest of a memory of which only this page has been seen.
+    #[must_use]
+    pub const fn alone(self) -> MemoryDigest {
+        MemoryDigest(self.0)
     }
 }
 
@@ -46,34 +53,40 @@ impl std::fmt::Display for MemoryDigest {
     }
 }
 
-/// The digests of some of a memory's pages, by slot, with their sum. 16 bytes a page.
+/// The digests of a chunk's pages: 16 bytes for each, of the 512.
 #[derive(Debug)]
-pub struct DigestTable {
-    pages: Vec<u128>,
-    sum: u128,
+pub struct ChunkDigests(Box<[u128; CHUNK_SLOTS]>);
+
+impl Default for ChunkDigests {
+    /// Those of a chunk of which no page has been seen.
+    fn default() -> Self {
+        Self(Box::new([0; CHUNK_SLOTS]))
+    }
 }
 
-impl DigestTable {
-    /// A table of `slots` pages of which none has been seen.
-    #[must_use]
-    pub fn new(slots: usize) -> Self {
-        Self { pages: vec![0; slots], sum: 0 }
-    }
-
-    /// Replaces the digest in `slot` and brings the sum up to date.
+impl ChunkDigests {
+    /// The digest of the chunk's page `offset` as it was last seen.
     ///
     /// # Panics
-    /// If there is no such slot.
-    pub fn set(&mut self, slot: usize, digest: PageDigest) {
-        let old = std::mem::replace(&mut self.pages[slot], digest.0);
-        self.sum = self.sum.wrapping_sub(old).wrapping_add(digest.0);
+    /// If a chunk has no such page.
+    #[must_use]
+    pub fn get(&self, offset: u64) -> PageDigest {
+        PageDigest(self.0[index(offset)])
     }
 
-    /// The sum over all slots.
-    #[must_use]
-    pub fn sum(&self) -> MemoryDigest {
-        MemoryDigest(self.sum)
+    /// Replaces the digest of the chunk's page `offset`, and says by how much the memory's digest changes: what is to be
+    /// added to it by [`MemoryDigest::combine`].
+    ///
+    /// # Panics
+    /// If a chunk has no such page.
+    pub fn set(&mut self, offset: u64, digest: PageDigest) -> MemoryDigest {
+        let old = std::mem::replace(&mut self.0[index(offset)], digest.0);
+        MemoryDigest(digest.0.wrapping_sub(old))
     }
+}
+
+fn index(offset: u64) -> usize {
+    usize::try_from(offset).expect("an offset in a chunk is small")
 }
 
 #[cfg(test)]
@@ -86,17 +99,14 @@ mod tests {
 
     #[test]
     fn the_order_of_sending_does_not_matter_but_the_place_does() {
-        let mut forth = DigestTable::new(2);
-        forth.set(0, PageDigest::of(0, &page(9)));
-        forth.set(0, PageDigest::of(0, &page(1)));
-        forth.set(1, PageDigest::of(1, &page(2)));
-        let mut back = DigestTable::new(2);
-        back.set(1, PageDigest::of(1, &page(2)));
-        back.set(0, PageDigest::of(0, &page(1)));
-        assert_eq!(forth.sum(), back.sum());
-        back.set(0, PageDigest::of(0, &page(2)));
-        back.set(1, PageDigest::of(1, &page(1)));
-        assert_ne!(forth.sum(), back.sum(), "swapped pages must not go unseen");
+        let sum = |pages: &[(u64, u8)]| {
+            let mut digests = ChunkDigests::default();
+            let changes = pages.iter().map(|&(at, fill)| digests.set(at, PageDigest::of(at, &page(fill))));
+            changes.fold(MemoryDigest::ZERO, MemoryDigest::combine)
+        };
+        let forth = sum(&[(0, 9), (0, 1), (1, 2)]);
+        assert_eq!(forth, sum(&[(1, 2), (0, 1)]));
+        assert_ne!(forth, sum(&[(0, 2), (1, 1)]), "swapped pages must not go unseen");
     }
 
     #[test]

@@ -30,8 +30,8 @@ pub const JOIN_BYTES: usize = 32;
 /// Bytes of a frame's header.
 pub const FRAME_HEADER_BYTES: usize = 84;
 
-/// The most pages in one lz4 frame, so that unpacking takes a bounded buffer (256 KiB).
-pub const LZ4_PAGES_MAX: u64 = 64;
+/// The most pages in one packed or delta frame, so that unpacking takes a bounded buffer (512 KiB).
+pub const GROUP_PAGES_MAX: u64 = 128;
 
 const FRAME_MARK: u8 = 0xF7;
 
@@ -71,7 +71,7 @@ pub enum FrameError {
         /// The body's length.
         body_bytes: u32,
     },
-    /// A lz4 block does not unpack to the announced pages.
+    /// A packed body does not unpack to the announced pages, or a delta does not fit them.
     #[error("the packed pages of chunk {chunk} can't be unpacked: {cause}")]
     Packed {
         /// The chunk they belong to.
@@ -101,13 +101,32 @@ pub enum Frame {
         /// Which pages.
         mask: PageMask,
     },
-    /// Pages as one lz4 block of `body_bytes`; at most [`LZ4_PAGES_MAX`].
+    /// Pages as one lz4 block of `body_bytes`; at most [`GROUP_PAGES_MAX`].
     Lz4 {
         /// Whose pages.
         chunk: ChunkIndex,
         /// Which pages.
         mask: PageMask,
         /// The block's length, less than the pages it holds.
+        body_bytes: u32,
+    },
+    /// The same as one zstd frame.
+    Zstd {
+        /// Whose pages.
+        chunk: ChunkIndex,
+        /// Which pages.
+        mask: PageMask,
+        /// The frame's length, less than the pages it holds.
+        body_bytes: u32,
+    },
+    /// The blocks that have changed in pages that were sent before; at most [`GROUP_PAGES_MAX`]. See
+    /// [`crate::encode::delta`] for the body.
+    Delta {
+        /// Whose pages.
+        chunk: ChunkIndex,
+        /// Which pages.
+        mask: PageMask,
+        /// The body's length.
         body_bytes: u32,
     },
     /// Everything before it has been sent.
@@ -121,6 +140,8 @@ const KIND_RAW: u8 = 1;
 const KIND_ZERO: u8 = 2;
 const KIND_LZ4: u8 = 3;
 const KIND_FENCE: u8 = 4;
+const KIND_ZSTD: u8 = 5;
+const KIND_DELTA: u8 = 6;
 
 impl Frame {
     /// The header's bytes.
@@ -130,6 +151,8 @@ impl Frame {
             Self::Raw { chunk, mask } => (KIND_RAW, raw_bytes(&mask), chunk.number(), mask),
             Self::Zero { chunk, mask } => (KIND_ZERO, 0, chunk.number(), mask),
             Self::Lz4 { chunk, mask, body_bytes } => (KIND_LZ4, body_bytes, chunk.number(), mask),
+            Self::Zstd { chunk, mask, body_bytes } => (KIND_ZSTD, body_bytes, chunk.number(), mask),
+            Self::Delta { chunk, mask, body_bytes } => (KIND_DELTA, body_bytes, chunk.number(), mask),
             Self::Fence(fence) => (KIND_FENCE, 0, u64::from(fence), PageMask::EMPTY),
         };
         let mut bytes = [0; FRAME_HEADER_BYTES];
@@ -183,12 +206,16 @@ impl Frame {
         match (head[1], head[2], head[3]) {
             (KIND_RAW, 0, 0) if body_bytes == raw_bytes(&mask) => Ok(Self::Raw { chunk, mask }),
             (KIND_ZERO, 0, 0) if body_bytes == 0 => Ok(Self::Zero { chunk, mask }),
-            (KIND_LZ4, 0, 0)
-                if (1..=LZ4_PAGES_MAX).contains(&pages) && (1..raw_bytes(&mask)).contains(&body_bytes) =>
-            {
+            (KIND_LZ4, 0, 0) if is_packed_length(pages, body_bytes) => {
                 Ok(Self::Lz4 { chunk, mask, body_bytes })
             }
-            (KIND_RAW | KIND_ZERO | KIND_LZ4, 0, 0) => Err(length),
+            (KIND_ZSTD, 0, 0) if is_packed_length(pages, body_bytes) => {
+                Ok(Self::Zstd { chunk, mask, body_bytes })
+            }
+            (KIND_DELTA, 0, 0) if is_delta_length(pages, body_bytes) => {
+                Ok(Self::Delta { chunk, mask, body_bytes })
+            }
+            (KIND_RAW | KIND_ZERO | KIND_LZ4 | KIND_ZSTD | KIND_DELTA, 0, 0) => Err(length),
             (kind, ..) => Err(FrameError::Kind(kind)),
         }
     }
@@ -196,6 +223,17 @@ impl Frame {
 
 fn raw_bytes(mask: &PageMask) -> u32 {
     u32::try_from(mask.count() * PAGE_BYTES_U64).expect("512 pages are 2 MiB")
+}
+
+/// Packed pages are shorter than the pages.
+fn is_packed_length(pages: u64, body_bytes: u32) -> bool {
+    (1..=GROUP_PAGES_MAX).contains(&pages) && (1..pages * PAGE_BYTES_U64).contains(&u64::from(body_bytes))
+}
+
+/// A delta has a word for each page and then whole blocks, at most the pages themselves.
+fn is_delta_length(pages: u64, body_bytes: u32) -> bool {
+    let (words, body) = (4 * pages, u64::from(body_bytes));
+    (1..=GROUP_PAGES_MAX).contains(&pages) && (words..=words + pages * PAGE_BYTES_U64).contains(&body)
 }
 
 const _: () = assert!(CHUNK_PAGES == 512, "the mask has 512 bits");
@@ -274,6 +312,8 @@ mod tests {
             Frame::Raw { chunk: chunk(0), mask: mask([0, 511]) },
             Frame::Zero { chunk: chunk(2), mask: mask(0..10) },
             Frame::Lz4 { chunk: chunk(0), mask: mask(3..67), body_bytes: 1000 },
+            Frame::Zstd { chunk: chunk(0), mask: mask(3..131), body_bytes: 1000 },
+            Frame::Delta { chunk: chunk(2), mask: mask(0..3), body_bytes: 12 + 128 },
             Frame::Fence(17),
         ] {
             assert_eq!(decode(&frame.encode()), Ok(frame));
@@ -291,8 +331,12 @@ mod tests {
         assert!(matches!(refused(none), FrameError::Pages { .. }));
         let astray = Frame::Raw { chunk: chunk(1), mask: mask([0]) };
         assert_eq!(refused(astray), FrameError::Stream { chunk: 1, stream: 0 });
-        let many = Frame::Lz4 { chunk: chunk(0), mask: mask(0..65), body_bytes: 1000 };
-        assert!(matches!(refused(many), FrameError::Length { pages: 65, .. }));
+        let many = Frame::Lz4 { chunk: chunk(0), mask: mask(0..129), body_bytes: 1000 };
+        assert!(matches!(refused(many), FrameError::Length { pages: 129, .. }));
+        let wordless = Frame::Delta { chunk: chunk(0), mask: mask(0..3), body_bytes: 11 };
+        assert!(matches!(refused(wordless), FrameError::Length { pages: 3, .. }));
+        let more = Frame::Delta { chunk: chunk(0), mask: mask([0]), body_bytes: 4101 };
+        assert!(matches!(refused(more), FrameError::Length { pages: 1, .. }));
         let grown = Frame::Lz4 { chunk: chunk(0), mask: mask([1]), body_bytes: 4096 };
         assert!(matches!(refused(grown), FrameError::Length { .. }));
     }
@@ -328,7 +372,7 @@ mod tests {
             let _ = decode(bytes.as_slice().try_into().unwrap());
             // The same with a right checksum, so that the fields behind it are reached.
             bytes[0] = FRAME_MARK;
-            bytes[1] %= 6;
+            bytes[1] %= 8;
             let crc = crc32c::crc32c(&bytes[..80]);
             bytes[80..].copy_from_slice(&crc.to_le_bytes());
             let _ = decode(bytes.as_slice().try_into().unwrap());

@@ -10,7 +10,7 @@
 //!               |                           |                          |
 //!               '------- discard() ---------'                          '--failed()--> Prepared(e)
 //!                            v
-//!                        Discarded(e)
+//!                        Discarded(e) <-- not_started() -- Running(e)
 //! ```
 //!
 //! The rules (see docs/handover.md):
@@ -209,6 +209,20 @@ impl TargetStanding {
         }
     }
 
+    /// The guest could not be started: no instruction of it has run here, and none may from now on. The answer
+    /// `Discarded` may be sent once this is durable.
+    ///
+    /// # Errors
+    /// Unless it was to run.
+    pub fn not_started(self) -> Result<Self, Forbidden> {
+        match self {
+            Self::Running(epoch) => Ok(Self::Discarded(epoch)),
+            Self::Receiving(_) | Self::Prepared(_) | Self::Recording(_) | Self::Discarded(_) => {
+                self.forbid("to fail to start it")
+            }
+        }
+    }
+
     /// The record could not be written, so it must not run; it may try again or discard.
     ///
     /// # Errors
@@ -305,22 +319,23 @@ mod tests {
         use TargetStanding::{Discarded, Prepared, Receiving, Recording, Running};
         let states = [Receiving(E), Prepared(E), Recording(E), Running(E), Discarded(E)];
         type Step = fn(TargetStanding) -> Result<TargetStanding, Forbidden>;
-        let steps: [Step; 5] = [
+        let steps: [Step; 6] = [
             |s| s.prepared(E),
             |s| s.commit(E),
             TargetStanding::recorded,
             TargetStanding::failed,
             TargetStanding::discard,
+            TargetStanding::not_started,
         ];
         let allowed = states.map(|state| steps.map(|step| step(state).is_ok()));
         assert_eq!(
             allowed,
             [
-                [true, false, false, false, true],
-                [false, true, false, false, true],
-                [false, false, true, true, false],
-                [false, false, false, false, false],
-                [false, false, false, false, true],
+                [true, false, false, false, true, false],
+                [false, true, false, false, true, false],
+                [false, false, true, true, false, false],
+                [false, false, false, false, false, true],
+                [false, false, false, false, true, false],
             ]
         );
         for state in states {

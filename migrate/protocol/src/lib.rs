@@ -25,6 +25,7 @@
 
 pub mod bitmap;
 pub mod digest;
+pub mod encode;
 pub mod frame;
 pub mod handover;
 pub mod ident;

@@ -81,6 +81,18 @@ pub struct Ready {
     pub record_us: u64,
 }
 
+/// The target is to write its record once more as it stands, to measure anew what that costs. Only sent where both have
+/// [`Features::REHEARSAL`], and not again before it was answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rehearse;
+
+/// The record is written once more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rehearsed {
+    /// How long that took, in µs.
+    pub record_us: u64,
+}
+
 /// All streams have delivered everything before this fence.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FenceReached {
@@ -321,6 +333,10 @@ messages! {
     16 Pong(u64),
     /// Source, instead of `Describe`, within one host: what to build, on the memory that comes beside it.
     17 HandOver(HandOver),
+    /// Source: how long does your record take now?
+    20 Rehearse(Rehearse),
+    /// Target: this long.
+    21 Rehearsed(Rehearsed),
 }
 
 fn whole<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, String> {
@@ -332,6 +348,11 @@ fn whole<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, String> {
 }
 
 impl Message {
+    /// Whether it answers what the source asked in pre-copy, and may still be under way when the guest is stopped.
+    pub(crate) const fn is_late_measurement(&self) -> bool {
+        matches!(self, Self::Pong(_) | Self::FenceReached(_) | Self::Rehearsed(_))
+    }
+
     fn check_bounds(&self) -> Result<(), String> {
         let bound = |what: &str, length: usize, max: usize| {
             if length > max {
@@ -376,6 +397,8 @@ impl Message {
             | Self::Discarded(_)
             | Self::Released(_)
             | Self::Ping(_)
+            | Self::Rehearse(_)
+            | Self::Rehearsed(_)
             | Self::Pong(_) => Ok(()),
         }
     }
@@ -430,6 +453,8 @@ pub(crate) mod tests {
                 description: vec![1, 2, 3],
                 regions: vec![Region { gpa: 0, bytes: 0x8000 }],
             }),
+            Message::Rehearse(Rehearse),
+            Message::Rehearsed(Rehearsed { record_us: 6 }),
         ]
     }
 

@@ -13,11 +13,27 @@ impl Features {
     pub const NONE: Self = Self(0);
     /// Pages may travel as lz4 blocks.
     pub const LZ4: Self = Self(1 << 0);
+    /// Pages may travel as zstd frames.
+    pub const ZSTD: Self = Self(1 << 4);
+    /// Pages may travel as the blocks of them that have changed.
+    pub const DELTA: Self = Self(1 << 5);
+    /// The target measures its record anew when asked ([`crate::message::Rehearse`]).
+    pub const REHEARSAL: Self = Self(1 << 8);
+    /// No digest of memory is taken or compared. A source offers this only where its operator asked for it, so both
+    /// having it is an agreement.
+    pub const UNVERIFIED: Self = Self(1 << 9);
     /// Guest memory may be handed over as a descriptor: only where source and target are processes of one host, so it
     /// is not in [`Features::OURS`] and is offered on connections that can carry descriptors.
-    pub const HAND_OVER: Self = Self(1 << 8);
+    pub const HAND_OVER: Self = Self(1 << 10);
     /// All that this crate can do on any connection.
-    pub const OURS: Self = Self(Self::LZ4.0);
+    pub const OURS: Self =
+        Self::LZ4.and(Self::ZSTD).and(Self::DELTA).and(Self::REHEARSAL).and(Self::UNVERIFIED);
+
+    /// All of either.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 
     /// All that this crate can do on a connection that carries descriptors or does not.
     #[must_use]
@@ -29,6 +45,18 @@ impl Features {
     #[must_use]
     pub const fn both(self, other: Self) -> Self {
         Self(self.0 & other.0)
+    }
+
+    /// This set without what is in `other`.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
+    /// As the wire has it: one bit each.
+    #[must_use]
+    pub const fn bits(self) -> u64 {
+        self.0
     }
 
     /// Whether all of `other` is in this set.

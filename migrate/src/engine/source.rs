@@ -1,8 +1,8 @@
 //! The source's engine: [`migrate`] moves one VM away.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use ferry_protocol::page::Compression;
@@ -16,9 +16,10 @@ use tokio::task::JoinHandle;
 
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
-use crate::bandwidth::Bandwidth;
+use crate::bandwidth::{Bandwidth, BandwidthCap};
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
-use crate::stream::{SenderOptions, Senders, TransferCounters};
+use crate::report::StreamWork;
+use crate::stream::{SenderOptions, Senders, StreamSettings, TransferCounters};
 use crate::transport::control::{ControlReader, ControlStream, ControlWriter, UNHANDLED_MAX, split};
 use crate::transport::endpoint::Endpoint;
 use crate::transport::tcp;
@@ -41,8 +42,11 @@ pub struct MigrateOptions {
     pub streams: u16,
     /// Whether pages are packed.
     pub compression: Compression,
-    /// The most that ferry sends while the guest runs, in bytes/s.
-    pub bandwidth_bytes_per_s: Option<u64>,
+    /// The most that ferry sends while the guest runs. Keep a clone to change it meanwhile.
+    pub bandwidth: BandwidthCap,
+    /// Whether both sides take digests of memory and compare them before the guest resumes. Without, nothing proves
+    /// that the two memories are the same: meant for measuring what that costs.
+    pub verify: bool,
     /// The downtime that is allowed.
     pub downtime_budget: Duration,
     /// How long it may take until the guest is stopped.
@@ -63,6 +67,8 @@ pub enum Update {
         /// Bytes of the whole migration that are sent.
         wire_bytes: u64,
     },
+    /// What each data stream has done in all; comes once, last of all.
+    Streams(Vec<StreamWork>),
 }
 
 /// How often [`Update::Transferred`] comes.
@@ -98,19 +104,17 @@ pub async fn migrate(
     let (events, inbox) = mpsc::unbounded_channel();
     let pages = vm.pages();
     let layout = pages.layout();
-    let bandwidth = Arc::new(Bandwidth::new(options.bandwidth_bytes_per_s, Arc::clone(&clock)));
+    let bandwidth = Arc::new(Bandwidth::new(options.bandwidth.clone(), Arc::clone(&clock)));
     let counters = Arc::new(TransferCounters::default());
-    let sender_options = Arc::new(SenderOptions {
-        target: options.target.to_string(),
-        pinned: OnceLock::new(),
+    let target = options.target.clone();
+    let settings = StreamSettings {
+        target: target.to_string(),
         migration: options.migration,
         streams: options.streams,
         compression: options.compression,
-        pages,
-        bandwidth,
-        counters: Arc::clone(&counters),
-    });
-    let target = options.target.clone();
+    };
+    let sender_options =
+        Arc::new(SenderOptions::new(settings, pages, bandwidth, Arc::clone(&counters), Arc::clone(&clock)));
     let core = begin(&*vm, &*records, options, layout, &*clock);
     let worker = VmWorker::start()?;
     let engine = Engine {
@@ -148,7 +152,8 @@ fn begin(
         target,
         streams,
         compression,
-        bandwidth_bytes_per_s: _,
+        bandwidth: _,
+        verify,
         downtime_budget,
         timeout,
         on_timeout,
@@ -168,6 +173,7 @@ fn begin(
         description: vm.description(),
         streams,
         compression,
+        verify,
         downtime_budget,
         timeout,
         on_timeout,
@@ -298,7 +304,7 @@ impl Engine {
                 }
             }
             Action::SendMemory(message) => self.send_memory(&message),
-            Action::OpenStreams => self.open_streams(),
+            Action::OpenStreams { verify } => self.open_streams(verify),
             Action::CloseStreams => {
                 self.sender_options.bandwidth.stop();
                 if let Some(senders) = self.senders.take() {
@@ -326,6 +332,7 @@ impl Engine {
             }
             Action::ReleaseVm => self.worker_only(|vm| vm.release()),
             Action::WriteRecord(record) => self.write_record(record),
+            Action::RehearseRecord(record) => self.rehearse_record(record),
             Action::Report(progress) => self.update(Update::Progress(Box::new(progress))),
             Action::Finish(outcome) => self.outcome = Some(outcome),
         }
@@ -365,7 +372,7 @@ impl Engine {
         }
     }
 
-    fn open_streams(&self) {
+    fn open_streams(&self, verify: bool) {
         let (options, events) = (Arc::clone(&self.sender_options), self.events.clone());
         let done = events.clone();
         let done = Arc::new(move |result: Result<_, String>| {
@@ -376,7 +383,7 @@ impl Engine {
             let _ = done.send(Happened::Core(event));
         });
         tokio::task::spawn_blocking(move || {
-            let _ = events.send(Happened::Opened(Senders::open(&options, &done)));
+            let _ = events.send(Happened::Opened(Senders::open(&options, verify, &done)));
         });
     }
 
@@ -434,6 +441,17 @@ impl Engine {
         });
     }
 
+    fn rehearse_record(&self, record: Record) {
+        let events = self.events.clone();
+        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
+            let event = match written {
+                Ok(took) => Event::RecordRehearsed { took },
+                Err(reason) => Event::RehearsalFailed(reason),
+            };
+            let _ = events.send(Happened::Core(event));
+        });
+    }
+
     fn show_counters(&self) {
         self.update(Update::Transferred {
             round_pages: self.counters.pages.load(Ordering::Relaxed),
@@ -452,6 +470,7 @@ impl Engine {
         if let Some(senders) = self.senders.take() {
             let _ = tokio::task::spawn_blocking(move || drop(senders)).await;
         }
+        self.update(Update::Streams(self.counters.streams()));
         self.worker.finish().await;
         if let Some(Connection { writer, reader }) = self.connection.take() {
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, writer.finish()).await;

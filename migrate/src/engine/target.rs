@@ -156,13 +156,20 @@ enum Ended {
 /// The next attempt, which waits until this one is over.
 type Newer = (Box<Hello>, Link);
 
+struct BuiltMachine {
+    vm: Arc<dyn TargetVm>,
+    layout: MemoryLayout,
+    streams: u16,
+    verify: bool,
+}
+
 enum Happened {
     Core(Event),
     /// Of the connection with this number. The permit bounds how many wait.
     Link(u64, Event, Option<OwnedSemaphorePermit>),
     /// Guest memory came over the connection with this number; the message that says so follows.
     Memory(u64, OwnedFd),
-    Built(Result<(Arc<dyn TargetVm>, MemoryLayout, u16), BuildRefusal>),
+    Built(Result<BuiltMachine, BuildRefusal>),
 }
 
 struct Connection {
@@ -174,6 +181,8 @@ struct Connection {
 struct Streams {
     vm: Arc<dyn TargetVm>,
     count: u16,
+    /// Whether they take digests.
+    verify: bool,
     joined: Vec<bool>,
     sockets: Vec<std::net::TcpStream>,
     threads: Vec<std::thread::JoinHandle<()>>,
@@ -292,11 +301,11 @@ impl Attempt {
                 self.memory = Some(memory).filter(|_| number == self.connection_number);
                 None
             }
-            Happened::Built(Ok((vm, ..))) if self.core.is_ending() => {
+            Happened::Built(Ok(BuiltMachine { vm, .. })) if self.core.is_ending() => {
                 vm.discard();
                 None
             }
-            Happened::Built(Ok((vm, layout, count))) => {
+            Happened::Built(Ok(BuiltMachine { vm, layout, streams: count, verify })) => {
                 if vm.pages().layout() != layout {
                     vm.discard();
                     let sentence = "the machine that was built has another memory layout than the source's";
@@ -306,7 +315,8 @@ impl Attempt {
                     });
                 }
                 let joined = vec![false; usize::from(count)];
-                self.streams = Some(Streams { vm, count, joined, sockets: Vec::new(), threads: Vec::new() });
+                let (sockets, threads) = (Vec::new(), Vec::new());
+                self.streams = Some(Streams { vm, count, verify, joined, sockets, threads });
                 Some(Event::MachineBuilt)
             }
             Happened::Built(Err(refusal)) => {
@@ -351,7 +361,7 @@ impl Attempt {
         if std::mem::replace(joined, true) {
             return None;
         }
-        match receive_on(stream, Arc::clone(&streams.vm), index, streams.count, self.events.clone()) {
+        match receive_on(stream, streams, index, self.events.clone()) {
             Ok((socket, thread)) => {
                 streams.sockets.push(socket);
                 streams.threads.push(thread);
@@ -368,12 +378,15 @@ impl Attempt {
         match action {
             Action::Send(message) => self.connection.writer.send(&message),
             Action::WriteRecord(record) => self.write_record(record),
-            Action::BuildMachine { description, layout, streams } => {
-                self.build(layout, streams, move |host, vm, layout| host.build(vm, &description, layout));
+            Action::RehearseRecord(record) => self.rehearse_record(record),
+            Action::BuildMachine { description, layout, streams, verify } => {
+                self.build(layout, (streams, verify), move |host, vm, layout| {
+                    host.build(vm, &description, layout)
+                });
             }
             Action::AdoptMemory { description, layout } => {
                 let memory = self.memory.take();
-                self.build(layout, 0, move |host, vm, layout| {
+                self.build(layout, (0, false), move |host, vm, layout| {
                     let memory = memory.ok_or_else(|| BuildRefusal {
                         code: AbortCode::Protocol,
                         cause: "no descriptor of guest memory came".into(),
@@ -404,7 +417,8 @@ impl Attempt {
                     let failed = |error: PortError| Event::RunFailed(in_words(&*error));
                     Some(running.map_or_else(failed, |()| Event::VmRunning { took }))
                 };
-                self.on_vm(run, Event::RunFailed);
+                // A panic may have come after the first vCPU had been started.
+                self.on_vm(run, Event::RunBroke);
             }
             Action::Announce(network) => self.announce(network),
             Action::DiscardMachine => self.discard(),
@@ -422,7 +436,7 @@ impl Attempt {
     fn build(
         &self,
         layout: MemoryLayout,
-        streams: u16,
+        (streams, verify): (u16, bool),
         build: impl FnOnce(&dyn TargetHost, VmId, &MemoryLayout) -> Result<Arc<dyn TargetVm>, BuildRefusal>
         + Send
         + 'static,
@@ -431,7 +445,7 @@ impl Attempt {
         let panicked = self.events.clone();
         self.worker.run(
             move || {
-                let built = build(&*host, vm, &layout).map(|vm| (vm, layout, streams));
+                let built = build(&*host, vm, &layout).map(|vm| BuiltMachine { vm, layout, streams, verify });
                 let _ = events.send(Happened::Built(built));
             },
             move || {
@@ -447,6 +461,17 @@ impl Attempt {
             let event = match written {
                 Ok(took) => Event::RecordWritten { took },
                 Err(reason) => Event::RecordFailed(reason),
+            };
+            let _ = events.send(Happened::Core(event));
+        });
+    }
+
+    fn rehearse_record(&self, record: Record) {
+        let events = self.events.clone();
+        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
+            let event = match written {
+                Ok(took) => Event::RecordRehearsed { took },
+                Err(reason) => Event::RehearsalFailed(reason),
             };
             let _ = events.send(Happened::Core(event));
         });
@@ -497,7 +522,7 @@ impl Attempt {
         self.worker.finish().await;
         // A machine that was still being built when the attempt was given up.
         while let Ok(happened) = self.inbox.try_recv() {
-            if let Happened::Built(Ok((vm, ..))) = happened {
+            if let Happened::Built(Ok(BuiltMachine { vm, .. })) = happened {
                 vm.discard();
             }
         }
@@ -544,15 +569,14 @@ fn connect(link: Link, number: u64, events: &mpsc::UnboundedSender<Happened>) ->
 /// Starts a stream's thread; gives it back with its socket for shutting it.
 fn receive_on(
     stream: TcpStream,
-    vm: Arc<dyn TargetVm>,
+    streams: &Streams,
     index: StreamIndex,
-    count: u16,
     events: mpsc::UnboundedSender<Happened>,
 ) -> std::io::Result<(std::net::TcpStream, std::thread::JoinHandle<()>)> {
     let socket = stream.into_std()?;
     tcp::set_up_data(&socket, None)?;
     let handle = socket.try_clone()?;
-    let pages = vm.pages();
+    let (pages, count, verify) = (streams.vm.pages(), streams.count, streams.verify);
     let name = format!("ferry-recv-{}", index.number());
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         let report = |event| {
@@ -565,7 +589,7 @@ fn receive_on(
             };
             let _ = events.send(Happened::Core(event));
         };
-        receive_stream(socket, pages, index, count, &report);
+        receive_stream(socket, pages, index, count, verify, &report);
     })?;
     Ok((handle, thread))
 }

@@ -1,21 +1,22 @@
 //! Receiving: each stream's thread reads frames and writes their pages into guest memory.
 //!
 //! Everything the peer names has been checked by [`Frame::decode`] before it is used; a thread holds at most one
-//! packed group (256 KiB) besides guest memory.
+//! packed group (512 KiB) besides guest memory.
 
+use std::collections::HashMap;
 use std::io::{self, Read};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use ferry_protocol::digest::DigestTable;
+use ferry_protocol::digest::ChunkDigests;
+use ferry_protocol::encode::delta;
+use ferry_protocol::encode::pack::{Packed, Unpacker};
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, FrameError};
 use ferry_protocol::layout::PAGE_BYTES;
 use ferry_protocol::message::AbortCode;
-use ferry_protocol::page::Packer;
 use ferry_protocol::{ChunkIndex, MemoryDigest, PageDigest, PageMask, PageRange, StreamIndex};
 
-use super::{digest_slot, digest_slots};
 use crate::ports::GuestPages;
 
 /// What a receiving stream reports.
@@ -44,22 +45,32 @@ impl StreamError {
     }
 }
 
-/// Reads frames until the stream ends, which it always does with [`StreamEvent::Failed`].
+/// Reads frames until the stream ends, which it always does with [`StreamEvent::Failed`]. Digests are taken only if
+/// `verify` says so.
 pub(crate) fn receive_stream(
     socket: TcpStream,
     pages: Arc<dyn GuestPages>,
     stream: StreamIndex,
     streams: u16,
+    verify: bool,
     report: &dyn Fn(StreamEvent),
 ) {
     let page_count = pages.layout().page_count();
-    let digests = DigestTable::new(digest_slots(page_count, streams));
-    let mut receiver =
-        Receiver { socket, pages, page_count, stream, streams, digests, packer: Packer::default() };
+    let mut receiver = Receiver {
+        socket,
+        pages,
+        page_count,
+        stream,
+        streams,
+        digests: verify.then(HashMap::new),
+        digest: MemoryDigest::ZERO,
+        unpacker: Unpacker::default(),
+        body: Vec::new(),
+    };
     loop {
         match receiver.next_frame() {
             Ok(None) => {}
-            Ok(Some(fence)) => report(StreamEvent::Fence { fence, digest: receiver.digests.sum() }),
+            Ok(Some(fence)) => report(StreamEvent::Fence { fence, digest: receiver.digest }),
             Err(error) => return report(StreamEvent::Failed(error)),
         }
     }
@@ -71,8 +82,13 @@ struct Receiver {
     page_count: u64,
     stream: StreamIndex,
     streams: u16,
-    digests: DigestTable,
-    packer: Packer,
+    /// Of the pages as last received, by chunk, if anybody wants to compare them. Only chunks that something arrived for
+    /// take memory.
+    digests: Option<HashMap<u64, ChunkDigests>>,
+    digest: MemoryDigest,
+    unpacker: Unpacker,
+    /// The body of a packed or delta frame.
+    body: Vec<u8>,
 }
 
 impl Receiver {
@@ -83,7 +99,9 @@ impl Receiver {
         match Frame::decode(&header, self.page_count, self.stream, self.streams)? {
             Frame::Raw { chunk, mask } => self.raw(chunk, &mask)?,
             Frame::Zero { chunk, mask } => self.zero(chunk, &mask)?,
-            Frame::Lz4 { chunk, mask, body_bytes } => self.packed(chunk, &mask, body_bytes)?,
+            Frame::Lz4 { chunk, mask, body_bytes } => self.packed(chunk, &mask, body_bytes, Packed::Lz4)?,
+            Frame::Zstd { chunk, mask, body_bytes } => self.packed(chunk, &mask, body_bytes, Packed::Zstd)?,
+            Frame::Delta { chunk, mask, body_bytes } => self.delta(chunk, &mask, body_bytes)?,
             Frame::Fence(fence) => return Ok(Some(fence)),
         }
         Ok(None)
@@ -98,10 +116,12 @@ impl Receiver {
 
     /// Takes the digests of what stands in memory, so that a page that landed elsewhere is found.
     fn take_digests(&mut self, chunk: ChunkIndex, mask: &PageMask) {
-        let (digests, streams) = (&mut self.digests, self.streams);
+        let Some(digests) = &mut self.digests else { return };
+        let digests = digests.entry(chunk.number()).or_default();
         for range in chunk.ranges(mask) {
             self.pages.for_each_page(range, &mut |page, bytes| {
-                digests.set(digest_slot(page, streams), PageDigest::of(page, bytes));
+                let change = digests.set(page - chunk.first_page(), PageDigest::of(page, bytes));
+                self.digest = self.digest.combine(change);
             });
         }
     }
@@ -110,25 +130,49 @@ impl Receiver {
         const ZERO: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
         for range in chunk.ranges(mask) {
             self.pages.zero(range)?;
-            // Not read back: that would map memory which a sparse guest never uses.
-            for page in range.first()..range.first() + range.count() {
-                self.digests.set(digest_slot(page, self.streams), PageDigest::of(page, &ZERO));
-            }
+        }
+        // Not read back: that would map memory which a sparse guest never uses.
+        let Some(digests) = &mut self.digests else { return Ok(()) };
+        let digests = digests.entry(chunk.number()).or_default();
+        for offset in mask.offsets() {
+            let digest = PageDigest::of(chunk.first_page() + offset, &ZERO);
+            self.digest = self.digest.combine(digests.set(offset, digest));
         }
         Ok(())
     }
 
-    fn packed(&mut self, chunk: ChunkIndex, mask: &PageMask, body_bytes: u32) -> Result<(), StreamError> {
-        let body_bytes = usize::try_from(body_bytes).expect("checked to be below 256 KiB");
-        let mut packed = vec![0; body_bytes];
-        self.socket.read_exact(&mut packed)?;
+    /// Reads a frame's body, whose length its header's check has bounded.
+    fn read_body(&mut self, body_bytes: u32) -> io::Result<()> {
+        self.body.resize(usize::try_from(body_bytes).expect("u32 fits usize"), 0);
+        self.socket.read_exact(&mut self.body)
+    }
+
+    fn packed(
+        &mut self,
+        chunk: ChunkIndex,
+        mask: &PageMask,
+        body_bytes: u32,
+        how: Packed,
+    ) -> Result<(), StreamError> {
+        self.read_body(body_bytes)?;
         let unpacked = self
-            .packer
-            .unpack(&packed, mask.count())
+            .unpacker
+            .unpack(&self.body, how, mask.count())
             .map_err(|cause| FrameError::Packed { chunk: chunk.number(), cause })?;
-        let pages = chunk.ranges(mask).flat_map(|range| range.first()..range.first() + range.count());
-        for (page, bytes) in pages.zip(unpacked) {
-            self.pages.write(page, bytes);
+        for (offset, bytes) in mask.offsets().zip(unpacked) {
+            self.pages.write(chunk.first_page() + offset, bytes);
+        }
+        self.take_digests(chunk, mask);
+        Ok(())
+    }
+
+    fn delta(&mut self, chunk: ChunkIndex, mask: &PageMask, body_bytes: u32) -> Result<(), StreamError> {
+        self.read_body(body_bytes)?;
+        let changes = delta::changes(&self.body, mask.count())
+            .map_err(|cause| FrameError::Packed { chunk: chunk.number(), cause })?;
+        let pages: Vec<u64> = mask.offsets().map(|offset| chunk.first_page() + offset).collect();
+        for change in changes {
+            self.pages.patch(pages[change.nth_page], change.at, change.bytes);
         }
         self.take_digests(chunk, mask);
         Ok(())

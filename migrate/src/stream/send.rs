@@ -1,36 +1,28 @@
-//! Sending: each stream's thread takes rounds, goes through its own chunks in order, and writes frames.
-//!
-//! Pages are read once for their digest and for being zero, in groups that mostly stay in the processor's cache until
-//! the socket reads them again.
+//! The source's data streams: their connections, the rounds that they are handed, and what they share. What each does
+//! with a round is in [`super::sender`].
 
 use std::io::{self, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use ferry_protocol::digest::DigestTable;
-use ferry_protocol::frame::{Frame, Join};
-use ferry_protocol::page::{Compression, Packer, is_zero};
+use ferry_protocol::frame::Join;
+use ferry_protocol::page::Compression;
 use ferry_protocol::source::RoundSent;
-use ferry_protocol::{ChunkIndex, MigrationId, PageBitmap, PageDigest, PageMask, PageRange, StreamIndex};
+use ferry_protocol::{MigrationId, PageBitmap, StreamIndex};
 
-use super::{belongs, digest_slot, digest_slots};
+use super::encoders::{Encoders, Tools};
+use super::sender::Sender;
+use super::sent::SentMemory;
 use crate::bandwidth::Bandwidth;
-use crate::ports::GuestPages;
+use crate::ports::{Clock, GuestPages};
+use crate::report::StreamWork;
 use crate::transport::tcp;
 
 /// How long a stream may be unable to write before it counts as stalled.
-const STALL_MAX: Duration = Duration::from_secs(10);
-
-/// Words of a chunk's mask, of 64 pages each, that are looked at and sent together. Larger groups mean fewer system
-/// calls and frames, smaller ones that pages are still in the processor's cache when the socket reads them.
-const RAW_GROUP_WORDS: usize = 4;
-
-/// A packed group has at most [`ferry_protocol::frame::LZ4_PAGES_MAX`] pages: one word.
-const PACKED_GROUP_WORDS: usize = 1;
+pub(super) const STALL_MAX: Duration = Duration::from_secs(10);
 
 /// What all streams of a migration share.
 pub(crate) struct SenderOptions {
@@ -44,9 +36,57 @@ pub(crate) struct SenderOptions {
     pub(crate) pages: Arc<dyn GuestPages>,
     pub(crate) bandwidth: Arc<Bandwidth>,
     pub(crate) counters: Arc<TransferCounters>,
+    pub(crate) clock: Arc<dyn Clock>,
+    /// What the target has.
+    pub(super) sent: Arc<SentMemory>,
+    /// Started when first needed.
+    encoders: Mutex<Option<Arc<Encoders>>>,
+}
+
+/// What the engine decides about the streams.
+pub(crate) struct StreamSettings {
+    pub(crate) target: String,
+    pub(crate) migration: MigrationId,
+    pub(crate) streams: u16,
+    pub(crate) compression: Compression,
 }
 
 impl SenderOptions {
+    pub(crate) fn new(
+        settings: StreamSettings,
+        pages: Arc<dyn GuestPages>,
+        bandwidth: Arc<Bandwidth>,
+        counters: Arc<TransferCounters>,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        let StreamSettings { target, migration, streams, compression } = settings;
+        let sent = Arc::new(SentMemory::new(pages.layout().page_count()));
+        Self {
+            target,
+            pinned: OnceLock::new(),
+            migration,
+            streams,
+            compression,
+            pages,
+            bandwidth,
+            counters,
+            clock,
+            sent,
+            encoders: Mutex::new(None),
+        }
+    }
+
+    /// The threads that pack.
+    pub(super) fn encoders(&self) -> io::Result<Arc<Encoders>> {
+        let mut encoders = self.encoders.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(encoders) = &*encoders {
+            return Ok(Arc::clone(encoders));
+        }
+        let (pages, sent, clock) = (Arc::clone(&self.pages), Arc::clone(&self.sent), Arc::clone(&self.clock));
+        let started = Arc::new(Encoders::start(Tools { pages, sent, clock })?);
+        Ok(Arc::clone(encoders.insert(started)))
+    }
+
     /// Where to connect: to the host that was reached first, once there is one.
     pub(crate) fn address(&self) -> String {
         self.pinned.get().map_or_else(|| self.target.clone(), ToString::to_string)
@@ -58,22 +98,55 @@ impl SenderOptions {
 pub(crate) struct TransferCounters {
     pub(crate) pages: AtomicU64,
     pub(crate) wire_bytes: AtomicU64,
+    streams: Mutex<Vec<StreamWork>>,
+}
+
+impl TransferCounters {
+    /// What each stream has done in the rounds that it has finished.
+    pub(crate) fn streams(&self) -> Vec<StreamWork> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn add(&self, stream: StreamIndex, work: &StreamWork) {
+        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = usize::from(stream.number());
+        if streams.len() <= index {
+            streams.resize(index + 1, StreamWork::default());
+        }
+        streams[index].add(work);
+    }
 }
 
 /// What the streams report.
 pub(crate) trait Done: Fn(Result<RoundSent, String>) + Send + Sync + 'static {}
 impl<F: Fn(Result<RoundSent, String>) + Send + Sync + 'static> Done for F {}
 
-struct Round {
-    pages: PageBitmap,
-    fence: u32,
-    paused: bool,
-    gathered: Mutex<Gathered>,
+pub(super) struct Round {
+    pub(super) pages: PageBitmap,
+    pub(super) fence: u32,
+    pub(super) paused: bool,
+    pub(super) gathered: Mutex<Gathered>,
 }
 
-struct Gathered {
-    streams_left: u16,
-    sum: RoundSent,
+pub(super) struct Gathered {
+    pub(super) streams_left: u16,
+    pub(super) sum: RoundSent,
+    /// How long every stream has waited for the cap, at least.
+    waited_min: Duration,
+    /// How long the link was busy meanwhile, at most: as if the streams' pieces never overlapped.
+    busy_max: Duration,
+}
+
+impl Gathered {
+    pub(super) fn add(&mut self, sent: &RoundSent, waited: Duration, busy: Duration) {
+        self.streams_left -= 1;
+        self.sum = add(&self.sum, sent);
+        self.waited_min = self.waited_min.min(waited);
+        self.busy_max += busy;
+        if self.streams_left == 0 {
+            self.sum.link_idle = self.waited_min.saturating_sub(self.busy_max);
+        }
+    }
 }
 
 /// The threads of a migration's data streams.
@@ -84,8 +157,13 @@ pub(crate) struct Senders {
 }
 
 impl Senders {
-    /// Connects all streams and starts their threads. `done` hears of every finished round and failure.
-    pub(crate) fn open(options: &Arc<SenderOptions>, done: &Arc<impl Done>) -> io::Result<Self> {
+    /// Connects all streams and starts their threads, which take digests if `verify` says so. `done` hears of every
+    /// finished round and failure.
+    pub(crate) fn open(
+        options: &Arc<SenderOptions>,
+        verify: bool,
+        done: &Arc<impl Done>,
+    ) -> io::Result<Self> {
         let mut senders = Self { queues: Vec::new(), sockets: Vec::new(), threads: Vec::new() };
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
@@ -96,16 +174,7 @@ impl Senders {
             senders.sockets.push(socket.try_clone()?);
             let (queue, rounds) = mpsc::channel::<Arc<Round>>();
             senders.queues.push(queue);
-            let slots = digest_slots(options.pages.layout().page_count(), options.streams);
-            let mut sender = Sender {
-                options: Arc::clone(options),
-                socket,
-                stream,
-                digests: DigestTable::new(slots),
-                packer: Packer::default(),
-                round: RoundSent::default(),
-                capped: true,
-            };
+            let mut sender = Sender::new(options, socket, stream, verify);
             let done = Arc::clone(done);
             let thread = thread::Builder::new()
                 .name(format!("ferry-send-{number}"))
@@ -118,7 +187,12 @@ impl Senders {
     /// Hands a round to all streams.
     pub(crate) fn send(&self, pages: PageBitmap, fence: u32, paused: bool) {
         let streams_left = u16::try_from(self.queues.len()).expect("bounded by STREAMS_MAX");
-        let gathered = Mutex::new(Gathered { streams_left, sum: RoundSent::default() });
+        let gathered = Mutex::new(Gathered {
+            streams_left,
+            sum: RoundSent::default(),
+            waited_min: Duration::MAX,
+            busy_max: Duration::ZERO,
+        });
         let round = Arc::new(Round { pages, fence, paused, gathered });
         for queue in &self.queues {
             // A thread that has ended has said why through `done`.
@@ -140,151 +214,16 @@ impl Drop for Senders {
     }
 }
 
-struct Sender {
-    options: Arc<SenderOptions>,
-    socket: TcpStream,
-    stream: StreamIndex,
-    digests: DigestTable,
-    packer: Packer,
-    round: RoundSent,
-    /// Whether the bandwidth cap applies.
-    capped: bool,
-}
-
-impl Sender {
-    fn run(&mut self, rounds: &mpsc::Receiver<Arc<Round>>, done: &impl Done) {
-        while let Ok(round) = rounds.recv() {
-            match self.send_round(&round) {
-                Ok(sent) => {
-                    let mut gathered = round.gathered.lock().unwrap_or_else(PoisonError::into_inner);
-                    gathered.sum = add(&gathered.sum, &sent);
-                    gathered.streams_left -= 1;
-                    if gathered.streams_left == 0 {
-                        done(Ok(gathered.sum));
-                    }
-                }
-                Err(error) => {
-                    let stalled = matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock);
-                    let what = if stalled {
-                        format!("the target took nothing for {} s", STALL_MAX.as_secs())
-                    } else {
-                        error.to_string()
-                    };
-                    return done(Err(format!("data stream {}: {what}", self.stream.number())));
-                }
-            }
-        }
-    }
-
-    fn send_round(&mut self, round: &Round) -> io::Result<RoundSent> {
-        self.round = RoundSent::default();
-        self.capped = !round.paused;
-        for (chunk, mask) in round.pages.chunks() {
-            if belongs(chunk, self.stream, self.options.streams) {
-                self.send_chunk(chunk, mask)?;
-            }
-        }
-        self.write(&Frame::Fence(round.fence).encode(), &[])?;
-        self.round.digest = self.digests.sum();
-        Ok(self.round)
-    }
-
-    fn send_chunk(&mut self, chunk: ChunkIndex, mask: PageMask) -> io::Result<()> {
-        let mut zero = PageMask::EMPTY;
-        let words = match self.options.compression {
-            Compression::None => RAW_GROUP_WORDS,
-            Compression::Lz4 => PACKED_GROUP_WORDS,
-        };
-        for first in (0..mask.0.len()).step_by(words) {
-            let mut group = PageMask::EMPTY;
-            group.0[first..first + words].copy_from_slice(&mask.0[first..first + words]);
-            if group.is_empty() {
-                continue;
-            }
-            let group_zero = self.look_at(chunk, &group);
-            for index in first..first + words {
-                zero.0[index] = group_zero.0[index];
-                group.0[index] &= !group_zero.0[index];
-            }
-            if !group.is_empty() {
-                self.send_group(chunk, group)?;
-            }
-        }
-        if zero.is_empty() {
-            return Ok(());
-        }
-        self.round.zero_pages += zero.count();
-        self.count(zero.count());
-        self.write(&Frame::Zero { chunk, mask: zero }.encode(), &[])
-    }
-
-    /// Takes the digest of each page of the group, and says which are zero.
-    fn look_at(&mut self, chunk: ChunkIndex, group: &PageMask) -> PageMask {
-        let mut zero = PageMask::EMPTY;
-        let (digests, streams) = (&mut self.digests, self.options.streams);
-        self.packer.clear();
-        let mut packer = (self.options.compression == Compression::Lz4).then_some(&mut self.packer);
-        for range in chunk.ranges(group) {
-            self.options.pages.for_each_page(range, &mut |page, bytes| {
-                digests.set(digest_slot(page, streams), PageDigest::of(page, bytes));
-                if is_zero(bytes) {
-                    zero.insert(page - chunk.first_page());
-                } else if let Some(packer) = &mut packer {
-                    packer.add(bytes);
-                }
-            });
-        }
-        zero
-    }
-
-    fn send_group(&mut self, chunk: ChunkIndex, mask: PageMask) -> io::Result<()> {
-        let count = mask.count();
-        self.count(count);
-        if self.options.compression == Compression::Lz4 {
-            debug_assert_eq!(self.packer.page_count(), count, "the group that was looked at");
-            let mut packer = std::mem::take(&mut self.packer);
-            let packed = packer.pack().map(|packed| self.send_packed(chunk, mask, packed));
-            self.packer = packer;
-            if let Some(sent) = packed {
-                self.round.packed_pages += count;
-                return sent;
-            }
-        }
-        self.round.raw_pages += count;
-        let ranges: Vec<PageRange> = chunk.ranges(&mask).collect();
-        self.write(&Frame::Raw { chunk, mask }.encode(), &ranges)
-    }
-
-    fn send_packed(&mut self, chunk: ChunkIndex, mask: PageMask, packed: &[u8]) -> io::Result<()> {
-        let body_bytes = u32::try_from(packed.len()).expect("a group has at most 256 KiB");
-        let header = Frame::Lz4 { chunk, mask, body_bytes }.encode();
-        self.write(&[&header, packed].concat(), &[])
-    }
-
-    fn write(&mut self, header: &[u8], ranges: &[PageRange]) -> io::Result<()> {
-        let pages: u64 = ranges.iter().map(|range| range.count()).sum();
-        let header_bytes = u64::try_from(header.len()).expect("usize fits u64");
-        let bytes = header_bytes + pages * ferry_protocol::layout::PAGE_BYTES_U64;
-        if self.capped {
-            self.options.bandwidth.wait_for(bytes);
-        }
-        self.options.pages.send(self.socket.as_fd(), header, ranges)?;
-        self.round.wire_bytes += bytes;
-        self.options.counters.wire_bytes.fetch_add(bytes, Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn count(&self, pages: u64) {
-        self.options.counters.pages.fetch_add(pages, Ordering::Relaxed);
-    }
-}
-
 fn add(a: &RoundSent, b: &RoundSent) -> RoundSent {
     RoundSent {
         raw_pages: a.raw_pages + b.raw_pages,
         zero_pages: a.zero_pages + b.zero_pages,
         packed_pages: a.packed_pages + b.packed_pages,
+        delta_pages: a.delta_pages + b.delta_pages,
+        unchanged_pages: a.unchanged_pages + b.unchanged_pages,
+        untouched_pages: a.untouched_pages + b.untouched_pages,
         wire_bytes: a.wire_bytes + b.wire_bytes,
+        link_idle: Duration::ZERO,
         digest: a.digest.combine(b.digest),
     }
 }

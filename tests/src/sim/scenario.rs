@@ -111,7 +111,12 @@ impl Scenario {
             layout,
             work,
             streams: u16::try_from(random.within(1, 5)).expect("a small number"),
-            compression: random.pick(&[Compression::None, Compression::Lz4]),
+            compression: random.pick(&[
+                Compression::None,
+                Compression::Lz4,
+                Compression::Zstd(1),
+                Compression::Auto,
+            ]),
             link: LinkSpec {
                 bytes_per_s: random.pick(&[10, 30, 100, 400]) * random.within(700_000, 1_300_000),
                 latency: Duration::from_micros(random.within(20, 3_000)),

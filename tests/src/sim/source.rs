@@ -31,7 +31,7 @@ impl World {
             Action::Connect { delay } => self.connect(delay),
             Action::Send(message) => self.send(To::Target, &message),
             Action::SendMemory(_) => unreachable!("the two hosts of this world share no memory"),
-            Action::OpenStreams => self.open_streams(),
+            Action::OpenStreams { .. } => self.open_streams(),
             Action::CloseStreams => {
                 if self.streams.take().is_some() {
                     self.break_at_target(self.scenario.link.latency);
@@ -45,7 +45,8 @@ impl World {
             | Action::SaveState
             | Action::ResumeVm
             | Action::ReleaseVm
-            | Action::WriteRecord(_) => self.queue_source_job(action),
+            | Action::WriteRecord(_)
+            | Action::RehearseRecord(_) => self.queue_source_job(action),
             Action::Report(progress) => {
                 self.report.doubted |= matches!(progress, Progress::InDoubt { .. });
                 if let Progress::RoundDone(round) = progress {
@@ -58,7 +59,8 @@ impl World {
 
     /// Jobs on the VM and its record are done one after another.
     fn queue_source_job(&mut self, action: Action) {
-        let us = if matches!(action, Action::WriteRecord(_)) { 1_500 } else { 150 };
+        let us =
+            if matches!(action, Action::WriteRecord(_) | Action::RehearseRecord(_)) { 1_500 } else { 150 };
         let done_at = self.source_free_at.max(self.now) + self.about_us(us);
         self.source_free_at = done_at;
         self.at(done_at, Due::SourceJob(self.attempt, action));
@@ -71,6 +73,10 @@ impl World {
             Action::WriteRecord(record) => match self.source_disk.write(&record) {
                 Ok(()) => Some(Event::RecordWritten { took }),
                 Err(reason) => Some(Event::RecordFailed(reason)),
+            },
+            Action::RehearseRecord(record) => match self.source_disk.write(&record) {
+                Ok(()) => Some(Event::RecordRehearsed { took }),
+                Err(reason) => Some(Event::RehearsalFailed(reason)),
             },
             Action::ReleaseVm => {
                 let guest = self.source_guest.take().expect("released once");
@@ -113,7 +119,7 @@ impl World {
             Action::Connect { .. }
             | Action::Send(_)
             | Action::SendMemory(_)
-            | Action::OpenStreams
+            | Action::OpenStreams { .. }
             | Action::CloseStreams
             | Action::SendPages { .. }
             | Action::Report(_)
@@ -130,15 +136,15 @@ impl World {
 
     fn open_streams(&mut self) {
         self.sessions += 1;
-        let (streams, pages) = (self.scenario.streams, self.scenario.layout.page_count());
+        let streams = self.scenario.streams;
         let indices = (0..streams).map(|index| StreamIndex::new(index, streams).expect("below their count"));
         self.streams = Some(Streams {
             session: self.sessions,
             senders: indices
                 .clone()
-                .map(|index| Sender::new(index, streams, self.scenario.compression, pages))
+                .map(|index| Sender::new(index, streams, self.scenario.compression))
                 .collect(),
-            receivers: indices.map(|index| Receiver::new(index, streams, pages)).collect(),
+            receivers: indices.map(|index| Receiver::new(index, streams)).collect(),
             link_free_at: self.now,
             ended: Vec::new(),
         });
@@ -256,7 +262,11 @@ fn add(a: RoundSent, b: RoundSent) -> RoundSent {
         raw_pages: a.raw_pages + b.raw_pages,
         zero_pages: a.zero_pages + b.zero_pages,
         packed_pages: a.packed_pages + b.packed_pages,
+        delta_pages: a.delta_pages + b.delta_pages,
+        unchanged_pages: a.unchanged_pages + b.unchanged_pages,
+        untouched_pages: a.untouched_pages + b.untouched_pages,
         wire_bytes: a.wire_bytes + b.wire_bytes,
+        link_idle: Duration::ZERO,
         digest: a.digest.combine(b.digest),
     }
 }
@@ -270,7 +280,7 @@ fn brief(action: &Action) -> String {
         Action::Connect { .. }
         | Action::Send(_)
         | Action::SendMemory(_)
-        | Action::OpenStreams
+        | Action::OpenStreams { .. }
         | Action::CloseStreams
         | Action::StartDirtyLog
         | Action::ReadDirtyLog
@@ -280,6 +290,7 @@ fn brief(action: &Action) -> String {
         | Action::ResumeVm
         | Action::ReleaseVm
         | Action::WriteRecord(_)
+        | Action::RehearseRecord(_)
         | Action::Report(_)
         | Action::Finish(_) => format!("{action:?}"),
     }

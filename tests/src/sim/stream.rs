@@ -4,14 +4,18 @@
 //! As in the engine a page is looked at first (for its digest, for being zero, for packing) and, if it travels raw,
 //! read again when it is written: the running guest may have written it in between.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
-use ferry_protocol::digest::DigestTable;
+use ferry_protocol::digest::ChunkDigests;
+use ferry_protocol::encode::pack::{Method, Packed, Unpacker};
+use ferry_protocol::encode::{self, Encoded, Encoder, SentChunk, SignatureBudget, Way, delta};
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, FrameError};
-use ferry_protocol::page::{Compression, Packer, is_zero};
+use ferry_protocol::page::Compression;
 use ferry_protocol::source::RoundSent;
 use ferry_protocol::{
-    ChunkIndex, MemoryDigest, PAGE_BYTES, PageBitmap, PageDigest, PageMask, PageRange, StreamIndex,
+    CHUNK_PAGES, ChunkIndex, MemoryDigest, PAGE_BYTES, PageBitmap, PageDigest, PageMask, PageRange,
+    StreamIndex,
 };
 
 use super::fault::{Fate, Injection, Round};
@@ -22,19 +26,20 @@ use super::memory::{Memory, Page};
 enum Piece {
     /// Up to 64 pages of a chunk.
     Group(ChunkIndex, PageMask),
-    /// Those of the chunk's groups before that were found to be zero.
-    Zeroes(ChunkIndex),
     Fence(u32),
 }
 
 /// A piece that has been looked at and is to be written next.
 #[derive(Debug)]
 enum Looked {
-    Raw(ChunkIndex, PageMask),
+    Lent(ChunkIndex, PageMask),
     /// Whole frames.
     Bytes(Vec<u8>),
     Fence(u32),
 }
+
+/// Signatures that a simulated source may hold: fewer than its guest has pages, so that some pages have none.
+const SIGNATURES: u64 = 40;
 
 /// The source's end.
 #[derive(Debug)]
@@ -42,11 +47,14 @@ pub(super) struct Sender {
     stream: StreamIndex,
     streams: u16,
     compression: Compression,
-    digests: DigestTable,
-    packer: Packer,
+    encoder: Encoder,
+    sent_chunks: BTreeMap<ChunkIndex, SentChunk>,
+    budget: Arc<SignatureBudget>,
+    digest: MemoryDigest,
     pieces: VecDeque<Piece>,
-    zeroes: PageMask,
-    looked: Option<Looked>,
+    looked: Vec<Looked>,
+    /// Whether the pages of this round have been sent before.
+    again: bool,
     sent: RoundSent,
 }
 
@@ -60,96 +68,100 @@ pub(super) struct Written {
 }
 
 impl Sender {
-    pub(super) fn new(stream: StreamIndex, streams: u16, compression: Compression, page_count: u64) -> Self {
+    pub(super) fn new(stream: StreamIndex, streams: u16, compression: Compression) -> Self {
         Self {
             stream,
             streams,
             compression,
-            digests: DigestTable::new(slot(page_count)),
-            packer: Packer::default(),
+            encoder: Encoder::default(),
+            sent_chunks: BTreeMap::new(),
+            budget: SignatureBudget::new(SIGNATURES * delta::Signature::BYTES),
+            digest: MemoryDigest::ZERO,
             pieces: VecDeque::new(),
-            zeroes: PageMask::EMPTY,
-            looked: None,
+            looked: Vec::new(),
+            again: false,
             sent: RoundSent::default(),
         }
     }
 
     /// Begins a round.
     pub(super) fn begin(&mut self, pages: &PageBitmap, fence: u32) {
-        assert!(self.pieces.is_empty() && self.looked.is_none(), "rounds follow each other");
+        assert!(self.pieces.is_empty() && self.looked.is_empty(), "rounds follow each other");
         self.sent = RoundSent::default();
+        self.again = fence > 1;
         for (chunk, mask) in pages.chunks().filter(|(chunk, _)| chunk.stream(self.streams) == self.stream) {
             for (index, word) in mask.0.into_iter().enumerate().filter(|(_, word)| *word != 0) {
                 let mut group = PageMask::EMPTY;
                 group.0[index] = word;
                 self.pieces.push_back(Piece::Group(chunk, group));
             }
-            self.pieces.push_back(Piece::Zeroes(chunk));
         }
         self.pieces.push_back(Piece::Fence(fence));
     }
 
     /// Looks at the next piece.
     pub(super) fn look(&mut self, memory: &Memory) {
-        let looked = match self.pieces.pop_front().expect("a sender looks while there is something left") {
+        assert!(self.looked.is_empty(), "what was looked at is written first");
+        match self.pieces.pop_front().expect("a sender looks while there is something left") {
             Piece::Group(chunk, group) => self.look_at(chunk, group, memory),
-            Piece::Zeroes(chunk) => {
-                let mask = std::mem::take(&mut self.zeroes);
-                self.sent.zero_pages += mask.count();
-                let frame = (!mask.is_empty()).then(|| Frame::Zero { chunk, mask }.encode().to_vec());
-                Looked::Bytes(frame.unwrap_or_default())
-            }
-            Piece::Fence(fence) => Looked::Fence(fence),
-        };
-        assert!(self.looked.replace(looked).is_none(), "what was looked at is written first");
+            Piece::Fence(fence) => self.looked.push(Looked::Fence(fence)),
+        }
     }
 
-    fn look_at(&mut self, chunk: ChunkIndex, mut group: PageMask, memory: &Memory) -> Looked {
-        self.packer.clear();
-        for page in pages_of(chunk, &group) {
-            let bytes = memory.page(page);
-            self.digests.set(slot(page), PageDigest::of(page, bytes));
-            if is_zero(bytes) {
-                self.zeroes.insert(page - chunk.first_page());
-            } else {
-                self.packer.add(bytes);
-            }
-        }
-        for (word, zero) in group.0.iter_mut().zip(self.zeroes.0) {
-            *word &= !zero;
-        }
-        if self.compression == Compression::Lz4
-            && !group.is_empty()
-            && let Some(packed) = self.packer.pack()
-        {
-            self.sent.packed_pages += group.count();
-            let body_bytes = u32::try_from(packed.len()).expect("at most 256 KiB");
-            let header = Frame::Lz4 { chunk, mask: group, body_bytes }.encode();
-            return Looked::Bytes([&header, packed].concat());
-        }
-        Looked::Raw(chunk, group)
+    fn look_at(&mut self, chunk: ChunkIndex, group: PageMask, memory: &Memory) {
+        let method = match self.compression {
+            Compression::None => Method::None,
+            Compression::Lz4 => Method::Lz4,
+            Compression::Zstd(level) => Method::Zstd(level),
+            // The real controller goes by time; here groups take turns.
+            Compression::Auto => [Method::None, Method::Lz4, Method::Zstd(1)][self.pieces.len() % 3],
+        };
+        // Odd chunks are lent in the first round, even ones are remembered from it on.
+        let way = Way { method, remember: self.again || chunk.number().is_multiple_of(2), verify: true };
+        let read = |range: PageRange, visit: &mut dyn FnMut(u64, &Page)| {
+            (range.first()..range.first() + range.count()).for_each(|page| visit(page, memory.page(page)));
+        };
+        let Self { sent_chunks, budget, looked, .. } = self;
+        let sent = sent_chunks.entry(chunk).or_insert_with(|| SentChunk::new(Arc::clone(budget)));
+        let encoded = self.encoder.encode_into((chunk, &group), way, sent, &read, &mut |piece| {
+            looked.push(match piece {
+                encode::Piece::Lent(chunk, mask) => Looked::Lent(chunk, mask),
+                encode::Piece::Bytes(bytes) => Looked::Bytes(bytes.to_vec()),
+            });
+        });
+        let Encoded { raw_pages, zero_pages, packed_pages, delta_pages, unchanged_pages, digest, .. } =
+            encoded;
+        self.sent.raw_pages += raw_pages;
+        self.sent.zero_pages += zero_pages;
+        self.sent.packed_pages += packed_pages;
+        self.sent.delta_pages += delta_pages;
+        self.sent.unchanged_pages += unchanged_pages;
+        self.digest = self.digest.combine(digest);
     }
 
     /// Writes what was looked at.
     pub(super) fn write(&mut self, memory: &Memory) -> Written {
-        let bytes = match self.looked.take().expect("looked at before") {
-            Looked::Raw(_, mask) if mask.is_empty() => Vec::new(),
-            Looked::Raw(chunk, mask) => {
-                self.sent.raw_pages += mask.count();
-                let mut bytes = Frame::Raw { chunk, mask }.encode().to_vec();
-                pages_of(chunk, &mask).for_each(|page| bytes.extend_from_slice(memory.page(page)));
-                bytes
+        let mut written = Written { bytes: Vec::new(), sent: None };
+        for looked in std::mem::take(&mut self.looked) {
+            match looked {
+                Looked::Lent(chunk, mask) => {
+                    written.bytes.extend_from_slice(&Frame::Raw { chunk, mask }.encode());
+                    pages_of(chunk, &mask)
+                        .for_each(|page| written.bytes.extend_from_slice(memory.page(page)));
+                }
+                Looked::Bytes(bytes) => written.bytes.extend_from_slice(&bytes),
+                Looked::Fence(fence) => {
+                    written.bytes.extend_from_slice(&Frame::Fence(fence).encode());
+                    self.sent.digest = self.digest;
+                    written.sent = Some(self.sent);
+                }
             }
-            Looked::Bytes(bytes) => bytes,
-            Looked::Fence(fence) => {
-                let bytes = Frame::Fence(fence).encode().to_vec();
-                self.sent.wire_bytes += u64::try_from(bytes.len()).expect("usize fits u64");
-                self.sent.digest = self.digests.sum();
-                return Written { bytes, sent: Some(self.sent) };
-            }
-        };
-        self.sent.wire_bytes += u64::try_from(bytes.len()).expect("usize fits u64");
-        Written { bytes, sent: None }
+        }
+        self.sent.wire_bytes += u64::try_from(written.bytes.len()).expect("usize fits u64");
+        if let Some(sent) = &mut written.sent {
+            sent.wire_bytes = self.sent.wire_bytes;
+        }
+        written
     }
 }
 
@@ -158,25 +170,44 @@ impl Sender {
 pub(super) struct Receiver {
     stream: StreamIndex,
     streams: u16,
-    digests: DigestTable,
-    packer: Packer,
+    digests: BTreeMap<u64, ChunkDigests>,
+    digest: MemoryDigest,
+    unpacker: Unpacker,
 }
 
 impl Receiver {
-    pub(super) fn new(stream: StreamIndex, streams: u16, page_count: u64) -> Self {
-        Self { stream, streams, digests: DigestTable::new(slot(page_count)), packer: Packer::default() }
+    pub(super) fn new(stream: StreamIndex, streams: u16) -> Self {
+        let (digests, digest) = (BTreeMap::new(), MemoryDigest::ZERO);
+        Self { stream, streams, digests, digest, unpacker: Unpacker::default() }
     }
 
-    /// Takes in one frame; the fence's number and the digest, if it was one.
+    /// Takes in whole frames; the fence's number and the digest, if the last was one.
     pub(super) fn receive(
         &mut self,
-        bytes: &[u8],
+        mut bytes: &[u8],
         memory: &mut Memory,
         round: Round,
         injection: &mut Injection,
     ) -> Result<Option<(u32, MemoryDigest)>, FrameError> {
-        let (header, body) = bytes.split_first_chunk::<FRAME_HEADER_BYTES>().expect("a whole frame");
-        let mut packer = std::mem::take(&mut self.packer);
+        let mut fence = None;
+        while let Some((header, rest)) = bytes.split_first_chunk::<FRAME_HEADER_BYTES>() {
+            let body_bytes = u32::from_le_bytes(header[4..8].try_into().expect("four bytes"));
+            let (body, rest) = rest.split_at(usize::try_from(body_bytes).expect("u32 fits usize"));
+            fence = self.receive_frame(header, body, memory, round, injection)?;
+            bytes = rest;
+        }
+        Ok(fence)
+    }
+
+    fn receive_frame(
+        &mut self,
+        header: &[u8; FRAME_HEADER_BYTES],
+        body: &[u8],
+        memory: &mut Memory,
+        round: Round,
+        injection: &mut Injection,
+    ) -> Result<Option<(u32, MemoryDigest)>, FrameError> {
+        let mut unpacker = std::mem::take(&mut self.unpacker);
         match Frame::decode(header, memory.page_count(), self.stream, self.streams)? {
             Frame::Raw { chunk, mask } => {
                 let (pages, _) = body.as_chunks::<PAGE_BYTES>();
@@ -189,17 +220,31 @@ impl Receiver {
                     self.place(page, &[0; PAGE_BYTES], memory, round, injection);
                 }
             }
-            Frame::Lz4 { chunk, mask, .. } => {
-                let pages = packer
-                    .unpack(body, mask.count())
+            frame @ (Frame::Lz4 { chunk, mask, .. } | Frame::Zstd { chunk, mask, .. }) => {
+                let how = if matches!(frame, Frame::Zstd { .. }) { Packed::Zstd } else { Packed::Lz4 };
+                let pages = unpacker
+                    .unpack(body, how, mask.count())
                     .map_err(|cause| FrameError::Packed { chunk: chunk.number(), cause })?;
                 for (page, bytes) in pages_of(chunk, &mask).zip(pages) {
                     self.place(page, bytes, memory, round, injection);
                 }
             }
-            Frame::Fence(fence) => return Ok(Some((fence, self.digests.sum()))),
+            Frame::Delta { chunk, mask, .. } => {
+                let mut pages: Vec<(u64, Page)> =
+                    pages_of(chunk, &mask).map(|page| (page, *memory.page(page))).collect();
+                let changes = delta::changes(body, mask.count())
+                    .map_err(|cause| FrameError::Packed { chunk: chunk.number(), cause })?;
+                for change in changes {
+                    let to = &mut pages[change.nth_page].1[change.at..change.at + change.bytes.len()];
+                    to.copy_from_slice(change.bytes);
+                }
+                for (page, bytes) in pages {
+                    self.place(page, &bytes, memory, round, injection);
+                }
+            }
+            Frame::Fence(fence) => return Ok(Some((fence, self.digest))),
         }
-        self.packer = packer;
+        self.unpacker = unpacker;
         Ok(None)
     }
 
@@ -223,14 +268,12 @@ impl Receiver {
             }
             Fate::Stale => *memory.page_mut(page) = old,
         }
-        self.digests.set(slot(page), PageDigest::of(page, memory.page(page)));
+        let digests = self.digests.entry(page / CHUNK_PAGES).or_default();
+        let change = digests.set(page % CHUNK_PAGES, PageDigest::of(page, memory.page(page)));
+        self.digest = self.digest.combine(change);
     }
 }
 
 fn pages_of(chunk: ChunkIndex, mask: &PageMask) -> impl Iterator<Item = u64> + use<> {
     chunk.ranges(mask).flat_map(|range: PageRange| range.first()..range.first() + range.count())
-}
-
-fn slot(page: u64) -> usize {
-    usize::try_from(page).expect("a small guest")
 }

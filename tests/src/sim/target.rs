@@ -34,11 +34,14 @@ impl World {
                     | Message::Discarded(_)
                     | Message::Released(_)
                     | Message::Ping(_)
-                    | Message::Pong(_) => {}
+                    | Message::Pong(_)
+                    | Message::Rehearse(_)
+                    | Message::Rehearsed(_) => {}
                 }
                 self.send(To::Source, &message);
             }
             Action::WriteRecord(_)
+            | Action::RehearseRecord(_)
             | Action::BuildMachine { .. }
             | Action::AdoptMemory { .. }
             | Action::RestoreState(_)
@@ -63,7 +66,8 @@ impl World {
 
     /// Jobs on the machine and its record are done one after another.
     fn queue_target_job(&mut self, action: Action) {
-        let us = if matches!(action, Action::WriteRecord(_)) { 1_500 } else { 200 };
+        let us =
+            if matches!(action, Action::WriteRecord(_) | Action::RehearseRecord(_)) { 1_500 } else { 200 };
         let done_at = self.target_free_at.max(self.now) + self.about_us(us);
         self.target_free_at = done_at;
         self.at(done_at, Due::TargetJob(self.process, action));
@@ -76,7 +80,12 @@ impl World {
                 Ok(()) => Event::RecordWritten { took },
                 Err(reason) => Event::RecordFailed(reason),
             },
-            Action::BuildMachine { description, layout, streams } => {
+            Action::RehearseRecord(record) => match self.target_disk.write(&record) {
+                Ok(()) => Event::RecordRehearsed { took },
+                Err(reason) => Event::RehearsalFailed(reason),
+            },
+            Action::BuildMachine { description, layout, streams, verify } => {
+                assert!(verify, "nobody asked to do without");
                 assert_eq!((description, streams), (vec![1, 2, 3], self.scenario.streams));
                 if self.target_refuses {
                     let sentence = "it has too little memory".to_owned();

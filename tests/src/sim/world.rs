@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::time::Duration;
 
-use ferry_protocol::digest::DigestTable;
 use ferry_protocol::message::AbortCode;
 use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::source::{self, Failure, Outcome, Source};
@@ -62,6 +61,7 @@ pub struct Report {
 }
 
 /// What comes due at some time.
+#[expect(clippy::large_enum_variant, reason = "a few hundred of them wait at most")]
 #[derive(Debug)]
 pub(super) enum Due {
     /// For the attempt of that number.
@@ -457,6 +457,7 @@ fn config(scenario: &Scenario, attempt: u32, epoch: Epoch) -> source::Config {
         memory: source::MemoryPath::Streams,
         streams: scenario.streams,
         compression: scenario.compression,
+        verify: true,
         downtime_budget: scenario.budget,
         timeout: scenario.timeout,
         on_timeout: scenario.on_timeout,
@@ -465,11 +466,8 @@ fn config(scenario: &Scenario, attempt: u32, epoch: Epoch) -> source::Config {
 
 /// The digest of a memory, taken over all its pages at once.
 fn digest(memory: &Memory) -> MemoryDigest {
-    let mut table = DigestTable::new(usize::try_from(memory.page_count()).expect("a small guest"));
-    for (page, slot) in (0..memory.page_count()).zip(0..) {
-        table.set(slot, PageDigest::of(page, memory.page(page)));
-    }
-    table.sum()
+    let pages = (0..memory.page_count()).map(|page| PageDigest::of(page, memory.page(page)).alone());
+    pages.fold(MemoryDigest::ZERO, MemoryDigest::combine)
 }
 
 fn word(failure: &Failure) -> String {

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use ferry_bench::results::{Outcome, ProcessRole, Results, Run};
+use ferry_bench::results::{Metric, Outcome, ProcessRole, Results, Run, ScenarioResult, Verdict};
 use ferry_tests::tier;
 
 fn suite(folder: &Path, arguments: &[&str]) -> Results {
@@ -39,9 +39,27 @@ fn check_moved(scenario: &str, run: &Run) {
     for process in &measures.processes {
         assert!(process.cpu_s > 0.0 && process.cpu_engine_s <= process.cpu_s, "{name}: {process:?}");
         assert!(process.peak_memory_bytes > 64 << 20, "{name}: {process:?}");
+        // 64 MiB were filled, a quarter of which the target may leave out.
+        let guest = process.guest_memory_bytes.unwrap();
+        assert!((45 << 20..=128 << 20).contains(&guest), "{name}: {process:?}");
         assert!(process.threads.iter().any(|thread| thread.vcpu), "{name}: {process:?}");
     }
+    for metric in [Metric::MemoryOverheadSourceBytes, Metric::MemoryOverheadTargetBytes] {
+        let overhead = metric.of(measures).unwrap();
+        assert!(overhead > 1e6, "{name}: {metric:?} {overhead}");
+    }
     assert!(run.timeline.link_bytes_per_s.iter().any(|(_, rate)| *rate > 0.0), "{name}");
+}
+
+/// A baseline without a guest carries as many bytes as the guest's pages have, and costs something.
+fn check_carried(result: &ScenarioResult, run: &Run) {
+    let (name, measures) = (format!("{}, {}", result.scenario.name, run.engine), &run.measures);
+    assert_eq!(run.outcome, Outcome::Moved, "{name}");
+    assert_eq!(measures.wire_bytes_engine, Some(64 << 20), "{name}");
+    assert!(measures.wire_bytes.unwrap() > 64 << 20, "{name}: {:?} bytes", measures.wire_bytes);
+    assert!(measures.total_ms.unwrap() > 0.0, "{name}");
+    assert!(measures.processes.iter().all(|process| process.cpu_s > 0.0), "{name}: {measures:?}");
+    assert_eq!((measures.downtime_guest_ms, measures.check.alive), (None, false), "{name}");
 }
 
 /// What only some scenarios have.
@@ -62,6 +80,16 @@ fn check_job(scenario: &str, run: &Run) {
     }
 }
 
+/// Each of the limits has been judged by figures, whatever they are.
+fn check_limits(results: &Results) {
+    assert_eq!(results.limits.len(), 5);
+    for result in &results.limits {
+        let value = result.value.unwrap_or_else(|| panic!("{result:?}"));
+        assert!(value > 0.0 && result.count == 1 && result.engine.is_some(), "{result:?}");
+        assert_ne!(result.verdict, Verdict::NotMeasured, "{result:?}");
+    }
+}
+
 #[test]
 fn every_scenario_of_the_smoke_suite_is_measured_from_all_sides() {
     if !tier::has_kvm("bench") || !tier::is_root("bench") {
@@ -69,19 +97,29 @@ fn every_scenario_of_the_smoke_suite_is_measured_from_all_sides() {
     }
     let folder = tempfile::tempdir().unwrap();
     let results = suite(folder.path(), &[]);
-    assert_eq!(results.scenarios.len(), 3);
+    assert_eq!(results.scenarios.len(), 4);
     for info in &results.engines {
         tier::runs(&format!("bench, {}", info.name), info.absent.clone().map_or(Ok(()), Err));
     }
+    check_limits(&results);
     for result in &results.scenarios {
         let name = result.scenario.name.as_str();
         let engines: Vec<_> = result.runs.iter().map(|run| run.engine.as_str()).collect();
         assert!(engines.contains(&"ferry"), "{name}: {engines:?}");
         for run in &result.runs {
-            check_moved(name, run);
-            check_job(name, run);
+            if run.engine.starts_with("tcp") {
+                check_carried(result, run);
+            } else {
+                check_moved(name, run);
+                check_job(name, run);
+            }
         }
-        for run in result.runs.iter().filter(|run| run.engine == "ferry") {
+        if name == "limits" {
+            for engine in ["ferry-2", "tcp", "tcp-2"] {
+                assert!(engines.contains(&engine), "{name}: {engines:?}");
+            }
+        }
+        for run in result.runs.iter().filter(|run| run.engine.starts_with("ferry")) {
             assert_eq!(run.measures.check.digest_equal, Some(true), "{name}");
             let parts: f64 = run.measures.downtime_parts.iter().map(|part| part.ms).sum();
             assert!((parts - run.measures.downtime_engine_ms.unwrap()).abs() < 0.01, "{name}");

@@ -12,6 +12,7 @@ pub(crate) const RESUME: &str = "/api/v1/vm/resume";
 pub(crate) const STOP: &str = "/api/v1/vm/stop";
 pub(crate) const GUEST: &str = "/api/v1/guest";
 pub(crate) const MIGRATION: &str = "/api/v1/migration";
+pub(crate) const MIGRATION_BANDWIDTH: &str = "/api/v1/migration/bandwidth";
 pub(crate) const MIGRATION_EVENTS: &str = "/api/v1/migration/events";
 
 /// What a VM's host process is doing.
@@ -62,6 +63,9 @@ pub(crate) struct VmInfo {
     pub(crate) id: Option<String>,
     pub(crate) epoch: Option<u64>,
     pub(crate) memory_bytes: Option<u64>,
+    /// What holds the memory on this host, in words.
+    #[serde(default)]
+    pub(crate) memory_kind: Option<String>,
     pub(crate) cpus: Option<u8>,
     pub(crate) network: Option<NetworkInfo>,
     /// Where it listens for a VM.
@@ -86,18 +90,26 @@ pub(crate) struct MigrationRequest {
     pub(crate) target: String,
     pub(crate) downtime_ms: f64,
     pub(crate) streams: u16,
-    pub(crate) compress: Compress,
+    /// How pages are packed: `auto`, `none`, `lz4`, `zstd` or `zstd:LEVEL`.
+    pub(crate) compress: String,
     pub(crate) bandwidth_bytes_per_s: Option<u64>,
+    /// Whether digests of memory are taken and compared.
+    #[serde(default = "verified")]
+    pub(crate) verify: bool,
     pub(crate) timeout_ms: f64,
     pub(crate) on_timeout: OnTimeoutWord,
 }
 
-/// How pages are packed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Compress {
-    None,
-    Lz4,
+/// `PUT /api/v1/migration/bandwidth`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct BandwidthRequest {
+    /// The most to send while the VM runs, on all data streams together; `null` for no limit.
+    pub(crate) bytes_per_s: Option<u64>,
+}
+
+const fn verified() -> bool {
+    true
 }
 
 /// What to do when the time is over.

@@ -7,7 +7,8 @@ use std::time::Duration;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use ferry_migrate::ListenAddress;
 use ferry_migrate::protocol::VmName;
-use ferry_vmm::{Backing, MemoryConfig, SerialTarget};
+use ferry_migrate::protocol::page::Compression;
+use ferry_vmm::{Backing, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
 
 use crate::quantity;
 
@@ -27,6 +28,8 @@ pub(crate) enum Command {
     Receive(ReceiveArgs),
     /// Migrate a VM to a host where 'ferry receive' waits
     Migrate(MigrateArgs),
+    /// Change the bandwidth of a migration under way
+    Bandwidth(BandwidthArgs),
     /// List the VMs of this host
     List(Output),
     /// Show all that is known of a VM
@@ -80,8 +83,9 @@ pub(crate) struct RunArgs {
     /// Kernel command line
     #[arg(long, value_name = "STR", default_value = "")]
     pub(crate) cmdline: String,
-    /// Guest memory: '1G', or 'size=1G,shared=on' for a memfd
-    #[arg(long, default_value = "1G", value_parser = memory, value_name = "SIZE")]
+    /// Guest memory: '1G', or 'size=1G' with any of shared=on (a memfd), hugepages=off (4 KiB pages only),
+    /// hugepages=2M (from the host's pool), node=N (from one NUMA node)
+    #[arg(long, default_value = "1G", value_parser = memory, value_name = "SIZE|size=SIZE[,..]")]
     pub(crate) memory: MemoryConfig,
     /// Number of vCPUs
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
@@ -110,6 +114,10 @@ pub(crate) struct ReceiveArgs {
     /// The tap for the VM's network interface
     #[arg(long, value_parser = net, value_name = "tap=IF")]
     pub(crate) net: Option<NetArg>,
+    /// What holds the VM's memory here, instead of what did at the source: any of shared=on|off, hugepages=on|off|2M,
+    /// node=N. By default the pool's 2M pages are taken where the source had them and this host has enough
+    #[arg(long, value_parser = memory_choices, value_name = "KEY=VALUE[,..]")]
+    pub(crate) memory: Option<MemoryChoices>,
     /// Where the serial console goes
     #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|null|file=PATH")]
     pub(crate) serial: SerialTarget,
@@ -121,11 +129,11 @@ pub(crate) struct ReceiveArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum CompressArg {
-    /// Pages travel as they are
-    None,
-    /// Pages travel as lz4 blocks where that is shorter
-    Lz4,
+pub(crate) enum SwitchArg {
+    /// It is done
+    On,
+    /// It is left out
+    Off,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -153,12 +161,15 @@ pub(crate) struct MigrateArgs {
     #[arg(long, default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(ferry_migrate::protocol::ident::STREAMS_MAX)))]
     pub(crate) streams: u16,
-    /// How pages are packed
-    #[arg(long, value_enum, default_value_t = CompressArg::None)]
-    pub(crate) compress: CompressArg,
+    /// How pages are packed: 'auto' goes by the link and by the processor's time
+    #[arg(long, default_value_t = Compression::Auto, value_name = "auto|none|lz4|zstd[:LEVEL]")]
+    pub(crate) compress: Compression,
     /// The most to send while the VM runs, like 100M/s or 1Gbit/s
     #[arg(long, value_name = "RATE", value_parser = quantity::bytes_per_s)]
     pub(crate) bandwidth: Option<u64>,
+    /// Compare digests of memory before the VM resumes; 'off' only shows what that costs
+    #[arg(long, value_enum, default_value_t = SwitchArg::On, value_name = "on|off")]
+    pub(crate) verify: SwitchArg,
     /// How long it may take until the VM is stopped
     #[arg(long, default_value = "5m", value_parser = quantity::duration)]
     pub(crate) timeout: Duration,
@@ -167,6 +178,29 @@ pub(crate) struct MigrateArgs {
     pub(crate) on_timeout: OnTimeoutArg,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BandwidthArgs {
+    /// The VM's name
+    pub(crate) name: VmName,
+    /// The most to send while the VM runs, like 100M/s or 1Gbit/s, or 'off'
+    #[arg(value_name = "RATE|off", value_parser = rate_or_off)]
+    pub(crate) rate: RateArg,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// A rate, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RateArg(pub(crate) Option<u64>);
+
+fn rate_or_off(text: &str) -> Result<RateArg, String> {
+    if text == "off" {
+        Ok(RateArg(None))
+    } else {
+        quantity::bytes_per_s(text).map(|rate| RateArg(Some(rate)))
+    }
 }
 
 #[derive(Debug, Args)]
@@ -193,21 +227,56 @@ pub(crate) struct NetArg {
     pub(crate) ips: Vec<IpAddr>,
 }
 
+/// What both sides of `--memory` can say.
+const MEMORY_WORDS: &str = "shared=on|off, hugepages=on|off|2M, node=N";
+
 fn memory(text: &str) -> Result<MemoryConfig, String> {
-    let mut config = MemoryConfig { size_bytes: 0, backing: Backing::PrivateAnonymous };
     if !text.contains('=') {
-        config.size_bytes = quantity::bytes(text)?;
-        return Ok(config);
+        return Ok(MemoryConfig::new(quantity::bytes(text)?, Backing::PrivateAnonymous));
     }
+    let (mut size_bytes, mut choices) = (None, MemoryChoices::default());
     for word in text.split(',') {
         match word.split_once('=') {
-            Some(("size", size)) => config.size_bytes = quantity::bytes(size)?,
-            Some(("shared", "on")) => config.backing = Backing::SharedMemfd,
-            Some(("shared", "off")) => config.backing = Backing::PrivateAnonymous,
-            _ => return Err(format!("'{word}' is not known here; write size=1G,shared=on|off")),
+            Some(("size", size)) => size_bytes = Some(quantity::bytes(size)?),
+            _ if memory_choice(word, &mut choices)? => {}
+            _ => return Err(format!("'{word}' is not known here; write size=1G, {MEMORY_WORDS}")),
         }
     }
-    if config.size_bytes == 0 { Err("size=.. is missing".to_owned()) } else { Ok(config) }
+    let MemoryChoices { backing, huge_pages, node } = choices;
+    let mut config = MemoryConfig::new(
+        size_bytes.ok_or("size=.. is missing")?,
+        backing.unwrap_or(Backing::PrivateAnonymous),
+    );
+    config.huge_pages = huge_pages.unwrap_or(config.huge_pages);
+    config.node = node;
+    Ok(config)
+}
+
+fn memory_choices(text: &str) -> Result<MemoryChoices, String> {
+    let mut choices = MemoryChoices::default();
+    for word in text.split(',') {
+        if !memory_choice(word, &mut choices)? {
+            return Err(format!("'{word}' is not known here; write {MEMORY_WORDS}"));
+        }
+    }
+    Ok(choices)
+}
+
+/// Takes in one word, if it is known.
+fn memory_choice(word: &str, choices: &mut MemoryChoices) -> Result<bool, String> {
+    match word.split_once('=') {
+        Some(("shared", "on")) => choices.backing = Some(Backing::SharedMemfd),
+        Some(("shared", "off")) => choices.backing = Some(Backing::PrivateAnonymous),
+        Some(("hugepages", "on")) => choices.huge_pages = Some(HugePages::Transparent),
+        Some(("hugepages", "off")) => choices.huge_pages = Some(HugePages::Off),
+        Some(("hugepages", "2M")) => choices.huge_pages = Some(HugePages::Pool),
+        Some(("node", number)) => {
+            let bad = |_| format!("'{number}' is not the number of a NUMA node");
+            choices.node = Some(number.parse().map_err(bad)?);
+        }
+        _ => return Ok(false),
+    }
+    Ok(true)
 }
 
 fn net(text: &str) -> Result<NetArg, String> {
@@ -265,6 +334,21 @@ mod tests {
         assert_eq!(memory("size=2G,shared=on").unwrap().backing, Backing::SharedMemfd);
         assert!(memory("shared=on").unwrap_err().contains("size"));
         assert!(memory("size=1G,huge=on").unwrap_err().contains("huge=on"));
+        let all = memory("size=4G,hugepages=2M,node=1,shared=off").unwrap();
+        assert_eq!((all.huge_pages, all.node), (HugePages::Pool, Some(1)));
+        assert_eq!(memory("1G").unwrap().huge_pages, HugePages::Transparent);
+        assert_eq!(memory("size=1G,hugepages=off").unwrap().huge_pages, HugePages::Off);
+        assert!(memory("size=1G,node=x").unwrap_err().contains("'x'"));
+        assert!(memory("size=1G,hugepages=1G").unwrap_err().contains("hugepages=on|off|2M"));
+    }
+
+    #[test]
+    fn a_target_chooses_all_but_the_size() {
+        let choices = memory_choices("node=2,hugepages=on").unwrap();
+        let expected =
+            MemoryChoices { backing: None, huge_pages: Some(HugePages::Transparent), node: Some(2) };
+        assert_eq!(choices, expected);
+        assert!(memory_choices("size=1G").unwrap_err().contains("size=1G"));
     }
 
     #[test]

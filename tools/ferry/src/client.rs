@@ -68,7 +68,18 @@ pub(crate) async fn call<T: DeserializeOwned>(
 
 /// Sends a request whose answer has no body.
 pub(crate) async fn tell(state: &StateDir, name: &VmName, method: Method, path: &str) -> anyhow::Result<()> {
-    send(state, name, method, path, None::<&()>).await.map(drop)
+    tell_with(state, name, method, path, None::<&()>).await
+}
+
+/// The same, with a body.
+pub(crate) async fn tell_with(
+    state: &StateDir,
+    name: &VmName,
+    method: Method,
+    path: &str,
+    body: Option<&impl Serialize>,
+) -> anyhow::Result<()> {
+    send(state, name, method, path, body).await.map(drop)
 }
 
 /// A stream of migration events.

@@ -58,6 +58,7 @@ fn wants_json(command: &Command) -> bool {
         Command::Run(args) => args.output.json,
         Command::Receive(args) => args.output.json,
         Command::Migrate(args) => args.output.json,
+        Command::Bandwidth(args) => args.output.json,
         Command::List(Output { json }) => *json,
         Command::Info(args) | Command::Pause(args) | Command::Resume(args) | Command::Stop(args) => {
             args.output.json
@@ -76,6 +77,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Migrate(args) => commands::migrate::run(args).await,
             Command::List(output) => commands::list::run(output).await,
             Command::Info(args) => commands::control::info(args).await,
+            Command::Bandwidth(args) => commands::control::bandwidth(args).await,
             Command::Pause(args) => commands::control::pause(args).await,
             Command::Resume(args) => commands::control::resume(args).await,
             Command::Stop(args) => commands::control::stop(args).await,

@@ -72,8 +72,7 @@ mod tests {
 
     #[test]
     fn the_map_covers_memory_once_and_reserves_the_firmwares_part() {
-        let memory =
-            MemoryConfig { size_bytes: LOW_MEMORY_END + (1 << 20), backing: Backing::PrivateAnonymous };
+        let memory = MemoryConfig::new(LOW_MEMORY_END + (1 << 20), Backing::PrivateAnonymous);
         let map = memory_map(&allocate(&memory).unwrap());
         let rows: Vec<_> = map.iter().map(|entry| (entry.addr, entry.size, entry.type_)).collect();
         assert_eq!(

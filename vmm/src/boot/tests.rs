@@ -11,7 +11,7 @@ const MEMORY_BYTES: u64 = 8 << 20;
 const CODE: &[u8] = &[0xf4, 0xeb, 0xfd];
 
 fn ram() -> GuestRam {
-    memory::allocate(&MemoryConfig { size_bytes: MEMORY_BYTES, backing: Backing::PrivateAnonymous }).unwrap()
+    memory::allocate(&MemoryConfig::new(MEMORY_BYTES, Backing::PrivateAnonymous)).unwrap()
 }
 
 /// Loads an image from a file, with an initial RAM disk of `initrd_bytes` if there are any.

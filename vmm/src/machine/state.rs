@@ -12,9 +12,11 @@ use kvm_ioctls::Cap;
 
 use super::{Machine, Phase};
 use crate::capability::KvmCallError;
-use crate::config::{Backing, LocalChoices, MachineConfig, MemoryConfig, NetConfig};
+use crate::config::{
+    Backing, HugePages, LocalChoices, MachineConfig, MemoryChoices, MemoryConfig, NetConfig,
+};
 use crate::saved::sections::{
-    Clock, HostInstant, Irqchip, MachineShape, Pit, Serial as SavedSerial, Vcpu as SavedVcpu,
+    Clock, HostInstant, Irqchip, MachineShape, MemoryPages, Pit, Serial as SavedSerial, Vcpu as SavedVcpu,
     VirtioMmio as SavedVirtio,
 };
 use crate::saved::{Reader, StateError, Writer, from_abi_bytes, to_abi_bytes};
@@ -39,19 +41,36 @@ impl Machine {
     #[must_use]
     pub fn description(&self) -> Vec<u8> {
         let mut writer = Writer::new();
-        let written = writer.add(&self.shape()).and_then(|()| writer.finish());
-        written.expect("a machine's shape is a few bytes of plain values")
+        let huge_pages = match self.config.memory.huge_pages {
+            HugePages::Transparent => MemoryPages::TRANSPARENT,
+            HugePages::Off => MemoryPages::OFF,
+            // A machine that had to do without goes on wishing.
+            HugePages::Pool | HugePages::PoolIfFree => MemoryPages::POOL_2_MIB,
+        };
+        let mut written = writer.add(&self.shape());
+        if huge_pages != MemoryPages::TRANSPARENT {
+            written = written.and_then(|()| writer.add(&MemoryPages { huge_pages }));
+        }
+        written.and_then(|()| writer.finish()).expect("a machine's shape is a few bytes of plain values")
     }
 
-    /// The configuration for a described machine on this host.
+    /// The configuration for a described machine on this host. Memory is as it was at the source, where `local` does not
+    /// say otherwise, except that huge pages of the host's pool are only taken if there are enough.
     ///
     /// # Errors
     /// The bytes are damaged or of another version, the machine can't be built by anybody, or a
     /// tap is missing.
     pub fn config_from_description(bytes: &[u8], local: LocalChoices) -> Result<MachineConfig, StateError> {
-        let shape: MachineShape = Reader::new(bytes)?.one()?;
+        let reader = Reader::new(bytes)?;
+        let described = match reader.optional::<MemoryPages>()?.map(|MemoryPages { huge_pages }| huge_pages) {
+            Some(MemoryPages::OFF) => HugePages::Off,
+            Some(MemoryPages::POOL_2_MIB) => HugePages::PoolIfFree,
+            // A wish that a later version may have, and this one can't grant.
+            Some(_) | None => HugePages::Transparent,
+        };
+        let shape: MachineShape = reader.one()?;
         let MachineShape { memory_bytes, shared_memory, cpus, net_mac } = shape;
-        let LocalChoices { tap, serial } = local;
+        let LocalChoices { tap, serial, memory: MemoryChoices { backing, huge_pages, node } } = local;
         let net = match (net_mac, tap) {
             (Some(mac), Some(tap)) => Some(NetConfig { tap, mac }),
             (Some(mac), None) => {
@@ -61,8 +80,13 @@ impl Machine {
             (None, Some(tap)) => return Err(StateError::NoUseForTap { tap }),
             (None, None) => None,
         };
-        let backing = if shared_memory { Backing::SharedMemfd } else { Backing::PrivateAnonymous };
-        let memory = MemoryConfig { size_bytes: memory_bytes, backing };
+        let described_backing = if shared_memory { Backing::SharedMemfd } else { Backing::PrivateAnonymous };
+        let memory = MemoryConfig {
+            size_bytes: memory_bytes,
+            backing: backing.unwrap_or(described_backing),
+            huge_pages: huge_pages.unwrap_or(described),
+            node,
+        };
         let config = MachineConfig { memory, cpus, net, serial };
         config.check()?;
         Ok(config)
@@ -135,9 +159,11 @@ impl Machine {
     /// Decodes a state and checks that it is of a machine like this one.
     fn decode(&self, bytes: &[u8]) -> Result<Saved, StateError> {
         let reader = Reader::new(bytes)?;
-        let shape: MachineShape = reader.one()?;
-        if shape != self.shape() {
-            let what = format!("it has {shape:?}, and this one has {:?}", self.shape());
+        let ours = self.shape();
+        // What holds the memory is each host's own business.
+        let shape = MachineShape { shared_memory: ours.shared_memory, ..reader.one()? };
+        if shape != ours {
+            let what = format!("it has {shape:?}, and this one has {ours:?}");
             return Err(StateError::OtherMachine { what });
         }
         let vcpus: Vec<SavedVcpu> = reader.all()?;
@@ -165,8 +191,8 @@ impl Machine {
     }
 
     fn shape(&self) -> MachineShape {
-        let MachineConfig { memory: MemoryConfig { size_bytes, backing }, cpus, net, serial: _ } =
-            &self.config;
+        let MachineConfig { memory, cpus, net, serial: _ } = &self.config;
+        let MemoryConfig { size_bytes, backing, huge_pages: _, node: _ } = memory;
         MachineShape {
             memory_bytes: *size_bytes,
             shared_memory: match backing {

@@ -10,9 +10,10 @@ use std::os::fd::OwnedFd;
 
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::sys::stat::fstat;
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
 use super::{GuestRam, MemoryError, map};
-use crate::config::{Backing, MemoryConfig};
+use crate::config::{Backing, HugePages, MemoryConfig};
 
 /// What every memfd of guest memory is sealed with: nobody can change its length, or take these seals off.
 pub(super) const SEALS: SealFlag =
@@ -70,7 +71,8 @@ pub enum HandOverError {
     },
 }
 
-/// Maps memory that is handed over; nothing of it is touched.
+/// Maps memory that is handed over; nothing of it is touched. The pages and the node are what they are already: of
+/// `config` only a wish for 4 KiB pages counts, for the mapping here.
 ///
 /// # Errors
 /// [`MemoryError::HandedOver`] says what is wrong with it; the descriptor is closed then.
@@ -79,7 +81,21 @@ pub(crate) fn adopt(config: &MemoryConfig, memory: OwnedFd) -> Result<GuestRam, 
         return Err(HandOverError::NotShared.into());
     }
     check(&memory, config.size_bytes)?;
-    map(config, Some(File::from(memory)))
+    let huge_pages = match (in_huge_pages(&memory)?, config.huge_pages) {
+        (true, _) => HugePages::Pool,
+        (false, HugePages::Off) => HugePages::Off,
+        (false, HugePages::Transparent | HugePages::Pool | HugePages::PoolIfFree) => HugePages::Transparent,
+    };
+    // Binding a memfd to a node binds it for the process that it still belongs to, too.
+    let config = MemoryConfig { huge_pages, node: None, ..*config };
+    map(&config, Some(File::from(memory)))
+}
+
+/// Whether the memfd's pages come from the host's pool of huge pages.
+fn in_huge_pages(memory: &OwnedFd) -> Result<bool, HandOverError> {
+    let found = fstatfs(memory)
+        .map_err(|errno| HandOverError::Io { action: "find the page size of", source: errno.into() })?;
+    Ok(found.filesystem_type() == HUGETLBFS_MAGIC)
 }
 
 fn check(memory: &OwnedFd, wanted: u64) -> Result<(), HandOverError> {
@@ -125,7 +141,7 @@ mod tests {
     const BYTES: u64 = 4 << 20;
 
     fn config(backing: Backing) -> MemoryConfig {
-        MemoryConfig { size_bytes: BYTES, backing }
+        MemoryConfig::new(BYTES, backing)
     }
 
     fn memfd(bytes: u64, seals: SealFlag) -> OwnedFd {
@@ -145,7 +161,7 @@ mod tests {
     #[test]
     fn both_sides_have_the_same_memory_and_neither_needs_the_other() {
         // Through the hole, so that the second region's place in the file is seen to be right.
-        let config = MemoryConfig { size_bytes: LOW_MEMORY_END + BYTES, backing: Backing::SharedMemfd };
+        let config = MemoryConfig::new(LOW_MEMORY_END + BYTES, Backing::SharedMemfd);
         let source = allocate(&config).unwrap();
         let last = source.page_count() - 1;
         source.write_page(5, &[1; PAGE_BYTES]).unwrap();
@@ -165,6 +181,36 @@ mod tests {
         // And on to the next, from memory that was itself handed over.
         let next = adopt(&config, target.descriptor().unwrap()).unwrap();
         assert_eq!(fill(&next, last), 2);
+    }
+
+    #[test]
+    fn pages_of_the_hosts_pool_stay_what_they_are() {
+        let mut config = config(Backing::SharedMemfd);
+        config.huge_pages = HugePages::Pool;
+        let source = match allocate(&config) {
+            Ok(source) => source,
+            Err(error) => {
+                assert!(std::env::var_os("CI").is_none(), "{error}");
+                println!("SKIPPED: {error}");
+                return;
+            }
+        };
+        source.write_page(5, &[1; PAGE_BYTES]).unwrap();
+        // The target's own wishes don't change what the memory is.
+        for huge_pages in [HugePages::Off, HugePages::Transparent, HugePages::PoolIfFree] {
+            config.huge_pages = huge_pages;
+            let target = adopt(&config, source.descriptor().unwrap()).unwrap();
+            assert_eq!(target.huge_pages(), HugePages::Pool);
+            let mut bytes = [0; PAGE_BYTES];
+            target.read_page(5, &mut bytes).unwrap();
+            assert_eq!(bytes, [1; PAGE_BYTES]);
+        }
+        ftruncate(source.descriptor().unwrap(), 8 << 20).unwrap_err();
+        // And the other way round: small pages stay small where the pool was asked for.
+        let small = allocate(&MemoryConfig::new(BYTES, Backing::SharedMemfd)).unwrap();
+        config.huge_pages = HugePages::Pool;
+        let target = adopt(&config, small.descriptor().unwrap()).unwrap();
+        assert_eq!(target.huge_pages(), HugePages::Transparent);
     }
 
     #[test]

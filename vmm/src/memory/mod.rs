@@ -14,25 +14,35 @@
 mod available;
 pub(crate) mod dirty_log;
 mod handed_over;
+mod mapping;
+mod pagemap;
 mod ram;
+#[cfg(test)]
+mod test_memory;
+mod touched;
 mod transfer;
+mod zero;
 
 use std::fs::File;
 use std::io;
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 pub use available::check_available;
 pub use dirty_log::DirtyLogError;
 pub use handed_over::HandOverError;
 pub(crate) use handed_over::adopt;
-pub use ram::{GuestRam, RamError, RamRegion};
+pub use ram::{GuestRam, HUGE_PAGE_BYTES, RamError, RamRegion};
 
-use crate::config::{Backing, MemoryConfig};
+use available::{Pool, huge_page_pool};
+use mapping::Mapping;
+
+use crate::config::{Backing, HugePages, MemoryConfig};
 
 /// Bytes of a page, the unit of the dirty log and of page indices.
 pub const PAGE_BYTES: usize = 4096;
@@ -69,6 +79,29 @@ pub enum MemoryError {
         /// Bytes that the host reports as available.
         available: u64,
     },
+    /// The host's pool of huge pages has too few.
+    #[error(
+        "not enough huge pages for the guest: it needs {wanted} of 2 MiB and the host's pool has {free} free of {total}; \
+         set aside more with 'echo {enough} > /proc/sys/vm/nr_hugepages', or leave out hugepages=2M"
+    )]
+    NotEnoughHugePages {
+        /// Pages that the guest needs.
+        wanted: u64,
+        /// Pages that nobody has or has reserved, on the node that was asked for.
+        free: u64,
+        /// Pages in the pool.
+        total: u64,
+        /// How large the pool would have to be.
+        enough: u64,
+    },
+    /// The host has no such NUMA node.
+    #[error("this host has no memory on NUMA node {node}; its nodes with memory are {nodes}")]
+    NoSuchNode {
+        /// The node that was asked for.
+        node: u32,
+        /// What the host has, as the kernel writes it.
+        nodes: String,
+    },
     /// A system call failed.
     #[error("can't {action} for {bytes} bytes of guest memory")]
     Io {
@@ -104,15 +137,41 @@ pub(crate) fn regions_of(size_bytes: u64) -> Vec<RamRegion> {
     regions
 }
 
-/// Maps memory for a guest; nothing of it is touched.
+/// Maps memory for a guest; nothing of it is touched. Where the pool of huge pages is only preferred and has too few,
+/// there will be transparent ones.
 ///
 /// # Errors
-/// [`MemoryError::NotEnoughMemory`] where the host has less available than the guest may use.
+/// [`MemoryError::NotEnoughMemory`] or [`MemoryError::NotEnoughHugePages`] where the host has less available than the
+/// guest may use, [`MemoryError::NoSuchNode`].
 pub(crate) fn allocate(config: &MemoryConfig) -> Result<GuestRam, MemoryError> {
-    check_available(config.size_bytes)?;
+    let mut config = *config;
+    config.huge_pages = match config.huge_pages {
+        pages @ (HugePages::Transparent | HugePages::Off) => {
+            check_available(config.size_bytes)?;
+            pages
+        }
+        HugePages::Pool => {
+            check_pool(&config)?;
+            HugePages::Pool
+        }
+        HugePages::PoolIfFree => {
+            let pool = MemoryConfig { huge_pages: HugePages::Pool, ..config };
+            match check_pool(&pool).and_then(|()| map_new(&pool)) {
+                Ok(ram) => return Ok(ram),
+                Err(error) => tracing::warn!(%error, "the guest gets transparent huge pages instead"),
+            }
+            check_available(config.size_bytes)?;
+            HugePages::Transparent
+        }
+    };
+    map_new(&config)
+}
+
+/// Maps memory that is this process's own until it hands it over.
+fn map_new(config: &MemoryConfig) -> Result<GuestRam, MemoryError> {
     let file = match config.backing {
         Backing::PrivateAnonymous => None,
-        Backing::SharedMemfd => Some(make_memfd(config.size_bytes)?),
+        Backing::SharedMemfd => Some(make_memfd(config)?),
     };
     map(config, file)
 }
@@ -120,7 +179,7 @@ pub(crate) fn allocate(config: &MemoryConfig) -> Result<GuestRam, MemoryError> {
 /// Maps anonymous memory, or all regions end to end from `file`.
 fn map(config: &MemoryConfig, file: Option<File>) -> Result<GuestRam, MemoryError> {
     let regions = regions_of(config.size_bytes);
-    let mut mapped = Vec::with_capacity(regions.len());
+    let (mut mappings, mut mapped) = (Vec::new(), Vec::new());
     let mut file_offset = 0;
     for region in &regions {
         let map_error = |source: Box<dyn std::error::Error + Send + Sync>| MemoryError::Map {
@@ -135,33 +194,46 @@ fn map(config: &MemoryConfig, file: Option<File>) -> Result<GuestRam, MemoryErro
                 Some(FileOffset::new(file, file_offset))
             }
         };
-        let kind = if backing.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
-        let mapping = MmapRegion::<AtomicBitmap>::build(
-            backing,
-            bytes,
-            libc::PROT_READ | libc::PROT_WRITE,
-            kind | libc::MAP_NORESERVE,
-        )
-        .map_err(|error| map_error(error.into()))?;
+        let mapping = Mapping::new(bytes, file.as_ref().map(|file| (file, file_offset)), config)?;
         let base = GuestAddress(region.gpa);
-        mapped.push(GuestRegionMmap::new(mapping, base).ok_or_else(|| map_error("it overflows".into()))?);
+        let region_of_memory = GuestRegionMmap::new(mapping.region(backing, config)?, base);
+        mapped.push(region_of_memory.ok_or_else(|| map_error("it overflows".into()))?);
+        mappings.push(mapping);
         file_offset += region.bytes;
     }
     let memory = TrackedMemory::from_regions(mapped)
         .map_err(|error| MemoryError::Map { bytes: config.size_bytes, source: error.into() })?;
-    let ram = GuestRam::new(memory, regions, config.backing);
-    ram.advise_huge_pages();
-    Ok(ram)
+    Ok(GuestRam::new(memory, mappings, regions, config))
 }
 
-fn make_memfd(bytes: u64) -> Result<File, MemoryError> {
+/// Whether the pool has a huge page for every 2 MiB of the guest.
+fn check_pool(config: &MemoryConfig) -> Result<(), MemoryError> {
+    let wanted = config.size_bytes.div_ceil(HUGE_PAGE_BYTES as u64);
+    let Pool { free, total } = huge_page_pool(config.node);
+    // A guest of no whole number of huge pages can't have them at all; who insists is told before this.
+    if free >= wanted && config.size_bytes.is_multiple_of(HUGE_PAGE_BYTES as u64) {
+        return Ok(());
+    }
+    Err(MemoryError::NotEnoughHugePages { wanted, free, total, enough: total + wanted.saturating_sub(free) })
+}
+
+fn make_memfd(config: &MemoryConfig) -> Result<File, MemoryError> {
+    let bytes = config.size_bytes;
     let io_error = |action| move |errno: nix::Error| MemoryError::Io { action, bytes, source: errno.into() };
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let pages = match config.huge_pages {
+        HugePages::Pool => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+        HugePages::Transparent | HugePages::Off | HugePages::PoolIfFree => MFdFlags::empty(),
+    };
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | pages;
     let file = memfd_create(c"ferry-guest-memory", flags).map_err(io_error("make a memfd"))?;
     let length = i64::try_from(bytes).expect("MEMORY_BYTES_MAX is far below 2^63");
     ftruncate(&file, length).map_err(io_error("size a memfd"))?;
-    // Whoever it is handed to must be able to rely on its length.
-    fcntl(&file, FcntlArg::F_ADD_SEALS(handed_over::SEALS)).map_err(io_error("seal a memfd"))?;
+    // Whoever it is handed to must be able to rely on its length. Before Linux 4.16 memfds of the pool have no seals: the
+    // machine runs all the same, and whoever it is handed to refuses it.
+    match fcntl(&file, FcntlArg::F_ADD_SEALS(handed_over::SEALS)) {
+        Err(Errno::EINVAL) if config.huge_pages == HugePages::Pool => {}
+        sealed => _ = sealed.map_err(io_error("seal a memfd"))?,
+    }
     Ok(File::from(file))
 }
 
@@ -181,8 +253,52 @@ mod tests {
 
     #[test]
     fn more_memory_than_any_host_has_is_refused_before_it_is_mapped() {
-        let config = MemoryConfig { size_bytes: MEMORY_BYTES_MAX, backing: Backing::PrivateAnonymous };
+        let config = MemoryConfig::new(MEMORY_BYTES_MAX, Backing::PrivateAnonymous);
         let error = allocate(&config).unwrap_err();
         assert!(matches!(error, MemoryError::NotEnoughMemory { wanted: MEMORY_BYTES_MAX, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_pool_with_too_few_huge_pages_is_refused_with_what_to_do_or_done_without() {
+        let size_bytes = 1 << 40;
+        let mut config = MemoryConfig::new(size_bytes, Backing::PrivateAnonymous);
+        config.huge_pages = HugePages::Pool;
+        let text = allocate(&config).unwrap_err().to_string();
+        let Pool { free, total } = huge_page_pool(None);
+        let enough = total + (size_bytes >> 21) - free;
+        for part in
+            ["needs 524288", &format!("{free} free"), &format!("echo {enough} > /proc/sys/vm/nr_hugepages")]
+        {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        // More than any test leaves free, and little enough for transparent ones.
+        config.size_bytes = (free + 64) << 21;
+        config.huge_pages = HugePages::PoolIfFree;
+        let ram = allocate(&config).unwrap();
+        assert_eq!(ram.huge_pages(), HugePages::Transparent);
+        assert_eq!(ram.kind(), "private, transparent huge pages");
+    }
+
+    #[test]
+    fn what_was_asked_for_is_what_there_is() {
+        for config in test_memory::kinds(16 << 20) {
+            let ram = allocate(&config).unwrap();
+            assert_eq!(ram.huge_pages(), config.huge_pages);
+            ram.prefault(0, ram.page_count()).unwrap();
+            let address = ram.host_regions().next().unwrap().1;
+            let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let ours = smaps.split_once(&format!("{address:x}-")).expect("it is mapped").1;
+            let kib = |name: &str| -> u64 {
+                let line = ours.lines().find(|line| line.starts_with(name)).unwrap();
+                line.split_whitespace().nth(1).unwrap().parse().unwrap()
+            };
+            let (thp, page) = (kib("AnonHugePages:"), kib("KernelPageSize:"));
+            let expected = match (config.huge_pages, config.backing) {
+                (HugePages::Transparent, Backing::PrivateAnonymous) => (16 << 10, 4),
+                (HugePages::Transparent, Backing::SharedMemfd) | (HugePages::Off, _) => (0, 4),
+                (HugePages::Pool | HugePages::PoolIfFree, _) => (0, 2048),
+            };
+            assert_eq!((thp, page), expected, "{config:?}");
+        }
     }
 }

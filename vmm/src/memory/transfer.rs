@@ -34,30 +34,37 @@ impl GuestRam {
         write_all(fd, &mut buffers)
     }
 
-    /// Fills `count` pages from `first` on with what arrives on `fd`, straight into guest memory. The
-    /// machine must not run.
+    /// Fills the pages of `runs` (first page and count of each) with what arrives on `fd`, straight into guest memory.
+    /// The machine must not run.
     ///
     /// # Errors
     /// `UnexpectedEof` if the peer closes first, `TimedOut` when the descriptor's receive timeout
     /// expired, `InvalidInput` for pages out of range, and what the kernel says otherwise. Part of the
     /// pages may have been written.
-    pub fn receive_pages(&self, fd: BorrowedFd<'_>, first: u64, count: u64) -> io::Result<()> {
-        for Span { pointer, bytes, .. } in self.spans(first, count)? {
-            let mut filled = 0;
-            while filled < bytes {
-                let at = pointer.wrapping_add(filled);
-                // SAFETY: the kernel writes at most the rest of the span, which is mapped as long as
-                // `self`, and nobody holds a reference into pages that are being received.
-                let got = unsafe { libc::read(fd.as_raw_fd(), at.cast(), bytes - filled) };
-                match usize::try_from(got) {
-                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                    Ok(got) => filled += got,
-                    Err(_) => retry_or_fail()?,
-                }
+    pub fn receive_pages(&self, fd: BorrowedFd<'_>, runs: &[(u64, u64)]) -> io::Result<()> {
+        let mut buffers = Vec::with_capacity(runs.len() + 1);
+        for &(first, count) in runs {
+            for Span { pointer, bytes, .. } in self.spans(first, count)? {
+                buffers.push(libc::iovec { iov_base: pointer.cast(), iov_len: bytes });
             }
         }
-        Ok(())
+        read_all(fd, &mut buffers)
     }
+}
+
+fn read_all(fd: BorrowedFd<'_>, mut buffers: &mut [libc::iovec]) -> io::Result<()> {
+    while !buffers.is_empty() {
+        let count = libc::c_int::try_from(buffers.len().min(IOVECS_MAX)).expect("IOVECS_MAX fits");
+        // SAFETY: the array holds `count` buffers of guest memory, mapped as long as the caller's `self`; the kernel
+        // writes no further than each one's length, and nobody holds a reference into pages that are being received.
+        let got = unsafe { libc::readv(fd.as_raw_fd(), buffers.as_ptr(), count) };
+        match usize::try_from(got) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(got) => buffers = advance(buffers, got),
+            Err(_) => retry_or_fail()?,
+        }
+    }
+    Ok(())
 }
 
 fn write_all(fd: BorrowedFd<'_>, mut buffers: &mut [libc::iovec]) -> io::Result<u64> {
@@ -118,7 +125,7 @@ mod tests {
     use crate::config::{Backing, MemoryConfig};
 
     fn ram(size_bytes: u64) -> GuestRam {
-        allocate(&MemoryConfig { size_bytes, backing: Backing::PrivateAnonymous }).unwrap()
+        allocate(&MemoryConfig::new(size_bytes, Backing::PrivateAnonymous)).unwrap()
     }
 
     #[test]
@@ -136,7 +143,7 @@ mod tests {
         to.read_exact(&mut prefix).unwrap();
         assert_eq!(&prefix, b"prefix");
         for page in (0..target.page_count()).step_by(2) {
-            target.receive_pages(to.as_fd(), page, 1).unwrap();
+            target.receive_pages(to.as_fd(), &[(page, 1)]).unwrap();
         }
         assert_eq!(sender.join().unwrap(), 6 + (8 << 20));
         target
@@ -165,10 +172,13 @@ mod tests {
         let ram = ram(4 << 20);
         let (from, to) = UnixStream::pair().unwrap();
         to.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
-        assert_eq!(ram.receive_pages(to.as_fd(), 0, 1).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(ram.receive_pages(to.as_fd(), &[(0, 1)]).unwrap_err().kind(), io::ErrorKind::TimedOut);
         drop(from);
-        assert_eq!(ram.receive_pages(to.as_fd(), 0, 1).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
-        let error = ram.receive_pages(to.as_fd(), 1024, 1).unwrap_err();
+        assert_eq!(
+            ram.receive_pages(to.as_fd(), &[(0, 1)]).unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
+        let error = ram.receive_pages(to.as_fd(), &[(1024, 1)]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 

@@ -267,6 +267,13 @@ impl<'a> Reader<'a> {
         of_kind.map(RawSection::decode).collect()
     }
 
+    /// The first section of an optional type, if there is one in a version that is known here.
+    pub(crate) fn optional<S: Section>(&self) -> Result<Option<S>, StateError> {
+        const { assert!(S::KIND & OPTIONAL != 0) };
+        let of_kind = self.sections.iter().filter(|section| section.kind == S::KIND);
+        of_kind.filter(|section| section.version == S::VERSION).map(RawSection::decode).next().transpose()
+    }
+
     /// The one section of a type.
     pub(crate) fn one<S: Section>(&self) -> Result<S, StateError> {
         let mut all = self.all::<S>()?;

@@ -15,6 +15,19 @@ pub(crate) struct MachineShape {
     pub(crate) net_mac: Option<[u8; 6]>,
 }
 
+/// In what pages the machine would have its memory, which a target may grant. Only a description has it, and only if it
+/// is not [`MemoryPages::TRANSPARENT`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MemoryPages {
+    pub(crate) huge_pages: u8,
+}
+
+impl MemoryPages {
+    pub(crate) const TRANSPARENT: u8 = 0;
+    pub(crate) const OFF: u8 = 1;
+    pub(crate) const POOL_2_MIB: u8 = 2;
+}
+
 /// One vCPU. Byte vectors are kernel structures of the name; see [`super::abi`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Vcpu {
@@ -131,6 +144,7 @@ macro_rules! sections {
 
 sections! {
     MachineShape = 1, version 1, "machine";
+    MemoryPages = 0x8001, version 1, "memory-pages";
     Vcpu = 16, version 1, "vcpu";
     Irqchip = 17, version 1, "irqchip";
     Pit = 18, version 1, "pit";

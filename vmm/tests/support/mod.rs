@@ -53,7 +53,7 @@ pub(crate) fn boot_source(directory: &Path, image: &[u8]) -> BootSource {
 
 pub(crate) fn config(memory_bytes: u64) -> MachineConfig {
     MachineConfig {
-        memory: MemoryConfig { size_bytes: memory_bytes, backing: Backing::PrivateAnonymous },
+        memory: MemoryConfig::new(memory_bytes, Backing::PrivateAnonymous),
         cpus: 1,
         net: None,
         serial: SerialTarget::Null,

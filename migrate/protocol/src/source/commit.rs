@@ -16,7 +16,7 @@ use crate::time::Timestamp;
 use super::negotiate::hello;
 use super::stop::{Digests, Standstill};
 use super::undo::{give_back, undo};
-use super::{Action, Context, Event, Failure, Outcome, Phase, Progress, Summary};
+use super::{Action, Context, Event, Failure, MemoryPath, Outcome, Phase, Progress, Summary};
 
 /// How long an answer to `Commit` may take before the connection counts as lost.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -33,7 +33,7 @@ const DISCARDED: &str = "the target discarded the guest instead of running it";
 pub(super) struct Recording {
     standstill: Standstill,
     digests: Digests,
-    /// Why the target will not get a `Commit` any more: the connection was lost meanwhile, or it has given up.
+    /// Why the target will not get a `Commit` any more: the connection was lost meanwhile, or either side has given up.
     lost: Option<Failure>,
 }
 
@@ -44,6 +44,9 @@ pub(super) struct Committed {
     digests: Digests,
     epoch: Epoch,
     connection: Connection,
+    /// How long the next attempt to connect will wait. It only grows, or a target that takes every connection and then
+    /// closes it would be asked twenty times a second.
+    next_delay: Duration,
     /// Whether the caller has been told that it is in doubt.
     doubted: bool,
 }
@@ -51,7 +54,7 @@ pub(super) struct Committed {
 #[derive(Debug, Clone, Copy)]
 enum Connection {
     Up { answer_by: Timestamp },
-    Down { delay: Duration },
+    Down,
 }
 
 /// The target runs it; the last record is being written.
@@ -90,14 +93,26 @@ impl Recording {
                 context.send(Message::Commit(AtEpoch { epoch }));
                 let connection = Connection::Up { answer_by: now + ANSWER_TIMEOUT };
                 let Self { standstill, digests, lost: _ } = self;
-                Phase::Committed(Committed { standstill, digests, epoch, connection, doubted: false })
+                let next_delay = RETRY_DELAY_FIRST;
+                Phase::Committed(Committed {
+                    standstill,
+                    digests,
+                    epoch,
+                    connection,
+                    next_delay,
+                    doubted: false,
+                })
             }
             Event::RecordFailed(reason) => {
                 context.standing = context.standing.failed().expect("a commit was being recorded");
                 undo(Failure::Local(format!("the commit could not be recorded: {reason}")), context)
             }
             // The record is on its way to the disk and can't be called back, so these are dealt with once it is
-            // there. A cancellation comes too late.
+            // there.
+            Event::Cancel => {
+                self.lost.get_or_insert(Failure::Cancelled);
+                Phase::Recording(self)
+            }
             Event::Disconnected(reason) => {
                 self.lost = Some(Failure::Link(reason));
                 Phase::Recording(self)
@@ -110,8 +125,7 @@ impl Recording {
                 self.lost.get_or_insert(Failure::Link(DISCARDED.to_owned()));
                 Phase::Recording(self)
             }
-            Event::Cancel
-            | Event::Connected
+            Event::Connected
             | Event::Message(_)
             | Event::StreamsOpened
             | Event::StreamFailed(_)
@@ -120,6 +134,8 @@ impl Recording {
             | Event::RoundSent(_)
             | Event::Paused
             | Event::StateSaved { .. }
+            | Event::RecordRehearsed { .. }
+            | Event::RehearsalFailed(_)
             | Event::VmFailed(_)
             | Event::VmResumed
             | Event::ResumeFailed(_)
@@ -132,7 +148,7 @@ impl Committed {
     pub(super) const fn deadline(&self) -> Option<Timestamp> {
         match self.connection {
             Connection::Up { answer_by } => Some(answer_by),
-            Connection::Down { .. } => None,
+            Connection::Down => None,
         }
     }
 
@@ -165,6 +181,8 @@ impl Committed {
             | Event::StateSaved { .. }
             | Event::RecordWritten { .. }
             | Event::RecordFailed(_)
+            | Event::RecordRehearsed { .. }
+            | Event::RehearsalFailed(_)
             | Event::VmFailed(_)
             | Event::VmResumed
             | Event::ResumeFailed(_)
@@ -173,13 +191,11 @@ impl Committed {
     }
 
     fn reconnect(mut self, reason: String, context: &mut Context) -> Phase {
-        let delay = match self.connection {
-            Connection::Up { .. } => RETRY_DELAY_FIRST,
-            Connection::Down { delay } => (delay * 2).min(RETRY_DELAY_MAX),
-        };
+        let delay = self.next_delay;
+        self.next_delay = (delay * 2).min(RETRY_DELAY_MAX);
         self.doubt(reason, context);
         context.act(Action::Connect { delay });
-        self.connection = Connection::Down { delay };
+        self.connection = Connection::Down;
         Phase::Committed(self)
     }
 
@@ -211,6 +227,7 @@ impl Committed {
             downtime: self.standstill.downtime,
             forecast: self.standstill.forecast,
             total: now.since(context.started),
+            verified: context.verifies() && context.config.memory == MemoryPath::Streams,
             digest: self.digests.source,
             target_digest: self.digests.target,
         });

@@ -54,6 +54,8 @@ pub struct Config {
     pub streams: u16,
     /// What pages may be packed with.
     pub compression: Compression,
+    /// Whether both sides take digests of memory and compare them. A target that can't do without does so anyway.
+    pub verify: bool,
     /// The downtime that is allowed.
     pub downtime_budget: Duration,
     /// How long it may take until the guest is stopped.
@@ -84,17 +86,25 @@ pub struct RoundSent {
     pub zero_pages: u64,
     /// Pages that travelled packed.
     pub packed_pages: u64,
+    /// Pages of which only the changed blocks travelled.
+    pub delta_pages: u64,
+    /// Dirty pages that the target was known to have already.
+    pub unchanged_pages: u64,
+    /// Pages that were never touched, so that the target need not hear of them.
+    pub untouched_pages: u64,
     /// Bytes written to the data streams.
     pub wire_bytes: u64,
+    /// How long the link stood idle for the bandwidth cap alone: a round without the cap would have been shorter by it.
+    pub link_idle: Duration,
     /// The digest of all pages sent so far, each as last sent.
     pub digest: MemoryDigest,
 }
 
 impl RoundSent {
-    /// All pages of the round.
+    /// All pages of the round that the streams looked at.
     #[must_use]
     pub const fn pages(&self) -> u64 {
-        self.raw_pages + self.zero_pages + self.packed_pages
+        self.raw_pages + self.zero_pages + self.packed_pages + self.delta_pages + self.unchanged_pages
     }
 }
 
@@ -142,6 +152,13 @@ pub enum Event {
     },
     /// The record could not be written.
     RecordFailed(String),
+    /// The record that stands already is written once more.
+    RecordRehearsed {
+        /// How long that took.
+        took: Duration,
+    },
+    /// It could not be written once more.
+    RehearsalFailed(String),
     /// An action on the VM other than resuming failed, or the guest ended by itself.
     VmFailed(String),
     /// The guest runs again (or is as it was before the migration).
@@ -155,6 +172,7 @@ pub enum Event {
 }
 
 /// What is to be done.
+#[expect(clippy::large_enum_variant, reason = "the large one, a report, comes once a round")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Make the control connection, not before `delay` has passed.
@@ -167,7 +185,10 @@ pub enum Action {
     /// The same, and the descriptor of guest memory beside it.
     SendMemory(Message),
     /// Open the data streams.
-    OpenStreams,
+    OpenStreams {
+        /// Whether they take digests of what they send.
+        verify: bool,
+    },
     /// Shut all data streams, whatever they are doing.
     CloseStreams,
     /// Switch the dirty log on.
@@ -195,6 +216,8 @@ pub enum Action {
     ReleaseVm,
     /// Write the record durably.
     WriteRecord(Record),
+    /// Write durably once more the record that stands already, to measure what that costs.
+    RehearseRecord(Record),
     /// Tell the caller.
     Report(Progress),
     /// It is over.
@@ -213,11 +236,12 @@ impl Action {
             | Self::SaveState
             | Self::ResumeVm
             | Self::ReleaseVm
-            | Self::WriteRecord(_) => true,
+            | Self::WriteRecord(_)
+            | Self::RehearseRecord(_) => true,
             Self::Connect { .. }
             | Self::Send(_)
             | Self::SendMemory(_)
-            | Self::OpenStreams
+            | Self::OpenStreams { .. }
             | Self::CloseStreams
             | Self::SendPages { .. }
             | Self::Report(_)
@@ -304,6 +328,8 @@ pub struct Downtime {
     pub commit: Duration,
     /// Of `copy`: saving the state.
     pub within_save: Duration,
+    /// Of `prepare`: until the last pages had arrived at the target.
+    pub within_wait: Duration,
     /// Of `prepare`: restoring the state at the target.
     pub within_restore: Duration,
     /// Of `commit`: the record at the target.
@@ -388,7 +414,10 @@ pub struct Summary {
     pub forecast: Forecast,
     /// From the start to the target's word that it runs.
     pub total: Duration,
-    /// The digest of the guest's memory as the source sent it; that of no page if memory was handed over.
+    /// Whether digests of memory were taken and found equal; if not, nobody has checked that the two memories are. There
+    /// are none if memory was handed over: it is one memory, so there is nothing to compare.
+    pub verified: bool,
+    /// The digest of the guest's memory as the source sent it; zero if nothing was verified.
     pub digest: MemoryDigest,
     /// The digest of the memory as the target has it.
     pub target_digest: MemoryDigest,

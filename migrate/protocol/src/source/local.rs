@@ -12,7 +12,7 @@
 use std::time::Duration;
 
 use crate::message::{HandOver, Message};
-use crate::policy::{Decision, Estimate, FixedCosts, Forecast, decide};
+use crate::policy::{Cost, Decision, Estimate, FixedCosts, Forecast, decide};
 use crate::record::Standing;
 use crate::time::Timestamp;
 
@@ -43,8 +43,8 @@ enum Step {
     Resting { until: Timestamp },
 }
 
-const fn us(expected: u64, error: u64) -> Estimate {
-    Estimate::new(Duration::from_micros(expected), Duration::from_micros(error))
+const fn us(expected: u64, error: u64) -> Cost {
+    Cost::assumed(Estimate::new(Duration::from_micros(expected), Duration::from_micros(error)))
 }
 
 pub(super) fn begin(context: &mut Context, now: Timestamp) -> Phase {
@@ -52,7 +52,7 @@ pub(super) fn begin(context: &mut Context, now: Timestamp) -> Phase {
     // its day: a machine with a few vCPUs saves and restores in half a millisecond each.
     context.costs = FixedCosts {
         pause: us(300, 200),
-        dirty_log: Estimate::default(),
+        dirty_log: us(0, 0),
         state: us(1000, 500),
         resume: us(300, 200),
         ..FixedCosts::default()
@@ -90,18 +90,17 @@ impl Offering {
         match (&mut self.step, event) {
             (_, Event::Message(Message::Ready(ready))) if !self.ready => {
                 let record = Duration::from_micros(ready.record_us);
-                context.costs.target_record = Estimate::new(record, record / 2);
+                context.costs.target_record.add(record);
                 self.ready = true;
                 self.decide_if_measured(now, context)
             }
             (Step::Measuring { recorded, .. }, Event::RecordWritten { took }) => {
-                context.costs.source_record = Estimate::new(took, took / 2);
+                context.costs.source_record.add(took);
                 *recorded = true;
                 self.decide_if_measured(now, context)
             }
             (Step::Measuring { asked_at, answered, .. }, Event::Message(Message::Pong(PING))) => {
-                let round_trip = now.since(*asked_at);
-                context.costs.round_trip = Estimate::new(round_trip, round_trip / 2);
+                context.costs.round_trip.add(now.since(*asked_at));
                 *answered = true;
                 self.decide_if_measured(now, context)
             }

@@ -56,6 +56,8 @@ struct Context {
     rounds: Vec<RoundReport>,
     link: LinkEstimate,
     costs: FixedCosts,
+    /// What both sides can do.
+    features: Features,
     fence: u32,
     /// Whether the dirty log may be on.
     logging: bool,
@@ -84,6 +86,11 @@ impl Context {
             migration: given.then_some(self.config.migration),
             arrived_by: self.config.arrived_by,
         }
+    }
+
+    /// Whether both sides take digests of memory and compare them.
+    const fn verifies(&self) -> bool {
+        !self.features.contains(Features::UNVERIFIED)
     }
 
     fn next_fence(&mut self) -> u32 {
@@ -136,6 +143,7 @@ impl Source {
             rounds: Vec::new(),
             link: LinkEstimate::default(),
             costs: FixedCosts::default(),
+            features: Features::NONE,
             fence: 0,
             logging: false,
         };
@@ -224,9 +232,10 @@ fn interruption(event: &Event) -> Option<Failure> {
     match event {
         Event::Cancel => Some(Failure::Cancelled),
         Event::Disconnected(reason) | Event::StreamFailed(reason) => Some(Failure::Link(reason.clone())),
-        Event::VmFailed(reason) | Event::ResumeFailed(reason) | Event::RecordFailed(reason) => {
-            Some(Failure::Local(reason.clone()))
-        }
+        Event::VmFailed(reason)
+        | Event::ResumeFailed(reason)
+        | Event::RecordFailed(reason)
+        | Event::RehearsalFailed(reason) => Some(Failure::Local(reason.clone())),
         Event::Message(Message::Abort(abort)) => Some(Failure::Refused(abort.clone())),
         Event::Connected
         | Event::Message(_)
@@ -237,6 +246,7 @@ fn interruption(event: &Event) -> Option<Failure> {
         | Event::Paused
         | Event::StateSaved { .. }
         | Event::RecordWritten { .. }
+        | Event::RecordRehearsed { .. }
         | Event::VmResumed
         | Event::Timeout => None,
     }
@@ -254,11 +264,23 @@ fn out_of_turn(event: &Event, phase: &'static str) -> Result<(), Failure> {
     }
 }
 
-/// What the two sides can do, as this source wants it.
+/// What this source offers.
+fn features_offered(config: &Config) -> Features {
+    let ours = Features::ours_on(config.memory == MemoryPath::HandedOver);
+    if config.verify { ours.without(Features::UNVERIFIED) } else { ours }
+}
+
+/// What the two sides must both be able to do, as this source wants it.
 fn features_wanted(config: &Config) -> Features {
     match (config.memory, config.compression) {
-        (MemoryPath::HandedOver, Compression::None | Compression::Lz4) => Features::HAND_OVER,
+        // No page is packed, or even sent.
+        (
+            MemoryPath::HandedOver,
+            Compression::None | Compression::Lz4 | Compression::Zstd(_) | Compression::Auto,
+        ) => Features::HAND_OVER,
         (MemoryPath::Streams, Compression::None) => Features::NONE,
-        (MemoryPath::Streams, Compression::Lz4) => Features::LZ4,
+        (MemoryPath::Streams, Compression::Lz4) => Features::DELTA.and(Features::LZ4),
+        (MemoryPath::Streams, Compression::Zstd(_)) => Features::DELTA.and(Features::ZSTD),
+        (MemoryPath::Streams, Compression::Auto) => Features::DELTA.and(Features::LZ4).and(Features::ZSTD),
     }
 }

@@ -7,8 +7,7 @@
 )]
 
 use crate::message::{Describe, Hello, Message};
-use crate::negotiation::{Features, common_version};
-use crate::policy::Estimate;
+use crate::negotiation::common_version;
 use crate::time::Timestamp;
 use crate::wire::{VERSION_NEWEST, VERSION_OLDEST};
 
@@ -16,7 +15,7 @@ use super::undo::undo;
 use super::{
     Action, Context, Event, Failure, MemoryPath, NEGOTIATION_TIMEOUT, Phase, Progress, local, precopy,
 };
-use super::{features_wanted, interruption, out_of_turn};
+use super::{features_offered, features_wanted, interruption, out_of_turn};
 use std::time::Duration;
 
 /// The control connection is being made.
@@ -54,7 +53,7 @@ pub(super) fn hello(context: &Context, resumes: bool) -> Message {
     Message::Hello(Hello {
         version_oldest: VERSION_OLDEST,
         version_newest: VERSION_NEWEST,
-        features: Features::ours_on(config.memory == MemoryPath::HandedOver),
+        features: features_offered(config),
         migration: config.migration,
         vm: config.vm,
         name: config.name.clone(),
@@ -99,6 +98,7 @@ impl Greeting {
                     };
                     return undo(Failure::Protocol(text.to_owned()), context);
                 }
+                context.features = welcome.features.both(features_offered(&context.config));
                 context.host.clone_from(&welcome.host);
                 context.report(Progress::Negotiated { version: welcome.version, host: welcome.host });
                 if context.config.memory == MemoryPath::HandedOver {
@@ -124,9 +124,8 @@ impl Describing {
         }
         match event {
             Event::Message(Message::Ready(ready)) => {
-                let record = Duration::from_micros(ready.record_us);
-                context.costs.target_record = Estimate::new(record, record / 2);
-                context.act(Action::OpenStreams);
+                context.costs.target_record.add(Duration::from_micros(ready.record_us));
+                context.act(Action::OpenStreams { verify: context.verifies() });
                 Phase::OpeningStreams(OpeningStreams { deadline: now + NEGOTIATION_TIMEOUT })
             }
             Event::Timeout => undo(too_slow("to build the machine"), context),

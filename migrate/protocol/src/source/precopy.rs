@@ -2,7 +2,7 @@
 //! downtime budget.
 //!
 //! ```text
-//!  Rehearsing --RecordWritten--> Starting
+//!  Rehearsing --RecordRehearsed--> Starting
 //!
 //!  Starting --DirtyLogStarted--> Reading --DirtyLogRead--> decide --> Sending --RoundSent, FenceReached--.
 //!                                   ^                        |                                          |
@@ -11,13 +11,16 @@
 //! ```
 //!
 //! The rehearsal writes the record that stands already once more: it measures what the commit's record will cost
-//! within the downtime, and finds a full disk while that costs nothing.
+//! within the downtime, and finds a full disk while that costs nothing. Round trip, dirty log and both sides' records
+//! are measured again in the rounds, the records at most once in each ([`is_rehearsal_due`]): one slow measurement
+//! must not stand in the way of stopping for ever.
 
 use std::time::Duration;
 
 use crate::bitmap::PageBitmap;
-use crate::message::{FenceReached, Message};
-use crate::policy::{Decision, Estimate, Forecast, decide};
+use crate::message::{FenceReached, Message, Rehearse, Rehearsed};
+use crate::negotiation::Features;
+use crate::policy::{Decision, Forecast, decide, is_rehearsal_due};
 use crate::record::Standing;
 use crate::time::Timestamp;
 
@@ -30,6 +33,10 @@ use super::{interruption, stop};
 /// a second would only burn CPU.
 const ROUND_INTERVAL_MIN: Duration = Duration::from_millis(10);
 
+/// What that time grows to, by a quarter a round, while the fixed costs alone don't fit the budget: then no round can
+/// help, only better measurements of them.
+const ROUND_INTERVAL_MAX: Duration = Duration::from_millis(100);
+
 #[derive(Debug)]
 pub(super) struct PreCopy {
     step: Step,
@@ -39,6 +46,12 @@ pub(super) struct PreCopy {
     best_forecast: Option<Duration>,
     /// The token and time of the last `Ping`, until it is answered.
     ping: Option<(u64, Timestamp)>,
+    /// Whether this host's record is being written once more.
+    rehearsing: bool,
+    /// Whether the target's is.
+    target_rehearsing: bool,
+    /// The shortest time between two rounds now.
+    interval: Duration,
 }
 
 #[derive(Debug)]
@@ -70,14 +83,17 @@ struct Arrived {
 }
 
 pub(super) fn begin(context: &mut Context, now: Timestamp) -> Phase {
-    rehearse(context);
-    Phase::PreCopy(PreCopy { step: Step::Rehearsing, log_read_at: now, best_forecast: None, ping: None })
-}
-
-/// Writes the record that stands already once more.
-fn rehearse(context: &mut Context) {
-    let record = context.record(context.config.epoch, Standing::Running);
-    context.act(Action::WriteRecord(record));
+    let mut phase = PreCopy {
+        step: Step::Rehearsing,
+        log_read_at: now,
+        best_forecast: None,
+        ping: None,
+        rehearsing: false,
+        target_rehearsing: false,
+        interval: ROUND_INTERVAL_MIN,
+    };
+    phase.rehearse(context);
+    Phase::PreCopy(phase)
 }
 
 impl PreCopy {
@@ -98,17 +114,12 @@ impl PreCopy {
         if now >= context.deadline() && context.config.on_timeout == OnTimeout::Cancel {
             return undo(self.not_converged(context), context);
         }
+        self.measure(now, &event, context);
         match (std::mem::replace(&mut self.step, Step::Starting), event) {
-            (Step::Rehearsing, Event::RecordWritten { took }) => {
-                context.costs.source_record = Estimate::new(took, took / 2);
+            (Step::Rehearsing, Event::RecordRehearsed { .. }) => {
                 context.act(Action::StartDirtyLog);
                 context.logging = true;
                 self.step = Step::Starting;
-                Phase::PreCopy(self)
-            }
-            (step, Event::RecordWritten { took }) => {
-                context.costs.source_record = Estimate::new(took, took / 2);
-                self.step = step;
                 Phase::PreCopy(self)
             }
             (Step::Starting, Event::DirtyLogStarted) => {
@@ -122,16 +133,10 @@ impl PreCopy {
                 let pages = PageBitmap::full(context.layout.page_count());
                 self.send_round(pages, now, context)
             }
-            (Step::Reading { last: Some(last) }, Event::DirtyLogRead { pages, took }) => {
-                context.costs.dirty_log = Estimate::new(took, took / 2);
+            (Step::Reading { last: Some(last) }, Event::DirtyLogRead { pages, .. }) => {
                 self.after_round(last, pages, now, context)
             }
             (Step::Resting { last, .. }, Event::Timeout) => {
-                let fixed = Forecast::new(0, &context.link, &context.costs);
-                if decide(&fixed, context.config.downtime_budget) == Decision::Round {
-                    // Not even nothing to send would fit: perhaps because the disk was busy at the rehearsal.
-                    rehearse(context);
-                }
                 context.act(Action::ReadDirtyLog);
                 self.step = Step::Reading { last: Some(last) };
                 Phase::PreCopy(self)
@@ -150,19 +155,65 @@ impl PreCopy {
                 self.step = Step::Sending { started, dirty_pages, fence, sent, fence_reached: true };
                 self.round_complete(now, context)
             }
-            (step, Event::Message(Message::Pong(token))) => {
+            // They have been measured.
+            (step, Event::Message(Message::Pong(_) | Message::Rehearsed(_))) => {
                 self.step = step;
-                // A late answer to an earlier round's says nothing of this round trip.
-                if let Some((_, sent_at)) = self.ping.take_if(|(asked, _)| *asked == token) {
-                    let round_trip = now.since(sent_at);
-                    context.costs.round_trip = Estimate::new(round_trip, round_trip / 2);
-                }
                 Phase::PreCopy(self)
             }
             (step, other) => {
                 self.step = step;
                 stay_or_undo(&other, "pre-copy", Phase::PreCopy(self), context)
             }
+        }
+    }
+
+    /// Takes in whatever the event says of the costs of a standstill.
+    fn measure(&mut self, now: Timestamp, event: &Event, context: &mut Context) {
+        match event {
+            Event::RecordRehearsed { took } if std::mem::take(&mut self.rehearsing) => {
+                context.costs.source_record.add(*took);
+            }
+            Event::Message(Message::Rehearsed(Rehearsed { record_us }))
+                if std::mem::take(&mut self.target_rehearsing) =>
+            {
+                context.costs.target_record.add(Duration::from_micros(*record_us));
+            }
+            Event::Message(Message::Pong(token)) => {
+                // A late answer to an earlier round's says nothing of this round trip.
+                if let Some((_, sent_at)) = self.ping.take_if(|(asked, _)| asked == token) {
+                    context.costs.round_trip.add(now.since(sent_at));
+                }
+            }
+            // The first log of all names everything; reading it is no measure for the last one.
+            Event::DirtyLogRead { took, .. } if matches!(self.step, Step::Reading { last: Some(_) }) => {
+                context.costs.dirty_log.add(*took);
+            }
+            _ => {}
+        }
+    }
+
+    /// Writes the record that stands already once more.
+    fn rehearse(&mut self, context: &mut Context) {
+        self.rehearsing = true;
+        context.act(Action::RehearseRecord(context.record(context.config.epoch, Standing::Running)));
+    }
+
+    /// Has the records measured anew behind a round of `pages`, where that is due.
+    fn rehearse_in_round(&mut self, pages: u64, context: &mut Context) {
+        let round = context.link.time_for(pages).expected;
+        let fixed = Forecast::new(0, &context.link, &context.costs);
+        let blocked = decide(&fixed, context.config.downtime_budget) == Decision::Round;
+        self.interval =
+            if blocked { (self.interval * 5 / 4).min(ROUND_INTERVAL_MAX) } else { ROUND_INTERVAL_MIN };
+        if !self.rehearsing && is_rehearsal_due(&context.costs.source_record, round, blocked) {
+            self.rehearse(context);
+        }
+        if context.features.contains(Features::REHEARSAL)
+            && !self.target_rehearsing
+            && is_rehearsal_due(&context.costs.target_record, round, blocked)
+        {
+            self.target_rehearsing = true;
+            context.send(Message::Rehearse(Rehearse));
         }
     }
 
@@ -173,6 +224,7 @@ impl PreCopy {
         let token = u64::from(fence);
         context.send(Message::Ping(token));
         self.ping = Some((token, now));
+        self.rehearse_in_round(dirty_pages, context);
         context.act(Action::SendPages { pages, fence, paused: false });
         self.step = Step::Sending { started: now, dirty_pages, fence, sent: None, fence_reached: false };
         Phase::PreCopy(self)
@@ -185,9 +237,13 @@ impl PreCopy {
             return Phase::PreCopy(self);
         };
         let took = now.since(started);
-        context.link.add_round(sent.raw_pages + sent.packed_pages, sent.wire_bytes, took);
+        context.link.add_round(
+            sent.pages() - sent.zero_pages,
+            sent.wire_bytes,
+            took.saturating_sub(sent.link_idle),
+        );
         let last = Arrived { dirty_pages, sent, took };
-        let until = started + ROUND_INTERVAL_MIN;
+        let until = started + self.interval;
         self.step = if until > now && context.fence > 1 {
             Step::Resting { until, last }
         } else {
@@ -224,7 +280,12 @@ impl PreCopy {
         self.best_forecast = Some(best);
         // With `OnTimeout::Cancel` the deadline has been dealt with before.
         let forced = now >= context.deadline();
-        match decide(&forecast, context.config.downtime_budget) {
+        let decision = match decide(&forecast, context.config.downtime_budget) {
+            // Restoring there would wait for the disk, which is then a slow one.
+            Decision::Stop if self.target_rehearsing => Decision::Round,
+            decision => decision,
+        };
+        match decision {
             Decision::Round if !forced => self.send_round(pages, now, context),
             Decision::Round | Decision::Stop => stop::begin(pages, forecast, forced, now, context),
         }

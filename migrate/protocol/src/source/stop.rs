@@ -168,7 +168,7 @@ impl Stopping {
             (step, other) => {
                 self.step = step;
                 // Answers to what pre-copy asked may still be under way.
-                if matches!(other, Event::Message(Message::Pong(_) | Message::FenceReached(_))) {
+                if matches!(&other, Event::Message(message) if message.is_late_measurement()) {
                     return Phase::Stopping(self);
                 }
                 stay_or_undo(&other, "stop-and-copy", Phase::Stopping(self), context)
@@ -232,6 +232,7 @@ impl Preparing {
         match event {
             Event::Message(Message::Prepared(prepared)) => {
                 self.standstill.downtime.prepare = self.standstill.lap(now);
+                self.standstill.downtime.within_wait = Duration::from_micros(prepared.wait_us);
                 self.standstill.downtime.within_restore = Duration::from_micros(prepared.restore_us);
                 if let Err(failure) = self.check(&prepared, context) {
                     return undo(failure, context);
@@ -240,7 +241,7 @@ impl Preparing {
                 commit::begin(self.standstill, digests, context)
             }
             // The last fence is answered by `Prepared`; an earlier one may still be under way.
-            Event::Message(Message::FenceReached(_) | Message::Pong(_)) => Phase::Preparing(self),
+            Event::Message(message) if message.is_late_measurement() => Phase::Preparing(self),
             Event::Timeout => undo(too_long(now.since(self.standstill.began)), context),
             other => stay_or_undo(&other, "preparing", Phase::Preparing(self), context),
         }

@@ -70,6 +70,8 @@ impl Undoing {
             | Event::StateSaved { .. }
             | Event::RecordWritten { .. }
             | Event::RecordFailed(_)
+            | Event::RecordRehearsed { .. }
+            | Event::RehearsalFailed(_)
             | Event::VmFailed(_)
             | Event::Cancel
             | Event::Timeout => Phase::Undoing(self),

@@ -91,7 +91,7 @@ impl Recording {
                 self.guest.standing = self.guest.standing.recorded().expect("it was being recorded");
                 context.act(Action::RunVm { runs: self.runs });
                 let Self { guest, network, digest, .. } = self;
-                Phase::Starting(Starting { guest, network, digest, record: took })
+                Phase::Starting(Starting { guest, network, digest, record: took, failed: None })
             }
             Event::RecordFailed(reason) => {
                 self.guest.standing = self.guest.standing.failed().expect("it was being recorded");
@@ -112,28 +112,69 @@ pub(super) struct Starting {
     network: NetworkIdentity,
     digest: MemoryDigest,
     record: Duration,
+    /// Why the guest could not be started, while it is recorded that it never runs here.
+    failed: Option<String>,
 }
 
 impl Starting {
-    pub(super) fn on(self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        if let Some(reason) = self.failed.take() {
+            return self.on_not_started(reason, now, event, context);
+        }
         match event {
             Event::VmRunning { took } => {
                 context.act(Action::Announce(self.network.clone()));
                 context.act(Action::Report(Progress::Running));
                 self.tell(took, now, context)
             }
-            // The guest is this host's by both records, so it can't go back. Its machine is kept, stopped, for
-            // the operator, and the source is told the truth: the guest is here.
-            Event::RunFailed(reason) => {
+            // What has run here can't go back. The machine is kept for the operator, and the source is told the truth:
+            // the guest is here.
+            Event::RunBroke(reason) => {
                 context.act(Action::Report(Progress::CannotRun { reason }));
                 self.tell(Duration::ZERO, now, context)
+            }
+            // No instruction of it has run and the source still has all of it, so it can go back; but only once it is
+            // durable that it never runs here.
+            Event::RunFailed(reason) => {
+                context.act(Action::WriteRecord(self.guest.record(Standing::Discarded)));
+                self.failed = Some(reason);
+                Phase::Starting(self)
             }
             _ => Phase::Starting(self),
         }
     }
 
+    fn on_not_started(
+        mut self,
+        reason: String,
+        now: Timestamp,
+        event: Event,
+        context: &mut Context,
+    ) -> Phase {
+        match event {
+            Event::RecordWritten { .. } => {
+                let standing = self.guest.standing.not_started().expect("it was to run");
+                context.act(Action::DiscardMachine);
+                context.send(Message::Discarded(AtEpoch { epoch: standing.epoch() }));
+                let reason = format!("the target could not start the guest: {reason}");
+                context.act(Action::Finish(Outcome::Discarded { reason }));
+                Phase::Finished
+            }
+            // The guest is still this host's by both records, so it can't go back. Its machine is kept, stopped, for
+            // the operator, and the source is told the truth: the guest is here.
+            Event::RecordFailed(_) => {
+                context.act(Action::Report(Progress::CannotRun { reason }));
+                self.tell(Duration::ZERO, now, context)
+            }
+            _ => {
+                self.failed = Some(reason);
+                Phase::Starting(self)
+            }
+        }
+    }
+
     fn tell(self, took: Duration, now: Timestamp, context: &mut Context) -> Phase {
-        let Self { guest, network: _, digest, record } = self;
+        let Self { guest, network: _, digest, record, failed: _ } = self;
         let said =
             RunningMessage { epoch: guest.standing.epoch(), record_us: micros(record), run_us: micros(took) };
         context.send(Message::Running(said.clone()));

@@ -97,13 +97,22 @@ pub enum Event {
     },
     /// It could not be written.
     RecordFailed(String),
+    /// The record that stands already is written once more.
+    RecordRehearsed {
+        /// How long that took.
+        took: Duration,
+    },
+    /// It could not be written once more.
+    RehearsalFailed(String),
     /// The guest runs.
     VmRunning {
         /// How long starting it took.
         took: Duration,
     },
-    /// The guest could not be started.
+    /// The guest could not be started: no instruction of it has run, and none may from now on.
     RunFailed(String),
+    /// Starting it broke off, and some of it may have run.
+    RunBroke(String),
     /// The operator wants the target to give up.
     Cancel,
     /// [`Target::poll_timeout`]'s time has come.
@@ -117,6 +126,8 @@ pub enum Action {
     Send(Message),
     /// Write the record durably.
     WriteRecord(Record),
+    /// Write durably once more the record that stands already, to measure what that costs.
+    RehearseRecord(Record),
     /// Build an empty machine and get ready to take its streams.
     BuildMachine {
         /// The machine in the machine monitor's own format.
@@ -125,6 +136,8 @@ pub enum Action {
         layout: MemoryLayout,
         /// How many streams to expect.
         streams: u16,
+        /// Whether they take digests of what arrives.
+        verify: bool,
     },
     /// Build a machine on the memory whose descriptor came with the message before. It is the guest's, who runs on it:
     /// nothing may be written to it before [`Action::RunVm`].
@@ -169,7 +182,7 @@ pub enum Progress {
     Prepared,
     /// The guest runs here, or is paused here as its operator had left it.
     Running,
-    /// The guest is this host's, but could not be started; its machine is kept.
+    /// The guest is this host's, but could be neither started nor given back; its machine is kept.
     CannotRun {
         /// Why.
         reason: String,
@@ -194,7 +207,7 @@ pub enum Outcome {
         name: VmName,
         /// The epoch in which it runs.
         epoch: Epoch,
-        /// The digest on which both sides agreed; that of no page if memory was handed over.
+        /// The digest on which both sides agreed; zero if they agreed not to take any, or memory was handed over.
         digest: MemoryDigest,
     },
     /// It does not, and this host is as empty as before.

@@ -14,7 +14,7 @@ use crate::ident::StreamIndex;
 use crate::layout::{MemoryLayout, Region};
 use crate::message::{
     AbortCode, Describe, FenceReached, HandOver, Hello, Message, NetworkIdentity, Prepare, Prepared, Ready,
-    Running, State, Welcome,
+    Rehearse, Rehearsed, Running, State, Welcome,
 };
 use crate::negotiation::{Features, common_version};
 use crate::record::{Record, Standing};
@@ -94,10 +94,11 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
         features: Features::ours_on(context.config.carries_descriptors).both(hello.features),
         host: context.config.host.clone(),
     }));
+    let verify = !hello.features.contains(Features::UNVERIFIED);
     let standing = TargetStanding::Receiving(hello.epoch.next());
     let guest = Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
     let deadline = now + super::GREETING_TIMEOUT;
-    Phase::Building(Building { guest, step: BuildStep::AwaitingDescription, deadline })
+    Phase::Building(Building { guest, step: BuildStep::AwaitingDescription, deadline, verify })
 }
 
 /// A source that may have committed comes back, but this process has nothing of its migration any more: it was
@@ -126,6 +127,8 @@ pub(super) struct Building {
     pub(super) guest: Guest,
     step: BuildStep,
     deadline: Timestamp,
+    /// Whether digests of memory are taken and compared.
+    verify: bool,
 }
 
 #[derive(Debug)]
@@ -169,7 +172,9 @@ impl Building {
             }
             (BuildStep::Recording { description, layout, memory }, Event::RecordWritten { took }) => {
                 context.act(match memory {
-                    Memory::Streams(streams) => Action::BuildMachine { description, layout, streams },
+                    Memory::Streams(streams) => {
+                        Action::BuildMachine { description, layout, streams, verify: self.verify }
+                    }
                     Memory::HandedOver => Action::AdoptMemory { description, layout },
                 });
                 self.step = BuildStep::Building { memory, record: took };
@@ -254,9 +259,10 @@ fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
             Some((Some(*code), sentence.clone()))
         }
         Event::RestoreFailed(reason) => Some((Some(AbortCode::CannotRestore), reason.clone())),
-        Event::RecordFailed(reason) | Event::RunFailed(reason) => {
-            Some((Some(AbortCode::Internal), reason.clone()))
-        }
+        Event::RecordFailed(reason)
+        | Event::RehearsalFailed(reason)
+        | Event::RunFailed(reason)
+        | Event::RunBroke(reason) => Some((Some(AbortCode::Internal), reason.clone())),
         Event::Cancel => Some((Some(AbortCode::Cancelled), "the target was told to give up".to_owned())),
         Event::Message(_)
         | Event::Reconnected
@@ -264,6 +270,7 @@ fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
         | Event::FenceReached { .. }
         | Event::StateRestored { .. }
         | Event::RecordWritten { .. }
+        | Event::RecordRehearsed { .. }
         | Event::VmRunning { .. }
         | Event::Timeout => None,
     }
@@ -279,6 +286,8 @@ pub(super) struct Receiving {
     /// The last fence that all streams have reached, and the digest of all pages by then.
     complete: (u32, MemoryDigest),
     state: Option<StateStep>,
+    /// Whether the record is being written once more.
+    rehearsing: bool,
     prepare: Option<(Prepare, Timestamp)>,
     pages_complete_at: Option<Timestamp>,
 }
@@ -302,6 +311,7 @@ impl Receiving {
             fences: BTreeMap::new(),
             complete: (0, MemoryDigest::ZERO),
             state: None,
+            rehearsing: false,
             prepare: None,
             pages_complete_at: None,
         }
@@ -319,6 +329,15 @@ impl Receiving {
             }
             (Event::Message(Message::Stopping(_)), _) => context.act(Action::DropStaleFrames),
             (Event::Message(Message::Ping(token)), _) => context.send(Message::Pong(token)),
+            (Event::Message(Message::Rehearse(Rehearse)), None) if !self.rehearsing => {
+                self.rehearsing = true;
+                let standing = Standing::Receiving { source: context.config.source.clone() };
+                context.act(Action::RehearseRecord(self.guest.record(standing)));
+            }
+            (Event::RecordRehearsed { took }, _) if self.rehearsing => {
+                self.rehearsing = false;
+                context.send(Message::Rehearsed(Rehearsed { record_us: micros(took) }));
+            }
             (Event::Message(Message::State(state)), None) => self.state = Some(StateStep::Arrived(state)),
             (Event::StateRestored { took }, Some(StateStep::Restoring { .. })) => {
                 return self.prepared(took, context);
@@ -374,7 +393,8 @@ impl Receiving {
         let (Some((prepare, _)), Some(StateStep::Arrived(_))) = (&self.prepare, &self.state) else {
             return Phase::Receiving(self);
         };
-        if self.complete.0 < prepare.fence {
+        // A rehearsal that is still under way writes `Receiving`: what comes after the restoring must find it done.
+        if self.complete.0 < prepare.fence || self.rehearsing {
             return Phase::Receiving(self);
         }
         let (theirs, own) = (prepare.digest, self.complete.1);

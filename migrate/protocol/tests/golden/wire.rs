@@ -2,11 +2,10 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ferry_protocol::digest::DigestTable;
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, JOIN_BYTES, Join};
 use ferry_protocol::message::{
     Abort, AbortCode, AtEpoch, Describe, FenceReached, HandOver, Hello, MessageType, NetworkIdentity,
-    Prepare, Prepared, Ready, Running, State, Welcome,
+    Prepare, Prepared, Ready, Rehearse, Rehearsed, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -20,9 +19,7 @@ use crate::files::{check, check_bytes, check_complete};
 
 /// The digest of one page of zeroes at page 7: a fixed number that is not zero.
 fn digest() -> MemoryDigest {
-    let mut table = DigestTable::new(1);
-    table.set(0, PageDigest::of(7, &[0; PAGE_BYTES]));
-    table.sum()
+    PageDigest::of(7, &[0; PAGE_BYTES]).alone()
 }
 
 fn messages() -> Vec<Message> {
@@ -69,6 +66,8 @@ fn messages() -> Vec<Message> {
             description: vec![1, 2, 3],
             regions: vec![Region { gpa: 0, bytes: 0x8000_0000 }],
         }),
+        Message::Rehearse(Rehearse),
+        Message::Rehearsed(Rehearsed { record_us: 6 }),
     ]
 }
 
@@ -111,6 +110,8 @@ fn frames_have_the_bytes_that_they_always_had() {
         ("2-zero", Frame::Zero { chunk, mask: mask(64..128) }),
         ("3-lz4", Frame::Lz4 { chunk, mask: mask(0..64), body_bytes: 100_000 }),
         ("4-fence", Frame::Fence(17)),
+        ("5-zstd", Frame::Zstd { chunk, mask: mask(0..128), body_bytes: 100_000 }),
+        ("6-delta", Frame::Delta { chunk, mask: mask([1, 300]), body_bytes: 8 + 3 * 128 }),
     ] {
         files.push(format!("{name}.hex"));
         let golden = check_bytes(&format!("frame/{name}"), &format!("{frame:?}"), &frame.encode());
@@ -171,6 +172,10 @@ fn numbers_on_the_wire_are_what_they_always_were() {
             line(&format!("abort {code:?}"), number.into());
         }
     }
+    line("feature lz4", Features::LZ4.bits());
+    line("feature rehearsal", Features::REHEARSAL.bits());
+    line("feature unverified", Features::UNVERIFIED.bits());
+    line("feature hand over", Features::HAND_OVER.bits());
     let of = |bytes: usize| u64::try_from(bytes).unwrap();
     line("protocol version newest", wire::VERSION_NEWEST.into());
     line("protocol version oldest", wire::VERSION_OLDEST.into());
@@ -184,7 +189,7 @@ fn numbers_on_the_wire_are_what_they_always_were() {
     line("join bytes", of(JOIN_BYTES));
     line("page bytes", of(PAGE_BYTES));
     line("pages a chunk", ferry_protocol::CHUNK_PAGES);
-    line("pages a lz4 frame max", frame::LZ4_PAGES_MAX);
+    line("pages a packed or delta frame max", frame::GROUP_PAGES_MAX);
     line("streams max", ident::STREAMS_MAX.into());
     line("regions max", of(layout::REGIONS_MAX));
     line("memory bytes max", layout::MEMORY_BYTES_MAX);
@@ -205,9 +210,8 @@ fn page_digests_are_what_they_always_were() {
     for (page, what, bytes) in
         [(0, "zero", [0; PAGE_BYTES]), (7, "zero", [0; PAGE_BYTES]), (7, "counted", counted)]
     {
-        let mut table = DigestTable::new(1);
-        table.set(0, PageDigest::of(page, &bytes));
-        text.push_str(&format!("{page} {what} {}\n", table.sum()));
+        let digest = PageDigest::of(page, &bytes).alone();
+        text.push_str(&format!("{page} {what} {}\n", digest));
     }
     check("page-digests.txt", &text);
 }

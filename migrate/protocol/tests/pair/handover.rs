@@ -8,7 +8,8 @@ use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::source::{self, Outcome};
 use ferry_protocol::{Epoch, MigrationId, VmId, target};
 
-use crate::world::{DiskFault, Pair, config};
+use crate::disk::DiskFault;
+use crate::world::{Pair, config};
 
 fn moved(pair: &Pair) -> bool {
     let moved = matches!(pair.source_outcome, Some(Outcome::Moved(_)));
@@ -227,20 +228,78 @@ fn a_prepared_target_does_not_discard_before_its_time() {
 #[test]
 fn a_source_that_can_not_record_its_release_has_released_all_the_same() {
     let mut pair = Pair::new(config());
-    // The rehearsal and the commit.
-    pair.source_disk.faults.extend([DiskFault::None, DiskFault::None, DiskFault::Lost]);
+    // The commit is recorded.
+    pair.source_disk.faults.extend([DiskFault::None, DiskFault::Lost]);
     pair.run_to_end();
     assert!(matches!(pair.source_outcome, Some(Outcome::Moved(_))));
     assert!(pair.target_guest.runs && !pair.source_guest.exists);
     assert_eq!(pair.source_disk.standing(), Some(("committed", 2)));
 }
 
-#[test]
-fn a_guest_that_can_not_be_started_stays_the_targets() {
-    let mut pair = Pair::new(config());
+fn fail_to_start(pair: &mut Pair) {
     pair.run_to_target_phase("starting");
     pair.target_guest.runs = false;
     pair.tell_target(target::Event::RunFailed("KVM said no".to_owned()));
+}
+
+#[test]
+fn a_guest_that_can_not_be_started_goes_back() {
+    let mut pair = Pair::new(config());
+    fail_to_start(&mut pair);
+    let said = pair.delivered.iter().any(|(_, message)| *message == MessageType::Discarded);
+    assert!(!said, "not before it is durable");
+    pair.run_to_end();
+    assert!(reclaimed(&pair), "{:?} {:?}", pair.source_outcome, pair.target_disk.standing());
+}
+
+#[test]
+fn a_guest_of_which_some_may_have_run_never_goes_back() {
+    let mut pair = Pair::new(config());
+    pair.run_to_target_phase("starting");
+    pair.target_guest.runs = false;
+    pair.tell_target(target::Event::RunBroke("a panic".to_owned()));
+    pair.run_to_end();
+    assert!(matches!(pair.source_outcome, Some(Outcome::Moved(_))));
+    assert!(pair.target_guest.exists && !pair.source_guest.exists);
+}
+
+#[test]
+fn a_target_that_drops_every_connection_is_asked_ever_more_rarely() {
+    let mut pair = Pair::new(config());
+    pair.run_to_target_phase("starting");
+    pair.cut_all(Duration::ZERO);
+    pair.run_to_source_phase("committed");
+    for _ in 0..10 {
+        pair.tell_source(source::Event::Connected);
+        pair.tell_source(source::Event::Disconnected("closed".to_owned()));
+    }
+    let last = pair.connect_delays.iter().copied().rev().take(3).collect::<Vec<_>>();
+    assert_eq!(last, [Duration::from_secs(1); 3], "{:?}", pair.connect_delays);
+}
+
+#[test]
+fn a_cancellation_while_the_commit_is_recorded_keeps_the_guest_here() {
+    let mut pair = Pair::new(config());
+    pair.run_to_source_phase("recording the commit");
+    pair.tell_source(source::Event::Cancel);
+    pair.run_to_end();
+    let sent = pair.delivered.iter().any(|(_, message)| *message == MessageType::Commit);
+    assert!(!sent, "the target must never hear of it");
+    assert!(
+        matches!(&pair.source_outcome, Some(Outcome::Stayed { failure: source::Failure::Cancelled, epoch }) if epoch.number() == 3),
+        "{:?}",
+        pair.source_outcome
+    );
+    assert!(pair.source_guest.runs && !pair.target_guest.exists);
+    assert_eq!(pair.source_disk.standing(), Some(("running", 3)));
+}
+
+#[test]
+fn a_guest_that_can_not_be_started_nor_given_back_stays_the_targets() {
+    let mut pair = Pair::new(config());
+    // Receiving and running are recorded, discarding is not.
+    pair.target_disk.faults.extend([DiskFault::None, DiskFault::None, DiskFault::Lost]);
+    fail_to_start(&mut pair);
     pair.run_to_end();
     assert!(matches!(pair.source_outcome, Some(Outcome::Moved(_))));
     assert!(pair.target_guest.exists, "its machine is kept for the operator");

@@ -7,7 +7,8 @@ use ferry_protocol::message::{AbortCode, MessageType, Prepare};
 use ferry_protocol::source::{self, Failure, MemoryPath, OnTimeout, Outcome, Progress};
 use ferry_protocol::{Epoch, MemoryDigest, Message, target};
 
-use crate::world::{DiskFault, MS, Pair, config};
+use crate::disk::DiskFault;
+use crate::world::{MS, Pair, config};
 
 fn local() -> source::Config {
     source::Config { memory: MemoryPath::HandedOver, ..config() }
@@ -174,9 +175,8 @@ fn hand_over() -> Message {
 #[test]
 fn a_fence_or_a_digest_of_pages_that_never_come_is_refused() {
     let epoch = Epoch::FIRST.next();
-    let mut table = ferry_protocol::digest::DigestTable::new(1);
-    table.set(0, ferry_protocol::PageDigest::of(0, &[1; ferry_protocol::PAGE_BYTES]));
-    for (fence, digest) in [(1, MemoryDigest::ZERO), (0, table.sum())] {
+    let digest_of_a_page = ferry_protocol::PageDigest::of(0, &[1; ferry_protocol::PAGE_BYTES]).alone();
+    for (fence, digest) in [(1, MemoryDigest::ZERO), (0, digest_of_a_page)] {
         let mut pair = Pair::new(local());
         pair.run_to_target_phase("receiving");
         pair.tell_target(target::Event::Message(Message::Prepare(Prepare { epoch, fence, digest })));

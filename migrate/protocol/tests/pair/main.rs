@@ -1,7 +1,9 @@
 //! Source and target core against each other in virtual time: plain migrations and everything that may come
 //! between.
 
+mod disk;
 mod failures;
+mod forecast;
 mod handover;
 mod local;
 mod plain;

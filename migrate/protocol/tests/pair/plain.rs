@@ -2,7 +2,7 @@
 
 use ferry_protocol::message::MessageType;
 use ferry_protocol::source::{self, Progress};
-use ferry_protocol::{Message, target};
+use ferry_protocol::{MemoryDigest, Message, target};
 
 use crate::world::{MS, PAGES, Pair, config};
 
@@ -65,7 +65,13 @@ fn the_summary_counts_every_round_and_every_part_of_the_downtime() {
 fn the_messages_come_in_the_order_that_is_drawn_in_the_protocol() {
     let mut pair = Pair::new(config());
     pair.run_to_end();
-    let chatter = [MessageType::Ping, MessageType::Pong, MessageType::FenceReached];
+    let chatter = [
+        MessageType::Ping,
+        MessageType::Pong,
+        MessageType::FenceReached,
+        MessageType::Rehearse,
+        MessageType::Rehearsed,
+    ];
     let order: Vec<_> =
         pair.delivered.iter().map(|(_, message)| *message).filter(|m| !chatter.contains(m)).collect();
     use MessageType::{
@@ -86,4 +92,32 @@ fn a_late_pong_does_not_shorten_the_round_trip() {
     pair.run_to_end();
     // Half of the state's 2 ms and a round trip of twice 0.5 ms.
     assert_eq!(moved(&pair).forecast.prepare.expected, 2 * MS, "{:?}", moved(&pair).forecast);
+}
+
+#[test]
+fn a_migration_that_is_not_to_be_verified_takes_no_digest_on_either_side() {
+    let mut pair = Pair::new(source::Config { verify: false, ..config() });
+    // Without digests nobody sees it.
+    pair.memory_differs = true;
+    pair.run_to_end();
+    assert_eq!(pair.streams_verify, (false, false));
+    assert!(!moved(&pair).verified && pair.target_guest.runs);
+    assert_eq!((moved(&pair).digest, moved(&pair).target_digest), (MemoryDigest::ZERO, MemoryDigest::ZERO));
+}
+
+#[test]
+fn digests_are_taken_on_both_sides_unless_the_operator_says_otherwise() {
+    let mut pair = Pair::new(config());
+    pair.run_to_end();
+    assert_eq!(pair.streams_verify, (true, true));
+    assert!(moved(&pair).verified && moved(&pair).digest != MemoryDigest::ZERO);
+}
+
+#[test]
+fn a_target_that_always_verifies_is_not_talked_out_of_it() {
+    let mut pair = Pair::new(source::Config { verify: false, ..config() });
+    pair.target_always_verifies = true;
+    pair.run_to_end();
+    assert_eq!(pair.streams_verify, (true, true));
+    assert!(moved(&pair).verified);
 }

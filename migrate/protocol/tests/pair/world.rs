@@ -7,8 +7,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use ferry_protocol::digest::DigestTable;
 use ferry_protocol::message::{AbortCode, Hello, MessageType};
+use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::source::{self, Source};
 use ferry_protocol::target::{self, Target};
@@ -18,6 +18,8 @@ use ferry_protocol::{
     StreamIndex, Timestamp, VmId,
 };
 
+use crate::disk::Disk;
+
 pub(crate) const MS: Duration = Duration::from_millis(1);
 pub(crate) const PAGES: u64 = 4096;
 pub(crate) const STREAMS: u16 = 2;
@@ -25,7 +27,6 @@ pub(crate) const STREAMS: u16 = 2;
 /// How long a message takes to the other side.
 const LATENCY: Duration = Duration::from_micros(500);
 const VM_WORK: Duration = Duration::from_micros(300);
-const RECORD_WORK: Duration = MS;
 const PAGE_WORK: Duration = Duration::from_micros(10);
 
 /// More steps than this mean that the two go round in circles.
@@ -44,47 +45,6 @@ enum Due {
     LostAtTarget(u32),
     /// One side has closed the connection behind its last message.
     Closed(u32),
-}
-
-/// One host's disk.
-#[derive(Debug, Default)]
-pub(crate) struct Disk {
-    pub(crate) record: Option<Record>,
-    /// What becomes of the coming writes; without an entry they succeed.
-    pub(crate) faults: VecDeque<DiskFault>,
-}
-
-/// What becomes of a write.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum DiskFault {
-    None,
-    /// It fails and nothing is on the disk.
-    Lost,
-    /// It is reported as failed but is on the disk all the same.
-    Landed,
-}
-
-impl Disk {
-    /// `Ok` if the write is reported as durable.
-    fn write(&mut self, record: Record) -> Result<(), String> {
-        let bytes = record.encode();
-        let record = Record::decode(&bytes).expect("a record reads back");
-        match self.faults.pop_front().unwrap_or(DiskFault::None) {
-            DiskFault::None => {
-                self.record = Some(record);
-                Ok(())
-            }
-            DiskFault::Lost => Err("no space left".to_owned()),
-            DiskFault::Landed => {
-                self.record = Some(record);
-                Err("the folder could not be synced".to_owned())
-            }
-        }
-    }
-
-    pub(crate) fn standing(&self) -> Option<(&'static str, u64)> {
-        self.record.as_ref().map(|record| (record.standing.word(), record.epoch.number()))
-    }
 }
 
 /// A host's guest as far as this world knows it.
@@ -109,12 +69,16 @@ pub(crate) struct Pair {
     pub(crate) target_outcomes: Vec<target::Outcome>,
     pub(crate) source_progress: Vec<source::Progress>,
     pub(crate) target_progress: Vec<target::Progress>,
+    /// What each request to connect asked to wait for.
+    pub(crate) connect_delays: Vec<Duration>,
     /// Every message that was handed over, in order: true for those to the target.
     pub(crate) delivered: Vec<(bool, MessageType)>,
     /// Pages that each following dirty log names; the last one stays.
     pub(crate) dirty_pages: Vec<u64>,
     /// The target's memory differs from the source's.
     pub(crate) memory_differs: bool,
+    /// The target knows nothing of migrations without digests, as older ones.
+    pub(crate) target_always_verifies: bool,
     /// The target can't build its machine.
     pub(crate) build_refusal: Option<(AbortCode, &'static str)>,
     /// The connection can carry descriptors, as far as the target knows.
@@ -123,6 +87,10 @@ pub(crate) struct Pair {
     pub(crate) adopted: bool,
     /// The only VM that the target's operator wants.
     pub(crate) target_name: Option<String>,
+    /// How long the coming answers to `Ping` take besides, one after another.
+    pub(crate) slow_pongs: VecDeque<Duration>,
+    /// How many times longer a bandwidth cap makes every round but the last.
+    pub(crate) slowed_by_cap: u32,
     /// Nothing can connect before.
     outage_until: Option<Timestamp>,
     /// The first message of this type is not delivered, and the connection breaks instead.
@@ -132,6 +100,8 @@ pub(crate) struct Pair {
     queue: BTreeMap<(Timestamp, u64), Due>,
     sequence: u64,
     streams_open: bool,
+    /// Whether the streams take digests, at the source and at the target.
+    pub(crate) streams_verify: (bool, bool),
     /// A connection with another migration that waits for the target to be free.
     waiting: Option<Hello>,
 }
@@ -148,6 +118,7 @@ pub(crate) fn config() -> source::Config {
         memory: source::MemoryPath::Streams,
         streams: STREAMS,
         compression: ferry_protocol::page::Compression::None,
+        verify: true,
         downtime_budget: 50 * MS,
         timeout: Duration::from_secs(60),
         on_timeout: source::OnTimeout::Cancel,
@@ -162,9 +133,7 @@ pub(crate) fn layout() -> MemoryLayout {
 
 /// A digest that stands for memory contents number `number`, or for one stream's part of it.
 fn digest(number: u64) -> MemoryDigest {
-    let mut table = DigestTable::new(1);
-    table.set(0, PageDigest::of(number, &[0; PAGE_BYTES]));
-    table.sum()
+    PageDigest::of(number, &[0; PAGE_BYTES]).alone()
 }
 
 impl Pair {
@@ -176,7 +145,7 @@ impl Pair {
             now,
             source: Source::new(config, layout(), now),
             target: None,
-            source_disk: Disk { record: Some(record), faults: VecDeque::new() },
+            source_disk: Disk { record: Some(record), ..Disk::default() },
             target_disk: Disk::default(),
             source_guest: Guest { runs: true, exists: true, dirty_log: false },
             target_guest: Guest::default(),
@@ -184,13 +153,17 @@ impl Pair {
             target_outcomes: Vec::new(),
             source_progress: Vec::new(),
             target_progress: Vec::new(),
+            connect_delays: Vec::new(),
             delivered: Vec::new(),
             dirty_pages: vec![PAGES, 900, 100, 10],
             memory_differs: false,
+            target_always_verifies: false,
             build_refusal: None,
             target_carries_descriptors,
             adopted: false,
             target_name: None,
+            slow_pongs: VecDeque::new(),
+            slowed_by_cap: 1,
             outage_until: None,
             cut_at: None,
             connection: None,
@@ -198,6 +171,7 @@ impl Pair {
             queue: BTreeMap::new(),
             sequence: 0,
             streams_open: false,
+            streams_verify: (false, false),
             waiting: None,
         }
     }
@@ -346,12 +320,15 @@ impl Pair {
 
     /// Sorts a message as the engine's listener does.
     fn message_to_target(&mut self, message: Message) {
-        let Message::Hello(hello) = message else {
+        let Message::Hello(mut hello) = message else {
             if let Some(target) = &mut self.target {
                 target.handle(self.now, target::Event::Message(message));
             }
             return;
         };
+        if self.target_always_verifies {
+            hello.features = hello.features.without(Features::UNVERIFIED);
+        }
         match &mut self.target {
             None => self.begin_target(hello),
             Some(target) if target.resumed_by(&hello) => {
@@ -406,6 +383,7 @@ impl Pair {
         use source::{Action, Event};
         match action {
             Action::Connect { delay } => {
+                self.connect_delays.push(delay);
                 if let Some(number) = self.connection.take() {
                     self.after(LATENCY, Due::LostAtTarget(number));
                 }
@@ -416,7 +394,8 @@ impl Pair {
                 assert!(self.source_guest.exists, "what was released can't be handed over");
                 self.deliver_to_target(message);
             }
-            Action::OpenStreams => {
+            Action::OpenStreams { verify } => {
+                self.streams_verify = (verify, self.streams_verify.1);
                 self.streams_open = true;
                 self.after(LATENCY, Due::Source(Event::StreamsOpened));
             }
@@ -452,11 +431,20 @@ impl Pair {
             }
             Action::ReleaseVm => self.source_guest = Guest::default(),
             Action::WriteRecord(record) => {
+                let took = self.source_disk.next_took();
                 let event = match self.source_disk.write(record) {
-                    Ok(()) => Event::RecordWritten { took: RECORD_WORK },
+                    Ok(()) => Event::RecordWritten { took },
                     Err(reason) => Event::RecordFailed(reason),
                 };
-                self.after(RECORD_WORK, Due::Source(event));
+                self.after(took, Due::Source(event));
+            }
+            Action::RehearseRecord(record) => {
+                let took = self.source_disk.next_took();
+                let event = match self.source_disk.rehearse(record) {
+                    Ok(()) => Event::RecordRehearsed { took },
+                    Err(reason) => Event::RehearsalFailed(reason),
+                };
+                self.after(took, Due::Source(event));
             }
             Action::Report(progress) => self.source_progress.push(progress),
             Action::Finish(outcome) => {
@@ -479,19 +467,26 @@ impl Pair {
             return;
         }
         let count = pages.count();
-        let took = PAGE_WORK * u32::try_from(count).unwrap();
+        let by_link = PAGE_WORK * u32::try_from(count).unwrap();
+        let took = if paused { by_link } else { by_link * self.slowed_by_cap };
         let base = u64::from(fence) * u64::from(STREAMS);
         let parts: Vec<_> = (0..u64::from(STREAMS)).map(|stream| digest(base + stream)).collect();
+        let (here, there) = self.streams_verify;
         let sum = parts.iter().copied().fold(MemoryDigest::ZERO, MemoryDigest::combine);
         let sent = source::RoundSent {
             raw_pages: count,
             wire_bytes: count * 4096,
-            digest: sum,
+            link_idle: took - by_link,
+            digest: if here { sum } else { MemoryDigest::ZERO },
             ..source::RoundSent::default()
         };
         self.after(took, Due::Source(source::Event::RoundSent(sent)));
         for (index, part) in (0..STREAMS).zip(parts) {
-            let part = if self.memory_differs { digest(999) } else { part };
+            let part = match (there, self.memory_differs) {
+                (false, _) => MemoryDigest::ZERO,
+                (true, true) => digest(999),
+                (true, false) => part,
+            };
             let stream = StreamIndex::new(index, STREAMS).unwrap();
             let reached = target::Event::FenceReached { stream, fence, digest: part };
             self.after(took + LATENCY, Due::Target(reached));
@@ -503,13 +498,23 @@ impl Pair {
         match action {
             Action::Send(message) => self.deliver_to_source(message),
             Action::WriteRecord(record) => {
+                let took = self.target_disk.next_took();
                 let event = match self.target_disk.write(record) {
-                    Ok(()) => Event::RecordWritten { took: RECORD_WORK },
+                    Ok(()) => Event::RecordWritten { took },
                     Err(reason) => Event::RecordFailed(reason),
                 };
-                self.after(RECORD_WORK, Due::Target(event));
+                self.after(took, Due::Target(event));
             }
-            Action::BuildMachine { description, layout: built, streams } => {
+            Action::RehearseRecord(record) => {
+                let took = self.target_disk.next_took();
+                let event = match self.target_disk.rehearse(record) {
+                    Ok(()) => Event::RecordRehearsed { took },
+                    Err(reason) => Event::RehearsalFailed(reason),
+                };
+                self.after(took, Due::Target(event));
+            }
+            Action::BuildMachine { description, layout: built, streams, verify } => {
+                self.streams_verify = (self.streams_verify.0, verify);
                 assert_eq!((description, built, streams), (vec![1, 2, 3], layout(), STREAMS));
                 let event = match self.build_refusal {
                     None => Event::MachineBuilt,
@@ -584,6 +589,8 @@ impl Pair {
         decoder.push(&wire::encode(&message));
         let read = decoder.next_message().expect("our own bytes").expect("a whole message");
         assert_eq!(read, message);
-        self.after(LATENCY, due(number, read));
+        let is_pong = message.message_type() == MessageType::Pong;
+        let late = is_pong.then(|| self.slow_pongs.pop_front()).flatten().unwrap_or_default();
+        self.after(LATENCY + late, due(number, read));
     }
 }

@@ -13,7 +13,7 @@ use crate::scenario::{Scenario, file};
 /// Arguments of `suite`.
 #[derive(Debug, Args)]
 pub struct SuiteArgs {
-    /// A suite that comes along (standard, smoke), or a TOML file
+    /// A suite that comes along (standard, memory, smoke), or a TOML file
     suite: String,
     /// Run only scenarios whose name contains this; may be given several times
     #[arg(long = "only", value_name = "PART")]

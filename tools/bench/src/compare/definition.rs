@@ -11,6 +11,7 @@ pub(super) fn same(a: &Scenario, b: &Scenario, engine: &str) -> Result<(), Strin
         title: _,
         guest,
         memory_mib,
+        tcp_mib,
         cpus,
         link,
         client,
@@ -28,6 +29,7 @@ pub(super) fn same(a: &Scenario, b: &Scenario, engine: &str) -> Result<(), Strin
     let equal = [
         ("guest", *guest == b.guest),
         ("memory_mib", *memory_mib == b.memory_mib),
+        ("tcp_mib", *tcp_mib == b.tcp_mib),
         ("cpus", *cpus == b.cpus),
         ("link", *link == b.link),
         ("client", *client == b.client),

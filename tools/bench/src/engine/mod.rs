@@ -15,6 +15,8 @@ pub mod ferry;
 pub mod process;
 pub mod program;
 pub mod qemu;
+pub mod tcp;
+mod worker;
 
 use std::fmt::Debug;
 use std::io;
@@ -126,6 +128,9 @@ pub trait Pair: Send {
     /// Command lines and settings, for the record.
     fn flags(&self) -> Vec<String>;
 
+    /// Whether the source runs the scenario's guest. What has none is only a baseline.
+    fn has_guest(&self) -> bool;
+
     /// Whether a thread of that name runs a vCPU.
     fn is_vcpu(&self, thread: &str) -> bool;
 
@@ -195,5 +200,6 @@ pub fn find(config: &EngineConfig) -> Box<dyn Engine> {
         EngineKind::Ferry => Box::new(ferry::Ferry::find(config)),
         EngineKind::Qemu => Box::new(qemu::Qemu::find(config)),
         EngineKind::CloudHypervisor => Box::new(cloud_hypervisor::CloudHypervisor::find(config)),
+        EngineKind::Tcp => Box::new(tcp::Tcp::find(config)),
     }
 }

@@ -10,10 +10,14 @@ use std::time::Duration;
 
 use nix::time::clock_getcpuclockid;
 use nix::unistd::Pid;
-use procfs::process::Process;
+use procfs::process::{MMPermissions, MemoryMap, MemoryMaps, Process};
 
 use super::MeasureError;
 use crate::results::{ProcessCost, ProcessRole, ThreadCost};
+
+/// The least size of a mapping that can be a guest's memory: above stacks and heaps, below every guest and the part of
+/// one that lies above the hole for devices.
+const GUEST_MAPPING_BYTES_MIN: u64 = 32 << 20;
 
 /// What a process had used at a moment.
 #[derive(Debug, Clone, Default)]
@@ -89,6 +93,7 @@ pub fn between(
         cpu_engine_s: cpu.saturating_sub(vcpus).as_secs_f64(),
         threads,
         peak_memory_bytes: peak_memory_bytes(pid).unwrap_or_default(),
+        guest_memory_bytes: None,
     }
 }
 
@@ -123,6 +128,23 @@ fn peak_memory_bytes(pid: u32) -> Option<u64> {
     Some(status.vmhwm? * 1024)
 }
 
+/// How much guest memory `pid` has in use, bytes: what is there of its large writable mappings. A VMM has no others of
+/// that size; before a migration it has no buffers for one either. Reading it walks the page tables of the process, so
+/// it is not for the timed step.
+#[must_use]
+pub fn guest_memory_bytes(pid: u32) -> Option<u64> {
+    let maps = Process::new(i32::try_from(pid).ok()?).ok()?.smaps().ok()?;
+    Some(large_and_there(&maps))
+}
+
+fn large_and_there(maps: &MemoryMaps) -> u64 {
+    let is_large = |map: &&MemoryMap| {
+        map.address.1 - map.address.0 >= GUEST_MAPPING_BYTES_MIN
+            && map.perms.contains(MMPermissions::READ | MMPermissions::WRITE)
+    };
+    maps.iter().filter(is_large).filter_map(|map| map.extension.map.get("Rss")).sum()
+}
+
 impl CostSnapshot {
     /// Adds threads that have ended since `earlier`, with what they had used then.
     pub fn keep_ended(&mut self, earlier: &Self) {
@@ -151,7 +173,29 @@ impl CostSnapshot {
 
 #[cfg(test)]
 mod tests {
+    use procfs::FromRead;
+
     use super::*;
+
+    #[test]
+    fn only_what_is_there_of_large_writable_mappings_is_guest_memory() {
+        let mapping = |addresses: &str, permissions: &str, rss_kib: u32| {
+            format!("{addresses} {permissions} 00000000 00:00 0 \nSize: 1 kB\nRss: {rss_kib} kB\nPss: 1 kB\n")
+        };
+        let text = [
+            // The guest, in two parts around the hole for devices; only a part of it has been touched.
+            mapping("7f0000000000-7f0010000000", "rw-p", 100_000),
+            mapping("7f0020000000-7f0024000000", "rw-s", 2000),
+            // A heap, a reservation, a file.
+            mapping("7f0030000000-7f0031000000", "rw-p", 16_000),
+            mapping("7f0040000000-7f0044000000", "---p", 0),
+            mapping("7f0050000000-7f0054000000", "r--p", 60_000),
+        ];
+        let maps = MemoryMaps::from_read(text.concat().as_bytes()).unwrap();
+        assert_eq!(large_and_there(&maps), 102_000 << 10);
+        // This process has no guest, but can be asked.
+        assert!(guest_memory_bytes(std::process::id()).is_some());
+    }
 
     #[test]
     fn work_is_found_under_its_thread_and_after_its_end() {

@@ -8,8 +8,13 @@
 
 use ferry_vmm::{Backing, Machine, MachineConfig, MemoryConfig, SerialTarget};
 
+use procfs::{Current, Meminfo};
+
 /// Memory touched beside the guest's, for buffers.
 const EXTRA_MIB: u64 = 128;
+
+/// The most of the machine's available memory that is touched, in percent: the rest is others'.
+const AVAILABLE_PERCENT_MAX: u64 = 66;
 
 /// Memory that is there. Dropping it gives it back to the kernel.
 #[derive(Debug)]
@@ -21,11 +26,11 @@ impl WarmMemory {
     /// Touches a guest's worth of memory and holds it. Where that is not possible, the run is measured as it is.
     #[must_use]
     pub fn hold(memory_mib: u32) -> Self {
+        let wanted_mib = u64::from(memory_mib) + EXTRA_MIB;
+        let available = Meminfo::current().ok().and_then(|memory| memory.mem_available);
+        let most_mib = available.map_or(wanted_mib, |bytes| (bytes >> 20) * AVAILABLE_PERCENT_MAX / 100);
         let config = MachineConfig {
-            memory: MemoryConfig {
-                size_bytes: (u64::from(memory_mib) + EXTRA_MIB) << 20,
-                backing: Backing::PrivateAnonymous,
-            },
+            memory: MemoryConfig::new(wanted_mib.min(most_mib) << 20, Backing::PrivateAnonymous),
             cpus: 1,
             net: None,
             serial: SerialTarget::Null,

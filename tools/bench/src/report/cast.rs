@@ -1,6 +1,6 @@
 //! The engines as figures show them: each has one colour and one mark in all figures of a report.
 //!
-//! Engines of a kind share a family of colours (ferry cool, QEMU warm, Cloud Hypervisor green), so that kinds can be
+//! Engines of a kind share a family of colours (ferry cool, QEMU warm, Cloud Hypervisor green, bare TCP grey), so that kinds can be
 //! told apart at a glance and by the colour-blind, to whom blue and orange differ. Members of a family differ in
 //! lightness and in their mark. The colours themselves are in the page's style, for light and dark.
 
@@ -55,7 +55,7 @@ impl Cast {
     #[must_use]
     pub fn of(results: &Results) -> Self {
         let mut cast = Self::default();
-        for kind in [EngineKind::Ferry, EngineKind::Qemu, EngineKind::CloudHypervisor] {
+        for kind in [EngineKind::Ferry, EngineKind::Qemu, EngineKind::CloudHypervisor, EngineKind::Tcp] {
             let mut members: Vec<&str> = results
                 .engines
                 .iter()
@@ -97,5 +97,6 @@ fn family(kind: EngineKind) -> char {
         EngineKind::Ferry => 'f',
         EngineKind::Qemu => 'q',
         EngineKind::CloudHypervisor => 'c',
+        EngineKind::Tcp => 't',
     }
 }

@@ -72,8 +72,13 @@ pub const COLUMNS: &[Column] = &[
     column("sweep_value", "Where on its axis.", |row| text(row.scenario.scenario.sweep.as_ref()?.value)),
     column("engine", "The engine's name.", |row| Some(row.run.engine.clone())),
     column("strategy", "`pre-copy`, `auto-converge` or `post-copy`.", strategy),
-    column("streams", "Connections that carry pages.", |row| text(setting(row)?.streams)),
+    column("streams", "Connections that carry pages, or `auto`.", |row| text(setting(row)?.streams)),
     column("compression", "`none`, `auto`, `lz4`, `zstd` or `xbzrle`.", compression),
+    column("verify", "Whether the engine was to check all of memory.", |row| text(setting(row)?.verify)),
+    column("memory", "What holds guest memory: `private`, `shared` or `hugepages`.", |row| {
+        Some(setting(row)?.memory.name().to_owned())
+    }),
+    column("local", "Whether memory was to be handed over within one host.", |row| text(setting(row)?.local)),
     column("repetition", "From 0.", |row| text(row.run.repetition)),
     column("at_s", "When the run began, s since the suite did.", |row| text(row.run.at_s)),
     column("outcome", "`moved`, `not-converged`, `unsupported` or `failed`.", |row| {
@@ -131,6 +136,12 @@ pub const COLUMNS: &[Column] = &[
     }),
     column("peak_memory_target_bytes", "The target's, bytes.", |row| {
         text(side(row, ProcessRole::Target)?.peak_memory_bytes)
+    }),
+    column("memory_overhead_source_bytes", "The source's less the guest's, bytes.", |row| {
+        metric(row, Metric::MemoryOverheadSourceBytes)
+    }),
+    column("memory_overhead_target_bytes", "The target's less the guest's, bytes.", |row| {
+        metric(row, Metric::MemoryOverheadTargetBytes)
     }),
     column("guest_pages_per_s_before", "Pages that the guest wrote a second before the order.", |row| {
         text(measures(row).guest_pages_per_s_before?)

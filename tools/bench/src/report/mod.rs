@@ -12,6 +12,7 @@
 pub mod cast;
 pub mod csv;
 pub mod html;
+pub mod limits;
 pub mod number;
 pub(crate) mod plots;
 pub mod terminal;

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Table, Width, presets};
 
 use super::cast::Cast;
+use super::limits::{LimitWords, counts};
 use super::number::{self, heading, value_of};
 use super::plots::boxes;
 use super::reference;
@@ -19,6 +20,9 @@ pub const COLUMNS_MIN: usize = 80;
 
 /// From this width on a range stands beside its median, and not below it.
 const WIDE_FROM: usize = 116;
+
+/// Room for a limit's bound, what was reached, and the verdict.
+const LIMIT_COLUMNS: [u16; 3] = [13, 18, 17];
 
 /// Room for the engine's name.
 const NAME_COLUMNS: u16 = 16;
@@ -35,6 +39,7 @@ pub fn summary(results: &Results, columns: usize) -> String {
         text.push_str(&table(scenario, &cast, reference, columns));
     }
     text.push_str(&failures(results));
+    text.push_str(&limits(results, columns));
     if let Some(reference) = reference {
         let _ = writeln!(
             text,
@@ -122,6 +127,36 @@ fn verdict(view: RatioView) -> String {
         Some((low, high)) => format!("{sign}{ratio} {}–{}", number::ratio(low), number::ratio(high)),
         None => ratio,
     }
+}
+
+/// The suite's limits: a line of figures each, and below it what they are of.
+fn limits(results: &Results, columns: usize) -> String {
+    if results.limits.is_empty() {
+        return String::new();
+    }
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(["limit", "bound", "reached", "met?"]);
+    for result in &results.limits {
+        let words = LimitWords::of(result);
+        let mut what = format!("{}\n  {} [{}]", result.limit.title, words.what, result.limit.scenario);
+        if let Some(note) = &result.note {
+            let _ = write!(what, "\n  {note}");
+        }
+        let what: Vec<String> = what.lines().map(plain).collect();
+        let aim = words.aim.map_or(String::new(), |aim| format!("\naim {aim}"));
+        let interval = words.interval.map_or(String::new(), |interval| format!("\n{interval}"));
+        let cells =
+            [what.join("\n"), words.bound + &aim, words.reached + &interval, words.verdict.to_owned()];
+        table.add_row(cells);
+    }
+    let figures: usize = LIMIT_COLUMNS.iter().map(|columns| usize::from(*columns)).sum();
+    let room = u16::try_from(columns.min(132) - figures).unwrap_or(LIMIT_COLUMNS[0]);
+    for (column, width) in table.column_iter_mut().zip([room].into_iter().chain(LIMIT_COLUMNS)) {
+        column.set_constraint(ColumnConstraint::Absolute(Width::Fixed(width))).set_padding((0, 1));
+    }
+    let lines: Vec<String> = table.lines().map(|line| line.trim_end().to_owned()).collect();
+    format!("\nLimits: {}\n{}\n", counts(&results.limits), lines.join("\n"))
 }
 
 fn failures(results: &Results) -> String {

@@ -4,6 +4,7 @@
 //! not apply is `null`. Fields are only ever added; [`SCHEMA`] rises if one changes its meaning.
 
 mod file;
+mod limit;
 mod run;
 mod summary;
 
@@ -11,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use file::{LoadError, load};
+pub use limit::{LimitResult, Verdict};
 pub use run::{
     Check, ClientSeen, Idleness, Measures, Outcome, Part, ProcessCost, ProcessRole, Round, Run, ThreadCost,
     Timeline,
@@ -45,6 +47,9 @@ pub struct Results {
     pub engines: Vec<EngineInfo>,
     /// What came out of each scenario.
     pub scenarios: Vec<ScenarioResult>,
+    /// What became of the suite's limits.
+    #[serde(default)]
+    pub limits: Vec<LimitResult>,
 }
 
 /// The machine that a suite ran on.

@@ -142,6 +142,10 @@ pub struct ProcessCost {
     pub threads: Vec<ThreadCost>,
     /// The most memory that it had in use at once, guest memory included, bytes.
     pub peak_memory_bytes: u64,
+    /// How much of that was the guest's memory: at the source right before the order, at the target after the end,
+    /// bytes; `null` without a guest.
+    #[serde(default)]
+    pub guest_memory_bytes: Option<u64>,
 }
 
 /// What one thread used.

@@ -42,6 +42,10 @@ pub enum Metric {
     CpuS,
     /// Peak memory of both processes.
     PeakMemoryBytes,
+    /// The source's peak memory less the guest's.
+    MemoryOverheadSourceBytes,
+    /// The target's peak memory less the guest's.
+    MemoryOverheadTargetBytes,
     /// By how much the guest was slowed down meanwhile: 1 less the rate during over that before.
     SlowDown,
 }

@@ -94,12 +94,14 @@ pub fn run(
         machine: machine::info(),
         engines: used_engines(&engines, &scenarios),
         scenarios: Vec::new(),
+        limits: Vec::new(),
     };
     for scenario in scenarios {
         let result = run_scenario(&scenario, &engines, folder.path(), clock, progress);
         progress.scenario_done(&result);
         results.scenarios.push(result);
     }
+    results.limits = stats::limits::judge(&suite.limits, &results.scenarios, &results.engines);
     results.took_s = clock.now().as_secs_f64();
     Ok(results)
 }
@@ -156,7 +158,7 @@ fn run_scenario(
         })
         .collect();
     // What a source, its target and the memory held for it will have in use together.
-    drop(WarmMemory::hold(scenario.memory_mib.saturating_mul(WARM_GUESTS)));
+    drop(WarmMemory::hold(scenario.in_use_mib().saturating_mul(WARM_GUESTS)));
     let mut runs: Vec<Run> = Vec::new();
     for repetition in 0..scenario.repetitions {
         for position in 0..here.len() {

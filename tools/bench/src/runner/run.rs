@@ -65,6 +65,7 @@ struct Seen {
     own_cpu: Duration,
     others_before: f64,
     wire_bytes: Option<u64>,
+    guest_memory: [Option<u64>; 2],
     heartbeat_before: Option<u64>,
 }
 
@@ -105,14 +106,16 @@ impl Attempt<'_> {
             folder: folder.path(),
         })?;
         run.flags = pair.flags();
-        let window = self.until_ready(&*pair, &boot)?;
+        let window = if pair.has_guest() { self.until_ready(&*pair, &boot)? } else { None };
         let clients = match hosts.client() {
-            Some(namespace) if self.scenario.client.is_some() => {
+            Some(namespace) if self.scenario.client.is_some() && pair.has_guest() => {
                 Some(Clients::start(self.scenario.client, namespace, self.clock)?)
             }
             _ => None,
         };
-        let warm = WarmMemory::hold(self.scenario.memory_mib);
+        let in_use = |pair: &dyn Pair, pid| pair.has_guest().then(|| cost::guest_memory_bytes(pid)).flatten();
+        let at_source = in_use(&*pair, pair.source_pid());
+        let warm = WarmMemory::hold(self.scenario.in_use_mib());
         let others_before = until_quiet(&*pair, self.clock)?;
         let (wire, tap) = hosts.counters()?;
         let watched = Watched {
@@ -136,6 +139,7 @@ impl Attempt<'_> {
         std::thread::sleep(watch);
         self.until_alive(&*pair, &seen);
         let samples = sampler.stop();
+        seen.guest_memory = [at_source, in_use(&*pair, pair.target_pid())];
         let clients =
             clients.map(|clients| clients.stop(self.clock, seen.engine.ordered.as_secs_f64() * 1e3));
         for ((_, after), threads) in seen.costs.iter_mut().zip(&samples.threads) {
@@ -209,7 +213,8 @@ impl Attempt<'_> {
         let (wire, tap) = hosts.counters()?;
         let wire_without_tap =
             || Some(wire.bytes().ok()?.saturating_sub(tap.as_ref().map_or(Ok(0), |tap| tap.bytes()).ok()?));
-        let window = GuestWindow::find(pids[0], self.scenario.memory_mib).ok();
+        let window = pair.has_guest().then(|| GuestWindow::find(pids[0], self.scenario.memory_mib).ok());
+        let window = window.flatten();
         let heartbeat_before = window.and_then(|window| window.report()).map(|report| report.heartbeat_tsc);
         let own = std::process::id();
         let (own_before, machine_before) = (cost::snapshot(own)?, idle::now()?);
@@ -228,7 +233,16 @@ impl Attempt<'_> {
             (target_before.clone(), target_after.unwrap_or(target_before)),
         ];
         let wire_bytes = wire_after.zip(wire_before).map(|(after, before)| after.saturating_sub(before));
-        Ok(Seen { engine, costs, machine, own_cpu, others_before: 0.0, wire_bytes, heartbeat_before })
+        Ok(Seen {
+            engine,
+            costs,
+            machine,
+            own_cpu,
+            others_before: 0.0,
+            wire_bytes,
+            guest_memory: [None; 2],
+            heartbeat_before,
+        })
     }
 
     /// Gives the guest the time to show that it lives at the target.

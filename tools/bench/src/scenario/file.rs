@@ -37,14 +37,16 @@ use std::path::{Path, PathBuf};
 use ferry_guest_abi::Workload;
 use serde::Deserialize;
 
+use super::limit::{self, LimitFile};
 use super::{
-    Axis, Client, Compression, EngineConfig, EngineKind, EngineSetting, Guest, Link, LinuxGuest, Scenario,
-    Strategy, Suite, SweepPoint,
+    Axis, Client, Compression, EngineConfig, EngineKind, EngineSetting, Guest, Link, LinuxGuest,
+    MemoryBacking, Scenario, Strategy, Streams, Suite, SweepPoint,
 };
 
 /// The suites that come along, by name.
-pub const BUILT_IN: [(&str, &str); 3] = [
+pub const BUILT_IN: [(&str, &str); 4] = [
     ("standard", include_str!("suites/standard.toml")),
+    ("memory", include_str!("suites/memory.toml")),
     ("smoke", include_str!("suites/smoke.toml")),
     ("calibration", include_str!("suites/calibration.toml")),
 ];
@@ -99,6 +101,8 @@ struct SuiteFile {
     defaults: toml::Table,
     engines: BTreeMap<String, EngineFile>,
     scenarios: Vec<toml::Table>,
+    #[serde(default)]
+    limits: Vec<toml::Table>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -107,8 +111,11 @@ struct EngineFile {
     kind: EngineKind,
     binary: Option<PathBuf>,
     strategy: Option<Strategy>,
-    streams: Option<u16>,
+    streams: Option<Streams>,
     compression: Option<Compression>,
+    verify: Option<bool>,
+    memory: Option<MemoryBacking>,
+    local: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -132,6 +139,7 @@ struct ScenarioFile {
     title: String,
     guest: GuestFile,
     memory_mib: u32,
+    tcp_mib: Option<u32>,
     #[serde(default = "one_cpu")]
     cpus: u8,
     #[serde(default = "loopback")]
@@ -150,18 +158,25 @@ struct ScenarioFile {
     #[serde(default)]
     strategy: Strategy,
     #[serde(default = "one_stream")]
-    streams: u16,
+    streams: Streams,
     #[serde(default)]
     compression: Compression,
     bandwidth_mbit_s: Option<f64>,
+    #[serde(default = "checked")]
+    verify: bool,
+    #[serde(default)]
+    memory: MemoryBacking,
     sweep: Option<SweepFile>,
 }
 
 const fn one_cpu() -> u8 {
     1
 }
-const fn one_stream() -> u16 {
-    1
+const fn one_stream() -> Streams {
+    Streams::Fixed(1)
+}
+const fn checked() -> bool {
+    true
 }
 const fn loopback() -> Link {
     Link::Loopback
@@ -222,7 +237,18 @@ pub fn parse(name: &str, text: &str) -> Result<Suite, SuiteError> {
             what,
         })?);
     }
+    let mut limits = Vec::new();
+    for (index, table) in file.limits.into_iter().enumerate() {
+        let wrong = |what: String| SuiteError::Wrong {
+            name: name.to_owned(),
+            place: format!("limit {}", index + 1),
+            what,
+        };
+        let limit: LimitFile = table.try_into().map_err(|error: toml::de::Error| wrong(error.to_string()))?;
+        limits.extend(limit::expand(&limit, &scenarios).map_err(wrong)?);
+    }
     let suite = Suite {
+        limits,
         name: name.to_owned(),
         title: file.title,
         summary: file.summary,
@@ -276,6 +302,7 @@ fn scenario(
             GuestFile::Linux { linux } => Guest::Linux(linux.clone()),
         },
         memory_mib: file.memory_mib,
+        tcp_mib: file.tcp_mib,
         cpus: file.cpus,
         link: file.link,
         client: file.client,
@@ -310,6 +337,9 @@ fn setting(
         streams: engine.streams.unwrap_or(file.streams),
         compression: engine.compression.unwrap_or(file.compression),
         bandwidth_mbit_s: file.bandwidth_mbit_s,
+        verify: engine.verify.unwrap_or(file.verify),
+        memory: engine.memory.unwrap_or(file.memory),
+        local: engine.local.unwrap_or(false),
     })
 }
 
@@ -344,9 +374,13 @@ fn check(scenario: &Scenario) -> Result<(), String> {
         ("timeout_s", scenario.timeout_s),
         ("repetitions", f64::from(scenario.repetitions)),
         ("cpus", f64::from(scenario.cpus)),
+        ("tcp_mib", scenario.tcp_mib.map_or(1.0, f64::from)),
     ];
     if let Some((key, value)) = positive.iter().find(|(_, value)| !(value.is_finite() && *value > 0.0)) {
         return Err(format!("{key} = {value}: give a number above zero"));
+    }
+    if let Some(setting) = scenario.engines.iter().find(|setting| setting.streams.fixed() == Some(0)) {
+        return Err(format!("{}: streams = 0: give at least one, or \"auto\"", setting.engine));
     }
     if scenario.engines.is_empty() {
         return Err("engines is empty: name at least one".to_owned());
@@ -422,7 +456,10 @@ mod tests {
         let scenario = &suite.scenarios[1];
         assert_eq!(scenario.guest, Guest::Workload("dirty rate=500 set=64".to_owned()));
         assert_eq!(scenario.title, "500 MiB/s");
-        assert_eq!(scenario.engines.iter().map(|engine| engine.streams).collect::<Vec<_>>(), [1, 4]);
+        assert_eq!(
+            scenario.engines.iter().map(|engine| engine.streams).collect::<Vec<_>>(),
+            [1.into(), 4.into()]
+        );
     }
 
     #[test]
@@ -437,6 +474,10 @@ mod tests {
             ("kind = \"qemu\"", "kind = \"xen\"", "xen"),
             ("memory_mib = 512", "memory_mib = 512\nclient = { udp = true }", "http"),
             ("memory_mib = 512", "memory_mib = 512\ntimeout_s = 0", "timeout_s"),
+            ("streams = 4", "streams = 0", "streams"),
+            ("streams = 4", "streams = \"many\"", "auto"),
+            ("streams = 4", "memory = \"cold\"", "hugepages"),
+            ("memory_mib = 512", "memory_mib = 512\ntcp_mib = 0", "tcp_mib"),
         ];
         for (from, to, word) in cases {
             let text = SMALL.replace(from, to);

@@ -4,11 +4,17 @@
 //! suites that come along lie in `suites/`.
 
 pub mod file;
+mod limit;
+mod setting;
 
 use std::path::PathBuf;
 
+use ferry_guest_abi::Workload;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use limit::{Base, Bound, Limit, Quantity, Rate};
+pub use setting::{Auto, MemoryBacking, Streams};
 
 /// A set of scenarios that are run and reported together.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -23,6 +29,9 @@ pub struct Suite {
     pub engines: Vec<EngineConfig>,
     /// The scenarios, in the order of the file, sweeps expanded.
     pub scenarios: Vec<Scenario>,
+    /// What is expected of its figures.
+    #[serde(default)]
+    pub limits: Vec<Limit>,
 }
 
 /// One guest on one link, which every engine in turn migrates.
@@ -36,6 +45,9 @@ pub struct Scenario {
     pub guest: Guest,
     /// The VM's memory, in MiB.
     pub memory_mib: u32,
+    /// How much bare TCP carries, in MiB; as much as the guest has pages that are not zero if it is not given.
+    #[serde(default)]
+    pub tcp_mib: Option<u32>,
     /// Its vCPUs.
     pub cpus: u8,
     /// What lies between the two hosts.
@@ -54,6 +66,37 @@ pub struct Scenario {
     pub engines: Vec<EngineSetting>,
     /// Where it lies on the axis of a sweep, if it belongs to one.
     pub sweep: Option<SweepPoint>,
+}
+
+impl Scenario {
+    /// Bytes of the pages that have to be sent at least once: what the workload guest fills or rewrites, but for zero
+    /// pages. `None` for a guest whose memory is not known.
+    #[must_use]
+    pub fn page_bytes(&self) -> Option<u64> {
+        let Guest::Workload(words) = &self.guest else { return None };
+        let job = Workload::parse(&file::with_network(words, "ip=10.0.0.2/24")).ok()?;
+        let fill = job.fill();
+        let filled = (u64::from(fill.mib) << 20) * u64::from(100 - fill.shares.zero_percent()) / 100;
+        let set_mib = if let Workload::Dirty(dirty) = job { dirty.set_mib } else { 0 };
+        Some(filled + (u64::from(set_mib) << 20))
+    }
+
+    /// Bytes that [`EngineKind::Tcp`] carries: those asked for, or as many as the guest's pages have, or all of its
+    /// memory where that is not known or nothing.
+    #[must_use]
+    pub fn tcp_bytes(&self) -> u64 {
+        let mib = |mib: u32| u64::from(mib) << 20;
+        let pages = self.page_bytes().filter(|bytes| *bytes > 0);
+        self.tcp_mib.map(mib).or(pages).unwrap_or_else(|| mib(self.memory_mib))
+    }
+
+    /// The most memory that the guest will have in use, in MiB, as far as that is known.
+    #[must_use]
+    pub fn in_use_mib(&self) -> u32 {
+        let Guest::Workload(words) = &self.guest else { return self.memory_mib };
+        let job = Workload::parse(&file::with_network(words, "ip=10.0.0.2/24"));
+        job.map_or(self.memory_mib, |job| job.memory_mib_min().min(self.memory_mib))
+    }
 }
 
 /// What runs in the VM.
@@ -177,6 +220,8 @@ pub enum EngineKind {
     Qemu,
     /// Cloud Hypervisor, through its API socket.
     CloudHypervisor,
+    /// No VMM: bytes over bare TCP connections between two processes, for what the machine and the link can carry.
+    Tcp,
 }
 
 /// How one engine migrates in one scenario.
@@ -187,11 +232,24 @@ pub struct EngineSetting {
     /// What to do about a guest that dirties memory faster than the link takes it.
     pub strategy: Strategy,
     /// Connections that carry pages.
-    pub streams: u16,
+    pub streams: Streams,
     /// How pages are packed.
     pub compression: Compression,
     /// The most that may be sent while the guest runs, in Mbit/s.
     pub bandwidth_mbit_s: Option<f64>,
+    /// Whether the engine checks all of memory before the guest resumes, if it can.
+    #[serde(default = "checked")]
+    pub verify: bool,
+    /// What holds the guest's memory.
+    #[serde(default)]
+    pub memory: MemoryBacking,
+    /// Whether memory is handed over within one host, without copying it.
+    #[serde(default)]
+    pub local: bool,
+}
+
+const fn checked() -> bool {
+    true
 }
 
 /// What to do about a guest that dirties memory faster than the link takes it.

@@ -141,6 +141,7 @@ impl MigrationOrder {
             memory: MemoryPath::Streams,
             streams,
             compression,
+            verify: true,
             downtime_budget,
             timeout,
             on_timeout,

@@ -52,6 +52,9 @@ pub fn order(scenario: &Scenario, setting: &EngineSetting, cores: u32) -> Result
     if setting.strategy != Strategy::PreCopy {
         return Err("only pre-copy is modelled".to_owned());
     }
+    let Some(streams) = setting.streams.fixed() else {
+        return Err("only a fixed number of streams is modelled".to_owned());
+    };
     let compression = match setting.compression {
         scenario::Compression::None => Compression::None,
         scenario::Compression::Lz4 => Compression::Lz4,
@@ -67,7 +70,7 @@ pub fn order(scenario: &Scenario, setting: &EngineSetting, cores: u32) -> Result
         downtime_budget: Duration::from_secs_f64(scenario.downtime_ms / 1e3),
         timeout: Duration::from_secs_f64(scenario.timeout_s),
         on_timeout: OnTimeout::Cancel,
-        streams: setting.streams,
+        streams,
         compression,
         bandwidth_bytes_per_s: setting.bandwidth_mbit_s.map(|mbit_s| mbit_s * 1e6 / 8.0),
     };

@@ -1,6 +1,6 @@
 //! What each [`Metric`] is called, where it comes from, and how it is counted.
 
-use crate::results::{Measures, Metric, Outcome, ProcessRole, Run};
+use crate::results::{Measures, Metric, Outcome, ProcessCost, ProcessRole, Run};
 
 /// What a metric is counted in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -28,7 +28,7 @@ pub enum Against {
 
 impl Metric {
     /// All of them, in the order of reports.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::TotalMs,
         Self::DowntimeGuestMs,
         Self::DowntimeEngineMs,
@@ -40,6 +40,8 @@ impl Metric {
         Self::WireBytes,
         Self::CpuS,
         Self::PeakMemoryBytes,
+        Self::MemoryOverheadSourceBytes,
+        Self::MemoryOverheadTargetBytes,
         Self::SlowDown,
     ];
 
@@ -61,6 +63,8 @@ impl Metric {
             Self::WireBytes => "wire_bytes",
             Self::CpuS => "cpu_s",
             Self::PeakMemoryBytes => "peak_memory_bytes",
+            Self::MemoryOverheadSourceBytes => "memory_overhead_source_bytes",
+            Self::MemoryOverheadTargetBytes => "memory_overhead_target_bytes",
             Self::SlowDown => "slow_down",
         }
     }
@@ -86,6 +90,8 @@ impl Metric {
             Self::WireBytes => "on the wire",
             Self::CpuS => "CPU time",
             Self::PeakMemoryBytes => "peak memory",
+            Self::MemoryOverheadSourceBytes => "source's own memory",
+            Self::MemoryOverheadTargetBytes => "target's own memory",
             Self::SlowDown => "guest slowed by",
         }
     }
@@ -128,6 +134,15 @@ impl Metric {
             Self::PeakMemoryBytes => {
                 "The most memory that each VMM had in use at once, guest memory included, both together."
             }
+            Self::MemoryOverheadSourceBytes => {
+                "The most memory that the source had in use at once, less what its guest had in use when the order was \
+                 given: the VMM itself, buffers, caches, and guest memory that was touched only to migrate it. Pages \
+                 that a process maps count, whoever shares them; memory of the kernel does not."
+            }
+            Self::MemoryOverheadTargetBytes => {
+                "The most memory that the target had in use at once, less what its guest has in use at the end, but no \
+                 more than it had at the source."
+            }
             Self::SlowDown => {
                 "By how much slower the guest wrote its memory during the migration, standstill included, than \
                  before it: 1 less the ratio of the rates."
@@ -147,7 +162,10 @@ impl Metric {
             | Self::TcpStallMs
             | Self::HttpGapMs => Unit::Ms,
             Self::HttpFailed => Unit::Count,
-            Self::WireBytes | Self::PeakMemoryBytes => Unit::Bytes,
+            Self::WireBytes
+            | Self::PeakMemoryBytes
+            | Self::MemoryOverheadSourceBytes
+            | Self::MemoryOverheadTargetBytes => Unit::Bytes,
             Self::CpuS => Unit::S,
             Self::SlowDown => Unit::Share,
         }
@@ -157,7 +175,11 @@ impl Metric {
     #[must_use]
     pub fn against(self) -> Against {
         match self {
-            Self::DowntimeUntoldMs | Self::HttpFailed | Self::SlowDown => Against::Difference,
+            Self::DowntimeUntoldMs
+            | Self::HttpFailed
+            | Self::MemoryOverheadSourceBytes
+            | Self::MemoryOverheadTargetBytes
+            | Self::SlowDown => Against::Difference,
             Self::TotalMs
             | Self::DowntimeGuestMs
             | Self::DowntimeEngineMs
@@ -189,6 +211,15 @@ impl Metric {
             Self::WireBytes => measures.wire_bytes.map(|bytes| bytes as f64),
             Self::CpuS => of_both(measures, |process| process.cpu_engine_s),
             Self::PeakMemoryBytes => of_both(measures, |process| process.peak_memory_bytes as f64),
+            Self::MemoryOverheadSourceBytes => side(measures, ProcessRole::Source)
+                .and_then(|source| beyond(source, source.guest_memory_bytes?)),
+            Self::MemoryOverheadTargetBytes => {
+                let source = side(measures, ProcessRole::Source).and_then(|source| source.guest_memory_bytes);
+                let target = side(measures, ProcessRole::Target);
+                source
+                    .zip(target)
+                    .and_then(|(had, target)| beyond(target, target.guest_memory_bytes?.min(had)))
+            }
             Self::SlowDown => {
                 let rates = measures.guest_pages_per_s_before.zip(measures.guest_pages_per_s_during);
                 rates.filter(|(before, _)| *before > 0.0).map(|(before, during)| 1.0 - during / before)
@@ -199,9 +230,18 @@ impl Metric {
 }
 
 /// A figure of source and target together, if both have been seen.
-fn of_both(measures: &Measures, figure: impl Fn(&crate::results::ProcessCost) -> f64) -> Option<f64> {
-    let side = |role| measures.processes.iter().find(|process| process.role == role).map(&figure);
-    Some(side(ProcessRole::Source)? + side(ProcessRole::Target)?)
+fn of_both(measures: &Measures, figure: impl Fn(&ProcessCost) -> f64) -> Option<f64> {
+    Some(figure(side(measures, ProcessRole::Source)?) + figure(side(measures, ProcessRole::Target)?))
+}
+
+fn side(measures: &Measures, role: ProcessRole) -> Option<&ProcessCost> {
+    measures.processes.iter().find(|process| process.role == role)
+}
+
+/// What `process` had in use at its peak beyond `guest_bytes`; `None` if its peak is not known. It can be a little less
+/// than nothing, as the kernel counts by thread.
+fn beyond(process: &ProcessCost, guest_bytes: u64) -> Option<f64> {
+    (process.peak_memory_bytes > 0).then_some(process.peak_memory_bytes as f64 - guest_bytes as f64)
 }
 
 impl Run {
@@ -230,7 +270,7 @@ impl Run {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::{Check, ClientSeen, ProcessCost};
+    use crate::results::{Check, ClientSeen};
 
     #[test]
     fn names_are_those_of_the_json_and_lead_back() {
@@ -242,19 +282,24 @@ mod tests {
 
     #[test]
     fn figures_that_take_several_measures_are_put_together_or_missing() {
-        let process = |role, cpu_engine_s| ProcessCost {
+        let process = |role, cpu_engine_s, guest_memory_bytes| ProcessCost {
             role,
             cpu_s: 9.0,
             cpu_engine_s,
             threads: Vec::new(),
             peak_memory_bytes: 5,
+            guest_memory_bytes: Some(guest_memory_bytes),
         };
         let mut measures = Measures {
             downtime_guest_ms: Some(12.0),
             downtime_engine_ms: Some(10.5),
             guest_pages_per_s_before: Some(1000.0),
             guest_pages_per_s_during: Some(750.0),
-            processes: vec![process(ProcessRole::Source, 1.5), process(ProcessRole::Target, 0.25)],
+            processes: vec![
+                process(ProcessRole::Source, 1.5, 3),
+                // It has touched more than the guest had: what is more is overhead.
+                process(ProcessRole::Target, 0.25, 4),
+            ],
             client: Some(ClientSeen { http_failed: Some(3), ..ClientSeen::default() }),
             ..Measures::default()
         };
@@ -273,9 +318,17 @@ mod tests {
                 None,
                 Some(1.75),
                 Some(10.0),
+                Some(2.0),
+                Some(2.0),
                 Some(0.25)
             ]
         );
+        measures.processes[1].guest_memory_bytes = Some(1);
+        assert_eq!(Metric::MemoryOverheadTargetBytes.of(&measures), Some(4.0), "zero pages are not there");
+        measures.processes[0].guest_memory_bytes = None;
+        for metric in [Metric::MemoryOverheadSourceBytes, Metric::MemoryOverheadTargetBytes] {
+            assert_eq!(metric.of(&measures), None, "without a guest: {metric:?}");
+        }
         measures.processes.pop();
         measures.downtime_engine_ms = None;
         measures.guest_pages_per_s_before = Some(0.0);

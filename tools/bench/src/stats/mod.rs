@@ -5,6 +5,7 @@
 
 mod distribution;
 pub mod interval;
+pub mod limits;
 pub mod metric;
 mod summary;
 

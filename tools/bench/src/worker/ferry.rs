@@ -4,7 +4,6 @@
 //! ([`Said`]). The source takes one [`MoveOrder`] from standard input. Both stay until they are killed, as the
 //! VMMs of the other engines do.
 
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -13,20 +12,21 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::{RecordStore, SystemClock};
-use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::source::{Failure, OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{Epoch, MigrationId, VmId, VmName};
 use ferry_migrate::report::MigrationReport;
-use ferry_migrate::{FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
-use ferry_vmm::{
-    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryConfig, NetConfig, SerialTarget,
+use ferry_migrate::{
+    BandwidthCap, FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate,
 };
-use serde::de::DeserializeOwned;
+use ferry_vmm::{
+    BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, NetConfig, SerialTarget,
+};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::{mpsc, watch};
 
-use crate::engine::ferry::words::{MoveOrder, Said, SourceOrder, TargetOrder};
+use super::{parse, say};
+use crate::engine::ferry::words::{self, MoveOrder, Said, SourceOrder, TargetOrder};
 
 /// Threads for the control plane; data streams and vCPUs have threads of their own.
 const RUNTIME_THREADS: usize = 2;
@@ -54,16 +54,6 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     builder.worker_threads(RUNTIME_THREADS).enable_all().build().context("no runtime can be had")
 }
 
-fn parse<T: DeserializeOwned>(text: &str) -> anyhow::Result<T> {
-    serde_json::from_str(text).with_context(|| format!("not an order: {text}"))
-}
-
-fn say(said: &Said) -> anyhow::Result<()> {
-    let mut line = serde_json::to_string(said)?;
-    line.push('\n');
-    std::io::stdout().write_all(line.as_bytes()).context("the harness does not listen any more")
-}
-
 fn records(folder: &Path) -> anyhow::Result<Arc<FileRecords>> {
     std::fs::create_dir_all(folder).with_context(|| format!("can't make {}", folder.display()))?;
     Ok(Arc::new(FileRecords::new(folder.to_owned(), name()?)))
@@ -80,9 +70,9 @@ fn random_id() -> anyhow::Result<[u8; 16]> {
 }
 
 async fn run_source(order: SourceOrder) -> anyhow::Result<ExitCode> {
-    let SourceOrder { kernel, initrd, cmdline, memory_mib, cpus, net, serial, folder } = order;
+    let SourceOrder { kernel, initrd, cmdline, memory_mib, backing, cpus, net, serial, folder } = order;
     let config = MachineConfig {
-        memory: MemoryConfig { size_bytes: u64::from(memory_mib) << 20, backing: Backing::PrivateAnonymous },
+        memory: words::memory(u64::from(memory_mib) << 20, backing),
         cpus,
         net: net.map(|(tap, mac)| NetConfig { tap, mac }),
         serial: SerialTarget::File(serial),
@@ -121,8 +111,9 @@ async fn move_away(
         epoch: Epoch::FIRST,
         target: order.target.parse()?,
         streams: order.streams,
-        compression: if order.lz4 { Compression::Lz4 } else { Compression::None },
-        bandwidth_bytes_per_s: order.bandwidth_bytes_per_s,
+        compression: words::packing(order.compression).map_err(|lacks| anyhow!(lacks))?,
+        bandwidth: BandwidthCap::new(order.bandwidth_bytes_per_s),
+        verify: order.verify,
         downtime_budget: budget,
         timeout: Duration::from_secs_f64(order.timeout_ms / 1e3),
         on_timeout: OnTimeout::Cancel,
@@ -166,12 +157,14 @@ fn in_words(update: Update) -> Option<Said> {
             | Progress::Undoing { .. } => None,
         },
         Update::Transferred { round_pages, .. } => Some(Said::Sent { round_pages }),
+        Update::Streams(_) => None,
     }
 }
 
 async fn run_target(order: TargetOrder) -> anyhow::Result<ExitCode> {
     let TargetOrder { listen, tap, folder } = order;
-    let host = MachineHost::new(LocalChoices { tap, serial: SerialTarget::Null });
+    let host =
+        MachineHost::new(LocalChoices { tap, serial: SerialTarget::Null, memory: MemoryChoices::default() });
     let options = ReceiveOptions { listen: listen.into(), host: "target".to_owned(), name: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());

@@ -3,9 +3,10 @@
 //! Both `ferry-bench` and `ferry` hand over to [`main`] if their first argument is [`WORD`].
 
 pub mod ferry;
+pub mod tcp;
 
 use std::ffi::{CString, OsString};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,6 +16,8 @@ use anyhow::{Context, bail};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::execvp;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// The first argument of a worker.
 pub const WORD: &str = "bench-worker";
@@ -53,12 +56,24 @@ fn run(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Some("exec") => exec(arguments.collect()),
         Some("ferry-source") => ferry::source(&order(arguments.next())?),
         Some("ferry-target") => ferry::target(&order(arguments.next())?),
+        Some("tcp-source") => tcp::source(&order(arguments.next())?),
+        Some("tcp-target") => tcp::target(&order(arguments.next())?),
         _ => bail!("there is no worker '{}'", kind.display()),
     }
 }
 
 fn order(argument: Option<OsString>) -> anyhow::Result<String> {
     argument.and_then(|order| order.into_string().ok()).context("an order is missing")
+}
+
+fn parse<T: DeserializeOwned>(text: &str) -> anyhow::Result<T> {
+    serde_json::from_str(text).with_context(|| format!("not an order: {text}"))
+}
+
+fn say(said: &impl Serialize) -> anyhow::Result<()> {
+    let mut line = serde_json::to_string(said)?;
+    line.push('\n');
+    io::stdout().write_all(line.as_bytes()).context("the harness does not listen any more")
 }
 
 /// Becomes another program.

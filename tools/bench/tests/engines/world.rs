@@ -55,7 +55,7 @@ impl World {
         }
         if let Some(why) = &engine.info().absent {
             match engine.info().kind {
-                EngineKind::Ferry | EngineKind::Qemu => skip(test, why),
+                EngineKind::Ferry | EngineKind::Qemu | EngineKind::Tcp => skip(test, why),
                 // No distribution has it, so the gate can't install it: it is tested where somebody has.
                 EngineKind::CloudHypervisor => say_skipped(test, why),
             }

@@ -115,7 +115,7 @@ fn what_is_not_the_same_scenario_is_not_compared() {
     let before = calm(Recipe::new(11));
     let mut after = calm(Recipe::new(12));
     after.scenarios[0].scenario.memory_mib += 1;
-    after.scenarios[1].scenario.engines[0].streams += 1;
+    after.scenarios[1].scenario.engines[0].streams = 7.into();
     after.scenarios[2].runs.retain(|run| run.repetition < 2);
     let gone = after.scenarios.pop().unwrap().scenario.name;
     let after = summarised(after);

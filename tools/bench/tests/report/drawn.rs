@@ -11,6 +11,7 @@ pub(crate) struct Drawn {
     pub(crate) figures: Vec<Figure>,
     pub(crate) cells: Vec<Median>,
     pub(crate) failures: Vec<FailureRow>,
+    pub(crate) limits: Vec<LimitRow>,
     /// Labels that lie on each other or are cut off.
     pub(crate) clashes: Vec<String>,
     pub(crate) looks: Vec<EngineLook>,
@@ -19,6 +20,15 @@ pub(crate) struct Drawn {
     pub(crate) paper: String,
     /// Scripts that would run.
     pub(crate) scripts: u32,
+}
+
+/// A row of the table of limits, with the text of its cells.
+#[derive(Debug, Deserialize)]
+pub(crate) struct LimitRow {
+    pub(crate) title: String,
+    pub(crate) scenario: String,
+    pub(crate) value: Option<f64>,
+    pub(crate) text: Vec<String>,
 }
 
 #[derive(Debug, Deserialize)]

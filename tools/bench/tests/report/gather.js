@@ -81,6 +81,12 @@
     ...about(row),
     count: Number(row.getAttribute('data-count')),
   }));
+  const limits = [...document.querySelectorAll('.limits tbody tr')].map((row) => ({
+    title: row.getAttribute('data-limit'),
+    scenario: row.getAttribute('data-scenario'),
+    value: number(row.getAttribute('data-value')),
+    text: [...row.children].map((cell) => cell.innerText),
+  }));
 
   // Labels that lie on each other or are cut off by the figure's edge.
   const clashes = [];
@@ -109,6 +115,7 @@
     figures,
     cells,
     failures,
+    limits,
     clashes,
     looks,
     overflow: document.documentElement.scrollWidth - window.innerWidth,

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use ferry_bench::report::limits::LimitWords;
 use ferry_bench::report::{html, median_run, number, reference};
 use ferry_bench::results::{Metric, Results, Run, ScenarioResult};
 use ferry_bench::stats::{interval, ratio_of};
@@ -142,6 +143,7 @@ fn check(drawn: &Drawn, results: &Results) {
     check_all_drawn(drawn, results);
     check_medians(drawn, results);
     check_failures(drawn, results);
+    check_limits(drawn, results);
     check_looks(drawn);
 }
 
@@ -338,6 +340,23 @@ fn check_failures(drawn: &Drawn, results: &Results) {
     let found: BTreeMap<(&str, &str), usize> =
         drawn.failures.iter().map(|row| ((row.scenario.as_str(), row.engine.as_str()), row.count)).collect();
     assert_eq!(found, known);
+}
+
+/// Every limit has its row, with its figures and its verdict.
+fn check_limits(drawn: &Drawn, results: &Results) {
+    assert!(results.limits.len() > 6 && drawn.limits.len() == results.limits.len());
+    let mut verdicts = BTreeSet::new();
+    for (row, result) in drawn.limits.iter().zip(&results.limits) {
+        assert_eq!((&row.title, &row.scenario), (&result.limit.title, &result.limit.scenario));
+        assert_eq!(row.value, result.value, "{row:?}");
+        let words = LimitWords::of(result);
+        let [what, bound, reached, verdict] = &row.text[..] else { panic!("{row:?}") };
+        assert!(what.contains(&words.what) && bound.contains(&words.bound), "{row:?}");
+        assert!(reached.contains(&words.reached), "{row:?}");
+        assert_eq!(verdict, words.verdict);
+        verdicts.insert(words.verdict);
+    }
+    assert!(verdicts.len() > 2, "{verdicts:?}");
 }
 
 /// An engine has one look everywhere, and no other has it.

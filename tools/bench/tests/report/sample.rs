@@ -53,7 +53,7 @@ impl Recipe {
         let mut engines: Vec<EngineInfo> =
             suite.engines.iter().map(|engine| info(&engine.name, engine.kind)).collect();
         engines.push(info(ODD, EngineKind::Qemu));
-        Results {
+        let mut results = Results {
             schema: SCHEMA,
             suite: suite.name,
             title: "Sample data of a test, not measured".to_owned(),
@@ -75,7 +75,10 @@ impl Recipe {
                 .map(|scenario| self.scenario(scenario, &engines, &mut at_s, &mut random))
                 .collect(),
             engines,
-        }
+            limits: Vec::new(),
+        };
+        results.limits = stats::limits::judge(&suite.limits, &results.scenarios, &results.engines);
+        results
     }
 
     fn scenario(
@@ -180,8 +183,11 @@ impl Model {
             noise *= 1.6;
         }
         let is_ferry = info.kind == EngineKind::Ferry;
-        let streams =
-            scenario.engines.iter().find(|setting| setting.engine == info.name).map_or(1, |it| it.streams);
+        let streams = scenario
+            .engines
+            .iter()
+            .find(|setting| setting.engine == info.name)
+            .map_or(1, |it| it.streams.fixed().unwrap_or(2));
         let speed = match (is_ferry, streams) {
             (true, 1) => 2.7e9,
             (true, _) => 3.3e9,
@@ -327,6 +333,7 @@ impl Model {
                 ThreadCost { name: "CPU 0/KVM".to_owned(), cpu_s: 0.4, vcpu: true },
             ],
             peak_memory_bytes: whole(f64::from(scenario.memory_mib) * MIB + 4e7 * self.noise),
+            guest_memory_bytes: Some(whole(f64::from(scenario.memory_mib) * MIB)),
         };
         vec![side(ProcessRole::Source, 0.6), side(ProcessRole::Target, 0.4)]
     }

@@ -53,6 +53,10 @@ fn the_summary_fits_and_says_what_failed() {
             "did not converge",
             "was absent",
             "5 runs the machine",
+            "Limits: ",
+            "A downtime that nobody reaches",
+            "MISSED for sure",
+            "not measured",
         ] {
             assert!(text.contains(said), "{said} is missing:\n{text}");
         }

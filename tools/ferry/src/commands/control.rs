@@ -1,11 +1,11 @@
-//! `ferry info`, `pause`, `resume` and `stop`: one request each.
+//! `ferry info`, `pause`, `resume`, `stop` and `bandwidth`: one request each.
 
 use std::process::ExitCode;
 
 use hyper::Method;
 
-use crate::api::{self, VmInfo};
-use crate::cli::NameArgs;
+use crate::api::{self, BandwidthRequest, VmInfo};
+use crate::cli::{BandwidthArgs, NameArgs};
 use crate::client;
 use crate::quantity::show_bytes;
 use crate::state_dir::StateDir;
@@ -30,6 +30,22 @@ pub(crate) async fn resume(args: NameArgs) -> anyhow::Result<ExitCode> {
 
 pub(crate) async fn stop(args: NameArgs) -> anyhow::Result<ExitCode> {
     change(args, api::STOP).await
+}
+
+/// Changes the bandwidth of a migration under way.
+pub(crate) async fn bandwidth(args: BandwidthArgs) -> anyhow::Result<ExitCode> {
+    let state = StateDir::from_environment()?;
+    let request = BandwidthRequest { bytes_per_s: args.rate.0 };
+    client::tell_with(&state, &args.name, Method::PUT, api::MIGRATION_BANDWIDTH, Some(&request)).await?;
+    if args.output.json {
+        println!("{}", serde_json::to_string(&request)?);
+    } else {
+        let rate = request
+            .bytes_per_s
+            .map_or_else(|| "no limit".to_owned(), |rate| format!("{}/s", show_bytes(rate)));
+        println!("{}: {rate}", args.name);
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn ask(args: &NameArgs, method: Method, path: &str) -> anyhow::Result<VmInfo> {
@@ -58,6 +74,7 @@ fn print(info: &VmInfo) {
     row("id", info.id.clone());
     row("epoch", info.epoch.map(|epoch| epoch.to_string()));
     row("memory", info.memory_bytes.map(show_bytes));
+    row("backing", info.memory_kind.clone());
     row("vCPUs", info.cpus.map(|cpus| cpus.to_string()));
     if let Some(network) = &info.network {
         row("tap", Some(network.tap.clone()));

@@ -11,8 +11,8 @@ use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::api::{self, Compress, MigrationEvent, MigrationRequest, OnTimeoutWord, VmInfo, VmState};
-use crate::cli::{CompressArg, MigrateArgs, OnTimeoutArg};
+use crate::api::{self, MigrationEvent, MigrationRequest, OnTimeoutWord, VmInfo, VmState};
+use crate::cli::{MigrateArgs, OnTimeoutArg, SwitchArg};
 use crate::client::{self, Events};
 use crate::quantity::{show_bytes, show_ms, show_rate};
 use crate::state_dir::StateDir;
@@ -35,11 +35,9 @@ fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
         target: args.to.clone().ok_or_else(|| anyhow!("--to is missing"))?,
         downtime_ms: ms(args.downtime),
         streams: args.streams,
-        compress: match args.compress {
-            CompressArg::None => Compress::None,
-            CompressArg::Lz4 => Compress::Lz4,
-        },
+        compress: args.compress.to_string(),
         bandwidth_bytes_per_s: args.bandwidth,
+        verify: args.verify == SwitchArg::On,
         timeout_ms: ms(args.timeout),
         on_timeout: match args.on_timeout {
             OnTimeoutArg::Cancel => OnTimeoutWord::Cancel,
@@ -111,7 +109,6 @@ async fn left_as(state: &StateDir, args: &MigrateArgs) -> String {
 struct Display {
     json: bool,
     bar: Option<ProgressBar>,
-    compress: bool,
     /// Whether memory is handed over within this host.
     local: bool,
 }
@@ -128,7 +125,7 @@ impl Display {
         });
         let target = args.to.as_deref().map(str::parse);
         let local = matches!(target, Some(Ok(Endpoint::Unix(_))));
-        Self { json, bar, compress: args.compress != CompressArg::None, local }
+        Self { json, bar, local }
     }
 
     /// A line above the bar.
@@ -181,7 +178,7 @@ impl Display {
             MigrationEvent::Undoing { reason } => self.say(&format!("giving up: {reason}")),
             MigrationEvent::Moved(report) => {
                 self.clear();
-                print!("{}", summary(report, self.compress));
+                print!("{}", summary(report));
             }
             MigrationEvent::Failed { .. } => self.clear(),
         }
@@ -222,7 +219,7 @@ fn show_forecast(forecast: &ForecastReport) -> String {
 }
 
 /// A finished migration for people.
-pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
+pub(crate) fn summary(report: &MigrationReport) -> String {
     use std::fmt::Write as _;
     let MigrationReport { name, host, downtime_ms, downtime_budget_ms, downtime_parts: parts, .. } = report;
     let forecast = &report.forecast;
@@ -244,7 +241,11 @@ pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
         forecast.copy_ms,
         &format!("saving the state {}", show_ms(parts.within_save_ms)),
     );
-    let restore = format!("restoring it {}", show_ms(parts.within_restore_ms));
+    let restore = format!(
+        "waiting for the last pages {}, restoring it {}",
+        show_ms(parts.within_wait_ms),
+        show_ms(parts.within_restore_ms)
+    );
     row("  prepare", parts.prepare_ms, forecast.prepare_ms, &restore);
     row("  record", parts.record_ms, forecast.record_ms, "");
     let target = format!(
@@ -254,8 +255,6 @@ pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
     );
     row("  commit", parts.commit_ms, forecast.commit_ms, &target);
     let _ = writeln!(text, "{:>26}{:>12}", "", "^ forecast");
-    let packed_pages: u64 = report.rounds.iter().map(|round| round.packed_pages).sum();
-    let packing = if packed { format!(", {packed_pages} pages packed") } else { String::new() };
     if report.kind == ReportKind::Local {
         let _ = writeln!(text, "  total        {:>9}", show_ms(report.total_ms));
         let _ = writeln!(
@@ -265,8 +264,38 @@ pub(crate) fn summary(report: &MigrationReport, packed: bool) -> String {
         return text;
     }
     let _ = writeln!(text, "  total        {:>9}   {} rounds", show_ms(report.total_ms), report.rounds.len());
-    let _ = writeln!(text, "  sent         {:>9}{packing}", show_bytes(report.wire_bytes));
-    let equal = if report.digest_equal { "equal on both sides" } else { "DIFFERENT" };
-    let _ = writeln!(text, "  digest       {} ({equal})", report.digest);
+    let _ = writeln!(text, "  sent         {:>9}   {}", show_bytes(report.wire_bytes), page_kinds(report));
+    for (number, stream) in report.streams.iter().enumerate() {
+        let _ = writeln!(
+            text,
+            "  stream {number:<5} {:>9}   socket {}, encoding {}, cap {}",
+            show_bytes(stream.wire_bytes),
+            show_ms(stream.socket_ms),
+            show_ms(stream.encoding_ms),
+            show_ms(stream.cap_ms),
+        );
+    }
+    let equal = if report.digest_equal == Some(true) { "equal on both sides" } else { "DIFFERENT" };
+    let digest = match &report.digest {
+        Some(digest) => format!("{digest} ({equal})"),
+        None => "NOT VERIFIED: nobody has compared the two memories (--verify off)".to_owned(),
+    };
+    let _ = writeln!(text, "  digest       {digest}");
     text
+}
+
+/// How the pages of all rounds travelled, as far as there are any of a kind: `262,144 whole, 12 as deltas`.
+fn page_kinds(report: &MigrationReport) -> String {
+    let total = |of: fn(&Round) -> u64| report.rounds.iter().map(of).sum::<u64>();
+    let kinds = [
+        (total(Round::whole_pages), "whole"),
+        (total(|round| round.packed_pages), "packed"),
+        (total(|round| round.delta_pages), "as deltas"),
+        (total(|round| round.unchanged_pages), "unchanged"),
+        (total(|round| round.zero_pages), "zero"),
+        (total(|round| round.untouched_pages), "never touched"),
+    ];
+    let said: Vec<String> =
+        kinds.iter().filter(|(pages, _)| *pages > 0).map(|(pages, kind)| format!("{pages} {kind}")).collect();
+    format!("pages: {}", said.join(", "))
 }

@@ -36,7 +36,8 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         format!("'{}' is in doubt; once you know that no other host runs it, remove the record", args.name)
     })?;
     let host = VmHost::new(args.name, records, Life::Waiting { listen: args.listen.to_string(), note: None });
-    let local = LocalChoices { tap: tap.clone(), serial: args.serial };
+    let local =
+        LocalChoices { tap: tap.clone(), serial: args.serial, memory: args.memory.unwrap_or_default() };
     let machine_host = ReceivingHost { host: Arc::clone(&host), tap, machines: MachineHost::new(local) };
     let (updates, inbox) = mpsc::unbounded_channel();
     let options = ReceiveOptions { listen: args.listen.clone(), host: host_name(), name: None };

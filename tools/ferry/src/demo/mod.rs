@@ -16,11 +16,12 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use ferry_lab::LabClock;
+use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::report::{MigrationReport, ms};
 use hyper::Method;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::api::{self, Compress, GuestReport, MigrationEvent, MigrationRequest, OnTimeoutWord};
+use crate::api::{self, GuestReport, MigrationEvent, MigrationRequest, OnTimeoutWord};
 use crate::cli::DemoArgs;
 use crate::client;
 use crate::commands::migrate::{HEADING, round_line};
@@ -90,8 +91,9 @@ async fn migrate(
         target: target.to_owned(),
         downtime_ms: ms(budget),
         streams: 1,
-        compress: Compress::None,
+        compress: Compression::Auto.to_string(),
         bandwidth_bytes_per_s: None,
+        verify: true,
         timeout_ms: 60_000.0,
         on_timeout: OnTimeoutWord::Cancel,
     };

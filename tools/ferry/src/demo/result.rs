@@ -101,13 +101,13 @@ impl DemoResult {
             let learned = if http.switch_learned { "behind host B" } else { "still behind host A" };
             facts.push(("The switch has it".to_owned(), learned.to_owned()));
         }
-        let equal = if migration.digest_equal { "equal" } else { "DIFFERENT" };
+        let equal = if migration.digest_equal == Some(true) { "equal" } else { "DIFFERENT" };
         let rounds = migration.rounds.len();
         facts.extend([
             ("Total".to_owned(), format!("{} in {rounds} rounds", show_ms(migration.total_ms))),
             ("Sent".to_owned(), show_bytes(migration.wire_bytes)),
             ("Self-check".to_owned(), format!("{} errors in the guest", self.self_check_errors)),
-            ("Digest".to_owned(), format!("{} ({equal})", migration.digest)),
+            ("Digest".to_owned(), format!("{} ({equal})", migration.digest.as_deref().unwrap_or("none"))),
         ]);
         facts
     }
@@ -122,7 +122,7 @@ impl DemoResult {
     /// Whether nothing was lost and the downtime was as asked.
     pub(super) fn kept_its_promises(&self) -> bool {
         self.http.as_ref().is_none_or(|http| http.http_failed == 0)
-            && self.migration.digest_equal
+            && self.migration.digest_equal == Some(true)
             && self.self_check_errors == 0
             && self.migration.downtime_ms <= self.migration.downtime_budget_ms
     }

@@ -4,15 +4,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ferry_migrate::protocol::ident::STREAMS_MAX;
-use ferry_migrate::protocol::page::Compression;
+use ferry_migrate::protocol::page::UnknownCompression;
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{MigrationId, VmName};
-use ferry_migrate::report::MigrationReport;
-use ferry_migrate::{EndpointError, MigrateOptions, Update, migrate};
+use ferry_migrate::report::{MigrationReport, ReportKind, StreamReport};
+use ferry_migrate::{BandwidthCap, EndpointError, MigrateOptions, Update, migrate};
 use tokio::sync::{mpsc, watch};
 
 use super::{Here, Life, Refused, VmHost};
-use crate::api::{Compress, MigrationEvent, MigrationRequest, OnTimeoutWord};
+use crate::api::{MigrationEvent, MigrationRequest, OnTimeoutWord};
 
 /// Events beyond this are not kept for late readers; a migration of sane length stays far below.
 const EVENTS_MAX: usize = 100_000;
@@ -21,6 +21,7 @@ const EVENTS_MAX: usize = 100_000;
 #[derive(Debug)]
 pub(crate) struct MigrationTask {
     cancel: watch::Sender<bool>,
+    bandwidth: BandwidthCap,
     log: Mutex<Log>,
     /// Grows with every change of the log.
     changes: watch::Sender<u64>,
@@ -31,14 +32,17 @@ struct Log {
     events: Vec<MigrationEvent>,
     /// The newest count of what is sent: only the newest matters.
     transferred: (u64, u64),
+    /// What each stream did, once it is over.
+    streams: Vec<StreamReport>,
     in_doubt: bool,
     over: bool,
 }
 
 impl MigrationTask {
-    fn new() -> Arc<Self> {
+    fn new(bandwidth: BandwidthCap) -> Arc<Self> {
         Arc::new(Self {
             cancel: watch::channel(false).0,
+            bandwidth,
             log: Mutex::default(),
             changes: watch::channel(0).0,
         })
@@ -70,6 +74,13 @@ impl MigrationTask {
         self.log().in_doubt
     }
 
+    /// Whether it moved the guest with its memory compared on both sides, or handed the memory over, so that there was
+    /// nothing to compare; as far as is known yet.
+    pub(crate) fn is_verified(&self) -> bool {
+        let unverified = |event: &MigrationEvent| matches!(event, MigrationEvent::Moved(report) if report.kind == ReportKind::Live && !report.verified);
+        !self.log().events.last().is_some_and(unverified)
+    }
+
     /// What there is to know about it in a sentence.
     pub(crate) fn note(&self) -> Option<String> {
         self.log().events.iter().rev().find_map(|event| match event {
@@ -89,6 +100,16 @@ impl MigrationTask {
             | MigrationEvent::Undoing { .. }
             | MigrationEvent::Moved(_) => None,
         })
+    }
+
+    /// Changes the most that it may send while the guest runs.
+    pub(crate) fn set_bandwidth(&self, bytes_per_s: Option<u64>) -> Result<(), Refused> {
+        check_bandwidth(bytes_per_s)?;
+        if self.is_over() {
+            return Err(Refused("the migration is over".into()));
+        }
+        self.bandwidth.set(bytes_per_s);
+        Ok(())
     }
 
     /// Asks for it to be given up. Whether that still works shows in its events.
@@ -122,6 +143,9 @@ impl MigrationTask {
                 self.changes.send_modify(|change| *change += 1);
             }
             Update::Progress(progress) => self.add(event(&progress)),
+            Update::Streams(streams) => {
+                self.log().streams = streams.iter().map(StreamReport::from).collect();
+            }
         }
     }
 }
@@ -147,7 +171,7 @@ fn event(progress: &Progress) -> MigrationEvent {
 
 /// Starts migrating the VM of `host` away.
 pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc<MigrationTask>, Refused> {
-    let task = MigrationTask::new();
+    let task = MigrationTask::new(BandwidthCap::new(request.bandwidth_bytes_per_s));
     let _change = host.change();
     let here = {
         let here = host.not_migrating("migrate")?;
@@ -162,7 +186,7 @@ pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc
         now.migration = Some(Arc::clone(&task));
         here
     };
-    let options = match options(&host.name, &here, &request) {
+    let options = match options(&host.name, &here, &request, task.bandwidth.clone()) {
         Ok(options) => options,
         Err(refused) => {
             task.add(MigrationEvent::Failed { reason: refused.0.clone() });
@@ -175,7 +199,12 @@ pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc
     Ok(task)
 }
 
-fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<MigrateOptions, Refused> {
+fn options(
+    name: &VmName,
+    here: &Here,
+    request: &MigrationRequest,
+    bandwidth: BandwidthCap,
+) -> Result<MigrateOptions, Refused> {
     let duration = |ms: f64, what: &str| {
         let sane = (0.0..1e10).contains(&ms);
         let refused = || Refused(format!("{what} of {ms} ms makes no sense"));
@@ -185,9 +214,7 @@ fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<Mig
     if !(1..=STREAMS_MAX).contains(&request.streams) {
         return Err(Refused(format!("{} data streams, not 1 to {STREAMS_MAX}", request.streams)));
     }
-    if request.bandwidth_bytes_per_s == Some(0) {
-        return Err(Refused("a bandwidth of 0 would never send anything".into()));
-    }
+    check_bandwidth(request.bandwidth_bytes_per_s)?;
     Ok(MigrateOptions {
         migration: MigrationId(random_id()?),
         vm: here.vm,
@@ -195,11 +222,12 @@ fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<Mig
         epoch: here.epoch,
         target,
         streams: request.streams,
-        compression: match request.compress {
-            Compress::None => Compression::None,
-            Compress::Lz4 => Compression::Lz4,
-        },
-        bandwidth_bytes_per_s: request.bandwidth_bytes_per_s,
+        compression: request
+            .compress
+            .parse()
+            .map_err(|error: UnknownCompression| Refused(error.to_string()))?,
+        bandwidth,
+        verify: request.verify,
         downtime_budget: duration(request.downtime_ms, "a downtime")?,
         timeout: duration(request.timeout_ms, "a timeout")?,
         on_timeout: match request.on_timeout {
@@ -207,6 +235,13 @@ fn options(name: &VmName, here: &Here, request: &MigrationRequest) -> Result<Mig
             OnTimeoutWord::Stop => OnTimeout::Stop,
         },
     })
+}
+
+fn check_bandwidth(bytes_per_s: Option<u64>) -> Result<(), Refused> {
+    if bytes_per_s == Some(0) {
+        return Err(Refused("a bandwidth of 0 would never send anything".into()));
+    }
+    Ok(())
 }
 
 /// 16 random bytes.
@@ -237,7 +272,9 @@ async fn drive(host: Arc<VmHost>, here: Here, options: MigrateOptions, task: Arc
         Ok(Outcome::Moved(summary)) => {
             // First, so that nobody finds a VM here whose migration is over.
             host.set_life(Life::Gone { target, last: Arc::clone(&task) });
-            task.add(MigrationEvent::Moved(MigrationReport::new(&name, budget, &summary)));
+            let streams = std::mem::take(&mut task.log().streams);
+            let report = MigrationReport { streams, ..MigrationReport::new(&name, budget, &summary) };
+            task.add(MigrationEvent::Moved(report));
         }
         Ok(Outcome::Stayed { failure, epoch }) => {
             if let Life::Here(now) = &mut *host.life() {

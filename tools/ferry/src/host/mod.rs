@@ -142,6 +142,7 @@ impl VmHost {
             id: None,
             epoch: None,
             memory_bytes: None,
+            memory_kind: None,
             cpus: None,
             network: None,
             listen: None,
@@ -156,8 +157,11 @@ impl VmHost {
                 (info.listen, info.id) = (Some(listen), Some(vm.to_string()));
             }
             Life::Here(here) => describe(&here, &mut info),
-            Life::Gone { target, .. } => {
-                (info.state, info.note) = (VmState::Moved, Some(format!("it runs at {target} now")));
+            Life::Gone { target, last } => {
+                let unverified =
+                    if last.is_verified() { "" } else { "; its memory was NOT VERIFIED on the way" };
+                let note = format!("it runs at {target} now{unverified}");
+                (info.state, info.note) = (VmState::Moved, Some(note));
             }
             Life::Ended { reason, .. } => info.note = Some(reason),
         }
@@ -324,6 +328,7 @@ fn describe(here: &Here, info: &mut VmInfo) {
     info.id = Some(here.vm.to_string());
     info.epoch = Some(here.epoch.number());
     info.memory_bytes = Some(machine.ram().regions().iter().map(|region| region.bytes).sum());
+    info.memory_kind = Some(machine.memory_kind());
     info.cpus = Some(machine.config().cpus);
     info.note = here.migration.as_ref().and_then(|migration| migration.note());
     if let (Some(mac), Some(tap)) = (machine.mac(), &here.tap) {

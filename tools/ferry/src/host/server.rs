@@ -15,7 +15,7 @@ use tokio::net::UnixListener;
 
 use super::migration::{self, MigrationTask};
 use super::{Life, Refused, VmHost};
-use crate::api::{self, ErrorBody, GuestReport, MigrationEvent, MigrationRequest, VmInfo};
+use crate::api::{self, BandwidthRequest, ErrorBody, GuestReport, MigrationEvent, MigrationRequest, VmInfo};
 use crate::state_dir::StateDir;
 
 impl IntoResponse for Refused {
@@ -47,6 +47,7 @@ fn routes(host: Arc<VmHost>) -> Router {
         .route(api::STOP, put(stop))
         .route(api::GUEST, get(guest))
         .route(api::MIGRATION, axum::routing::post(start).delete(cancel))
+        .route(api::MIGRATION_BANDWIDTH, put(bandwidth))
         .route(api::MIGRATION_EVENTS, get(events))
         .with_state(host)
 }
@@ -94,6 +95,14 @@ async fn start(
 async fn cancel(State(host): State<Arc<VmHost>>) -> Result<StatusCode, Refused> {
     current(&host)?.cancel();
     Ok(StatusCode::ACCEPTED)
+}
+
+async fn bandwidth(
+    State(host): State<Arc<VmHost>>,
+    Json(request): Json<BandwidthRequest>,
+) -> Result<StatusCode, Refused> {
+    current(&host)?.set_bandwidth(request.bytes_per_s)?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn events(State(host): State<Arc<VmHost>>) -> Result<Response, Refused> {

@@ -1,13 +1,15 @@
 //! The guest's kernel command line.
 //!
 //! ```text
-//! <words of the VMM> workload MODE key=value ... [virtio_mmio.device=4K@0xd0000000:5 ...]
+//! <words of the VMM> [gap_log_us=N] workload MODE key=value ... [virtio_mmio.device=4K@0xd0000000:5 ...]
 //! ```
 //!
 //! The job is what follows the word `workload`. Monitors append their virtio-mmio devices to the line
 //! in Linux's form, so those words are recognised wherever they stand; other words before
-//! `workload` are left to the VMM and not looked at. A line without the word means an idle guest.
+//! `workload` are left to the VMM and not looked at, except `gap_log_us`, from which length in microseconds on a gap between
+//! two heartbeats is logged. A line without the word means an idle guest.
 
+use crate::report::GAP_LOG_MIN_US;
 use crate::workload::{Workload, WorkloadError};
 
 /// The word that starts the job's description.
@@ -58,6 +60,8 @@ fn number(text: &str) -> Option<u64> {
 pub struct CommandLine {
     /// The job.
     pub workload: Workload,
+    /// Gaps of at least this length are logged, in microseconds; [`GAP_LOG_MIN_US`] unless the line says otherwise.
+    pub gap_log_min_us: u64,
     devices: [Option<VirtioMmioDevice>; DEVICES_MAX],
 }
 
@@ -74,11 +78,18 @@ impl CommandLine {
             *slot = Some(device);
         }
         let mut words = line.split_ascii_whitespace().filter(|word| device_value(word).is_none());
-        let workload = match words.find(|word| *word == WORKLOAD_WORD) {
-            Some(_) => Workload::from_words(words)?,
-            None => Workload::Idle,
+        let mut gap_log_min_us = GAP_LOG_MIN_US;
+        let workload = loop {
+            match words.next() {
+                None => break Workload::Idle,
+                Some(WORKLOAD_WORD) => break Workload::from_words(words)?,
+                Some(word) => {
+                    let value = word.strip_prefix("gap_log_us=").and_then(|value| value.parse().ok());
+                    gap_log_min_us = value.unwrap_or(gap_log_min_us);
+                }
+            }
         };
-        Ok(Self { workload, devices })
+        Ok(Self { workload, gap_log_min_us, devices })
     }
 
     /// The virtio-mmio devices, in the order given.
@@ -107,6 +118,16 @@ mod tests {
         let first = VirtioMmioDevice { size: 4096, base: 0xd000_0000, irq: 5 };
         let second = VirtioMmioDevice { size: 512, base: 0xfeb0_0e00, irq: 12 };
         assert_eq!(devices, [first, second]);
+    }
+
+    #[test]
+    fn the_gap_log_has_a_threshold() {
+        let of = |line| CommandLine::parse(line).unwrap().gap_log_min_us;
+        assert_eq!(of("quiet gap_log_us=150 workload idle"), 150);
+        for line in ["workload idle", "gap_log_us=x workload idle", "xgap_log_us=1"] {
+            assert_eq!(of(line), GAP_LOG_MIN_US, "{line}");
+        }
+        assert!(CommandLine::parse("workload idle gap_log_us=150").is_err());
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub const VERSION: u32 = 1;
 /// Entries in the gap log.
 pub const GAP_LOG_LEN: usize = 128;
 
-/// Gaps of at least this length are logged, in microseconds.
+/// Gaps of at least this length are logged, in microseconds, unless the command line says otherwise.
 pub const GAP_LOG_MIN_US: u64 = 2_000;
 
 /// Longest failure text, in bytes, without the terminating zero.

@@ -70,7 +70,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     let _ = writeln!(Serial, "ferry guest: {} ({} MiB of RAM)", line.workload, ram.bytes() >> 20);
 
     apic::enable();
-    let mut pulse = Pulse::calibrate();
+    let mut pulse = Pulse::calibrate(line.gap_log_min_us);
     report::set_u32(offset::STAGE, Stage::Filling as u32);
     let mut filled = fill::fill(&line.workload.fill(), &mut ram, &mut pulse);
     match line.workload {

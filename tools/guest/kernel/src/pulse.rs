@@ -6,7 +6,7 @@
 
 use crate::machine::{apic, port, report, tsc};
 use core::fmt::Write as _;
-use ferry_guest_abi::report::{GAP_LOG_LEN, GAP_LOG_MIN_US, Stage, offset};
+use ferry_guest_abi::report::{GAP_LOG_LEN, Stage, offset};
 
 /// The state of the heartbeat.
 pub struct Pulse {
@@ -21,12 +21,12 @@ pub struct Pulse {
 }
 
 impl Pulse {
-    /// Measures the TSC and starts the tick.
-    pub fn calibrate() -> Self {
+    /// Measures the TSC and starts the tick. Gaps of `gap_min_us` microseconds or more will be logged.
+    pub fn calibrate(gap_min_us: u64) -> Self {
         let tsc_khz = apic::measure_tsc_khz();
         apic::start_tick();
         report::set(offset::TSC_KHZ, tsc_khz);
-        let gap_min_ticks = tsc_khz * GAP_LOG_MIN_US / 1_000;
+        let gap_min_ticks = tsc_khz.saturating_mul(gap_min_us) / 1_000;
         Self { tsc_khz, gap_min_ticks, last: tsc(), elapsed: 0, beats: 0, halts: 0, gaps: 0, largest: 0 }
     }
 

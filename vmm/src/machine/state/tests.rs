@@ -46,7 +46,7 @@ const MSRS_IN_MOTION: [u32; 1] = [0x10];
 
 fn config() -> MachineConfig {
     MachineConfig {
-        memory: MemoryConfig { size_bytes: 16 << 20, backing: Backing::PrivateAnonymous },
+        memory: MemoryConfig::new(16 << 20, Backing::PrivateAnonymous),
         cpus: 2,
         net: None,
         serial: SerialTarget::Null,
@@ -107,13 +107,17 @@ fn a_description_becomes_a_configuration_with_local_choices() {
         writer.add(&shape).unwrap();
         writer.finish().unwrap()
     };
-    let local = |tap: Option<&str>| LocalChoices { tap: tap.map(Into::into), serial: SerialTarget::Stdio };
+    let local = |tap: Option<&str>| LocalChoices {
+        tap: tap.map(Into::into),
+        serial: SerialTarget::Stdio,
+        memory: MemoryChoices::default(),
+    };
     let with_net = describe(Some([2, 0, 0, 0, 0, 7]));
     let config = Machine::config_from_description(&with_net, local(Some("tap9"))).unwrap();
     assert_eq!(
         config,
         MachineConfig {
-            memory: MemoryConfig { size_bytes: 1 << 30, backing: Backing::SharedMemfd },
+            memory: MemoryConfig::new(1 << 30, Backing::SharedMemfd),
             cpus: 3,
             net: Some(NetConfig { tap: "tap9".into(), mac: [2, 0, 0, 0, 0, 7] }),
             serial: SerialTarget::Stdio,
@@ -128,6 +132,79 @@ fn a_description_becomes_a_configuration_with_local_choices() {
     let impossible = describe(Some([0xff; 6]));
     let error = Machine::config_from_description(&impossible, local(Some("tap9"))).unwrap_err();
     assert!(matches!(error, StateError::Config(_)), "{error}");
+}
+
+#[test]
+fn a_description_carries_its_wish_for_pages_and_a_target_may_decide_otherwise() {
+    let describe = |pages: Option<u8>, version: u16| {
+        let mut writer = Writer::new();
+        let shape = MachineShape { memory_bytes: 1 << 30, shared_memory: true, cpus: 1, net_mac: None };
+        writer.add(&shape).unwrap();
+        if let Some(huge_pages) = pages {
+            writer.add(&MemoryPages { huge_pages }).unwrap();
+        }
+        let mut bytes = writer.finish().unwrap();
+        if version != 1 {
+            // The second section's header is 12 bytes and its body one.
+            let at = bytes.len() - 11;
+            bytes[at..at + 2].copy_from_slice(&version.to_le_bytes());
+        }
+        bytes
+    };
+    let memory_of = |description: &[u8], memory| {
+        let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory };
+        Machine::config_from_description(description, local).unwrap().memory
+    };
+    let wishes = [
+        (None, 1, HugePages::Transparent),
+        (Some(MemoryPages::OFF), 1, HugePages::Off),
+        (Some(MemoryPages::POOL_2_MIB), 1, HugePages::PoolIfFree),
+        // What a later version may write.
+        (Some(99), 1, HugePages::Transparent),
+        (Some(MemoryPages::OFF), 2, HugePages::Transparent),
+    ];
+    for (wish, version, expected) in wishes {
+        let memory = memory_of(&describe(wish, version), MemoryChoices::default());
+        assert_eq!((memory.huge_pages, memory.node), (expected, None), "{wish:?} version {version}");
+    }
+    let choices = MemoryChoices {
+        backing: Some(Backing::PrivateAnonymous),
+        huge_pages: Some(HugePages::Pool),
+        node: Some(3),
+    };
+    let memory = memory_of(&describe(Some(MemoryPages::OFF), 1), choices);
+    let expected = MemoryConfig {
+        size_bytes: 1 << 30,
+        backing: Backing::PrivateAnonymous,
+        huge_pages: HugePages::Pool,
+        node: Some(3),
+    };
+    assert_eq!(memory, expected);
+}
+
+#[test]
+fn a_machine_that_did_without_the_pool_goes_on_wishing() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let mut config = config();
+    assert_eq!(
+        Machine::build(&config).unwrap().description(),
+        {
+            let mut writer = Writer::new();
+            writer.add(&Machine::build(&config).unwrap().shape()).unwrap();
+            writer.finish().unwrap()
+        },
+        "a plain machine's description is what older versions read"
+    );
+    // Never a whole number of huge pages, so it can't have them.
+    config.memory.size_bytes = (16 << 20) + 4096;
+    config.memory.huge_pages = HugePages::PoolIfFree;
+    let machine = Machine::build(&config).unwrap();
+    assert!(machine.memory_kind().contains("too few"), "{}", machine.memory_kind());
+    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory: MemoryChoices::default() };
+    let next = Machine::config_from_description(&machine.description(), local).unwrap();
+    assert_eq!(next.memory.huge_pages, HugePages::PoolIfFree);
 }
 
 #[test]

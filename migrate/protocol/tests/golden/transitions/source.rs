@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry_protocol::message::{
     Abort, AbortCode, AtEpoch, Describe, FenceReached, HandOver, Hello, NetworkIdentity, Prepare, Prepared,
-    Ready, Running, State, Welcome,
+    Ready, Rehearse, Rehearsed, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::page::Compression;
@@ -52,7 +52,7 @@ fn word(action: &Action) -> String {
         Action::Send(Message::Abort(abort)) => format!("Send Abort {:?}", abort.code),
         Action::Send(message) => format!("Send {:?}", message.message_type()),
         Action::SendMemory(message) => format!("SendMemory {:?}", message.message_type()),
-        Action::OpenStreams => "OpenStreams".to_owned(),
+        Action::OpenStreams { verify } => format!("OpenStreams{}", if *verify { "" } else { ", unverified" }),
         Action::CloseStreams => "CloseStreams".to_owned(),
         Action::StartDirtyLog => "StartDirtyLog".to_owned(),
         Action::ReadDirtyLog => "ReadDirtyLog".to_owned(),
@@ -69,6 +69,9 @@ fn word(action: &Action) -> String {
         Action::ResumeVm => "ResumeVm".to_owned(),
         Action::ReleaseVm => "ReleaseVm".to_owned(),
         Action::WriteRecord(record) => format!("WriteRecord {} {}", record.standing.word(), record.epoch),
+        Action::RehearseRecord(record) => {
+            format!("RehearseRecord {} {}", record.standing.word(), record.epoch)
+        }
         Action::Report(progress) => format!("Report {}", progress_word(progress)),
         Action::Finish(Outcome::Moved(summary)) => format!("Finish Moved {}", summary.epoch),
         Action::Finish(Outcome::Stayed { epoch, .. }) => format!("Finish Stayed {epoch}"),
@@ -103,6 +106,7 @@ fn config(on_timeout: OnTimeout) -> Config {
         memory: MemoryPath::Streams,
         streams: 1,
         compression: Compression::Lz4,
+        verify: true,
         downtime_budget: 50 * MS,
         timeout: Duration::from_secs(60),
         on_timeout,
@@ -152,14 +156,16 @@ fn other_digest() -> MemoryDigest {
 fn way() -> Vec<(&'static str, Event)> {
     let ready = Event::Message(Message::Ready(Ready { record_us: 1 }));
     let record = || Event::RecordWritten { took: MS };
+    let rehearsed = Event::Message(Message::Rehearsed(Rehearsed { record_us: 1 }));
     vec![
         ("", Event::Connected),
         ("Hello is sent", welcome(1, Features::OURS)),
         ("Describe is sent", ready),
         ("", Event::StreamsOpened),
-        ("the record is being rehearsed", Event::RecordWritten { took: MS }),
+        ("the record is being rehearsed", Event::RecordRehearsed { took: MS }),
         ("the log is being switched on", Event::DirtyLogStarted),
         ("the first log is being read", log(0)),
+        ("round 1 is being sent, both records are rehearsed", rehearsed),
         ("round 1 is being sent", Event::RoundSent(RoundSent::default())),
         ("round 1 is written and has not arrived", fence(1)),
         ("the log of round 1 is being read", log(7)),
@@ -198,16 +204,17 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
     let discarded = Event::Message(Message::Discarded(at(2)));
     vec![
         (
-            9,
+            10,
             vec![log(PAGES), Event::RoundSent(RoundSent::default()), fence(2)],
             "round 2 was quick, so it rests",
         ),
-        (12, vec![saved()], "the state is sent, the last pages are not written"),
-        (16, vec![lost()], "the connection is lost, another is being made"),
-        (16, vec![lost(), Event::Connected], "Commit is sent again"),
-        (16, vec![discarded], "the target had discarded it"),
-        (7, vec![Event::Cancel], "it was cancelled while the guest ran"),
-        (15, vec![Event::RecordFailed("full".to_owned())], "the commit could not be recorded"),
+        (13, vec![saved()], "the state is sent, the last pages are not written"),
+        (17, vec![lost()], "the connection is lost, another is being made"),
+        (17, vec![lost(), Event::Connected], "Commit is sent again"),
+        (17, vec![discarded], "the target had discarded it"),
+        (8, vec![Event::Cancel], "it was cancelled while the guest ran"),
+        (16, vec![Event::RecordFailed("full".to_owned())], "the commit could not be recorded"),
+        (16, vec![Event::Cancel], "it was cancelled before the commit was sent"),
     ]
 }
 
@@ -224,6 +231,8 @@ fn events() -> Vec<(String, Event)> {
         ("Paused", Event::Paused),
         ("StateSaved", saved()),
         ("RecordWritten", Event::RecordWritten { took: MS }),
+        ("RecordRehearsed", Event::RecordRehearsed { took: MS }),
+        ("RehearsalFailed", Event::RehearsalFailed("full".to_owned())),
         ("RecordFailed", Event::RecordFailed("full".to_owned())),
         ("VmFailed", Event::VmFailed("KVM said no".to_owned())),
         ("VmResumed", Event::VmResumed),
@@ -261,6 +270,7 @@ pub(super) fn messages_of_a_source() -> Vec<(&'static str, Message)> {
         ("Commit", Message::Commit(at(2))),
         ("Released", Message::Released(at(2))),
         ("Ping", Message::Ping(1)),
+        ("Rehearse", Message::Rehearse(Rehearse)),
     ]
 }
 
@@ -272,7 +282,7 @@ pub(super) fn hello() -> Hello {
     Hello {
         version_oldest: 1,
         version_newest: 1,
-        features: Features::OURS,
+        features: Features::OURS.without(Features::UNVERIFIED),
         migration: MigrationId([7; 16]),
         vm: VmId([1; 16]),
         name: "web".parse().unwrap(),
@@ -316,8 +326,8 @@ pub(super) fn table() -> String {
     }
     let timeout = [("Timeout".to_owned(), Event::Timeout)];
     let quick = [log(PAGES), Event::RoundSent(RoundSent::default()), fence(2)];
-    text += &part("round 1 is being sent, on-timeout stop", || along(7, &[], OnTimeout::Stop), &timeout);
-    text += &part("it rests, on-timeout stop", || along(9, &quick, OnTimeout::Stop), &timeout);
+    text += &part("round 1 is being sent, on-timeout stop", || along(8, &[], OnTimeout::Stop), &timeout);
+    text += &part("it rests, on-timeout stop", || along(10, &quick, OnTimeout::Stop), &timeout);
     text
 }
 

@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use ferry_protocol::digest::DigestTable;
 use ferry_protocol::message::{
-    Abort, AbortCode, Describe, FenceReached, Hello, NetworkIdentity, Prepare, Prepared, Ready, Running,
-    State, Welcome,
+    Abort, AbortCode, Describe, FenceReached, Hello, NetworkIdentity, Prepare, Prepared, Ready, Rehearse,
+    Rehearsed, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -51,8 +50,13 @@ fn word(action: &Action) -> String {
         Action::Send(Message::Abort(abort)) => format!("Send Abort {:?}", abort.code),
         Action::Send(message) => format!("Send {:?}", message.message_type()),
         Action::WriteRecord(record) => format!("WriteRecord {} {}", record.standing.word(), record.epoch),
-        Action::BuildMachine { .. } => "BuildMachine".to_owned(),
         Action::AdoptMemory { .. } => "AdoptMemory".to_owned(),
+        Action::RehearseRecord(record) => {
+            format!("RehearseRecord {} {}", record.standing.word(), record.epoch)
+        }
+        Action::BuildMachine { verify, .. } => {
+            format!("BuildMachine{}", if *verify { "" } else { ", unverified" })
+        }
         Action::DropStaleFrames => "DropStaleFrames".to_owned(),
         Action::RestoreState(_) => "RestoreState".to_owned(),
         Action::RunVm { runs } => format!("RunVm(runs: {runs})"),
@@ -78,9 +82,7 @@ const fn progress_word(progress: &Progress) -> &'static str {
 
 /// A digest that is not that of no page.
 pub(super) fn digest() -> MemoryDigest {
-    let mut table = DigestTable::new(1);
-    table.set(0, PageDigest::of(0, &[0; PAGE_BYTES]));
-    table.sum()
+    PageDigest::of(0, &[0; PAGE_BYTES]).alone()
 }
 
 fn fence(number: u32) -> Event {
@@ -148,7 +150,9 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
         (5, vec![prepare(2, 1, MemoryDigest::ZERO)], "Prepare is here, the state is awaited"),
         (6, vec![prepare(2, 9, MemoryDigest::ZERO)], "everything but fence 9 is here"),
         (8, vec![lost()], "the connection is lost"),
+        (5, vec![Event::Message(Message::Rehearse(Rehearse))], "the record is being rehearsed"),
         (5, vec![Event::Cancel], "it was told to give up"),
+        (10, vec![Event::RunFailed("no".to_owned())], "it could not be started, that is being recorded"),
     ]
 }
 
@@ -158,6 +162,7 @@ fn events() -> Vec<(String, Event)> {
         ("Hello", greeting(hello())),
         ("Hello(version 9)", greeting(Hello { version_oldest: 9, version_newest: 9, ..hello() })),
         ("Hello(no lz4)", greeting(Hello { features: Features::NONE, ..hello() })),
+        ("Hello(unverified)", greeting(Hello { features: Features::OURS, ..hello() })),
         ("Hello(another name)", greeting(Hello { name: "other".parse().unwrap(), ..hello() })),
         ("Hello(resumes)", greeting(Hello { resumes: true, ..hello() })),
         ("Describe", describe(regions())),
@@ -175,6 +180,7 @@ fn events() -> Vec<(String, Event)> {
         ("Released(9)", Event::Message(Message::Released(at(9)))),
         ("Abort", Event::Message(Message::Abort(Abort::new(AbortCode::Cancelled, "no")))),
         ("Ping", Event::Message(Message::Ping(1))),
+        ("Rehearse", Event::Message(Message::Rehearse(Rehearse))),
         ("Disconnected", Event::Disconnected(text())),
         ("Reconnected", Event::Reconnected),
         ("MachineBuilt", Event::MachineBuilt),
@@ -185,8 +191,11 @@ fn events() -> Vec<(String, Event)> {
         ("StateRestored", Event::StateRestored { took: MS }),
         ("RestoreFailed", Event::RestoreFailed(text())),
         ("RecordWritten", Event::RecordWritten { took: MS }),
+        ("RecordRehearsed", Event::RecordRehearsed { took: MS }),
+        ("RehearsalFailed", Event::RehearsalFailed("full".to_owned())),
         ("RecordFailed", Event::RecordFailed(text())),
         ("VmRunning", Event::VmRunning { took: MS }),
+        ("RunBroke", Event::RunBroke(text())),
         ("RunFailed", Event::RunFailed(text())),
         ("Cancel", Event::Cancel),
         ("Timeout", Event::Timeout),
@@ -210,6 +219,7 @@ pub(super) fn messages_of_a_target() -> Vec<(&'static str, Message)> {
         ("Discarded(2)", Message::Discarded(at(2))),
         ("Discarded(9)", Message::Discarded(at(9))),
         ("Pong", Message::Pong(1)),
+        ("Rehearsed", Message::Rehearsed(Rehearsed { record_us: 1 })),
     ]
 }
 

@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use self::pair::CloudHypervisorPair;
 use super::{Engine, EngineError, Pair, PairOrder, program};
 use crate::results::EngineInfo;
-use crate::scenario::{Compression, EngineConfig, EngineSetting, Guest, Strategy};
+use crate::scenario::{Compression, EngineConfig, EngineSetting, Guest, MemoryBacking, Strategy};
 
 /// The usual name of its binary.
 const BINARY: &str = "cloud-hypervisor";
@@ -55,7 +55,26 @@ impl CloudHypervisor {
     }
 
     fn supports(&self, order: &PairOrder<'_>) -> Result<(), String> {
-        let EngineSetting { engine: _, strategy, streams, compression, bandwidth_mbit_s } = order.setting;
+        let EngineSetting {
+            engine: _,
+            strategy,
+            streams,
+            compression,
+            bandwidth_mbit_s,
+            // It has no check to leave out.
+            verify: _,
+            memory,
+            local,
+        } = order.setting;
+        let Some(streams) = streams.fixed() else {
+            return Err("choosing the number of its connections".to_owned());
+        };
+        if *local {
+            return Err("handing memory over within one host in a way that is measured here".to_owned());
+        }
+        if *memory == MemoryBacking::Hugepages {
+            return Err("huge pages in a way that is measured here".to_owned());
+        }
         if self.is_before(BUDGET_SINCE) {
             return Err(format!("a downtime budget before version {BUDGET_SINCE}"));
         }
@@ -65,10 +84,10 @@ impl CloudHypervisor {
             Strategy::PostCopy if self.is_before(POST_COPY_SINCE) => {
                 return Err(format!("post-copy before version {POST_COPY_SINCE}"));
             }
-            Strategy::PostCopy if *streams > 1 => return Err("post-copy over several streams".to_owned()),
+            Strategy::PostCopy if streams > 1 => return Err("post-copy over several streams".to_owned()),
             Strategy::PostCopy => {}
         }
-        if *streams > CONNECTIONS_MAX {
+        if streams > CONNECTIONS_MAX {
             return Err(format!("more than {CONNECTIONS_MAX} streams"));
         }
         match compression {

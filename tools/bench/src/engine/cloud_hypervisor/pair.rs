@@ -56,7 +56,7 @@ impl CloudHypervisorPair {
             "downtime_ms": whole(order.scenario.downtime_ms.max(1.0)),
             "timeout_s": timeout_s,
             "timeout_strategy": "Cancel",
-            "connections": order.setting.streams.max(1),
+            "connections": order.setting.streams.fixed().unwrap_or(1),
         });
         if post_copy {
             send["memory_mode"] = json!("Postcopy");
@@ -148,6 +148,10 @@ impl Pair for CloudHypervisorPair {
 
     fn flags(&self) -> Vec<String> {
         self.flags.clone()
+    }
+
+    fn has_guest(&self) -> bool {
+        true
     }
 
     fn is_vcpu(&self, thread: &str) -> bool {

@@ -12,6 +12,7 @@ use super::api::Api;
 use super::events::EventFile;
 use crate::engine::process::Process;
 use crate::engine::{EngineError, PairOrder, Place};
+use crate::scenario::MemoryBacking;
 
 /// How long it may take to answer at its socket, and then to run its guest.
 const UP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -160,6 +161,7 @@ fn arguments(
     };
     // The first level of its log. The second would have the downtime by part, but also a line for every range of
     // dirty pages, and the source would spend its time on that.
+    let shared = if order.setting.memory == MemoryBacking::Shared { ",shared=on" } else { "" };
     let mut words: Vec<OsString> = vec![
         "-v".into(),
         "--api-socket".into(),
@@ -176,7 +178,7 @@ fn arguments(
         "--cmdline".into(),
         order.guest.cmdline.clone().into(),
         "--memory".into(),
-        format!("size={}M,thp=on", order.scenario.memory_mib).into(),
+        format!("size={}M,thp=on{shared}", order.scenario.memory_mib).into(),
         "--cpus".into(),
         format!("boot={}", order.scenario.cpus).into(),
         "--serial".into(),

@@ -2,22 +2,17 @@
 
 pub mod words;
 
-use std::ffi::OsString;
-use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
-use std::process::{ChildStdin, ChildStdout};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use ferry_lab::LabClock;
 use ferry_migrate::report::MigrationReport;
-use serde::Serialize;
 
 use self::words::{MoveOrder, Said, SourceOrder, TargetOrder};
-use super::process::Process;
-use super::{Ending, Engine, EngineError, EngineReport, Pair, PairOrder, Place};
+use super::worker::Worker;
+use super::{Ending, Engine, EngineError, EngineReport, Pair, PairOrder};
 use crate::results::{EngineInfo, Part, Round};
-use crate::scenario::{Compression, EngineConfig, EngineKind, EngineSetting, Strategy};
+use crate::scenario::{EngineConfig, EngineKind, EngineSetting, MemoryBacking, Strategy};
 
 /// How long a worker may take to boot or to listen.
 const UP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -46,21 +41,30 @@ impl Ferry {
         Self { info }
     }
 
-    fn supports(&self, setting: &EngineSetting) -> Result<(), EngineError> {
-        let lacks = |what: &str| {
-            Err(EngineError::Unsupported { engine: self.info.name.clone(), what: what.to_owned() })
-        };
-        match setting.strategy {
+    /// How many streams `setting` asks for, if ferry can do all that it asks for.
+    fn streams_of(&self, setting: &EngineSetting) -> Result<u16, EngineError> {
+        let EngineSetting {
+            engine: _,
+            strategy,
+            streams,
+            compression,
+            bandwidth_mbit_s: _,
+            verify: _,
+            memory: _,
+            local,
+        } = setting;
+        let lacks =
+            |what: &str| EngineError::Unsupported { engine: self.info.name.clone(), what: what.to_owned() };
+        match strategy {
             Strategy::PreCopy => {}
-            Strategy::AutoConverge => return lacks("it does not throttle vCPUs"),
-            Strategy::PostCopy => return lacks("it has no post-copy"),
+            Strategy::AutoConverge => return Err(lacks("it does not throttle vCPUs")),
+            Strategy::PostCopy => return Err(lacks("it has no post-copy")),
         }
-        match setting.compression {
-            Compression::None | Compression::Lz4 => Ok(()),
-            Compression::Auto => lacks("it does not choose by itself whether to pack"),
-            Compression::Zstd => lacks("it has no zstd"),
-            Compression::Xbzrle => lacks("it sends no differences"),
+        words::packing(*compression).map_err(lacks)?;
+        if *local {
+            return Err(lacks("it does not hand memory over within a host"));
         }
+        streams.fixed().ok_or_else(|| lacks("it does not choose the number of streams"))
     }
 }
 
@@ -70,26 +74,29 @@ impl Engine for Ferry {
     }
 
     fn start(&self, order: &PairOrder<'_>) -> Result<Box<dyn Pair>, EngineError> {
-        self.supports(order.setting)?;
+        let streams = self.streams_of(order.setting)?;
         let boot = order.guest;
         let source_order = SourceOrder {
             kernel: boot.kernel.clone(),
             initrd: boot.initrd.clone(),
             cmdline: boot.cmdline.clone(),
             memory_mib: order.scenario.memory_mib,
+            backing: order.setting.memory,
             cpus: order.scenario.cpus,
             net: order.source.net.map(|(tap, mac)| (tap.to_owned(), mac.octets())),
             serial: boot.serial.clone(),
             folder: order.folder.join("source"),
         };
-        let mut source = Worker::start(&self.info.name, "source", &order.source, order, &source_order)?;
+        let source =
+            Worker::start((&self.info.name, "ferry", "source"), &order.source, order, &source_order)?;
         source.expect(UP_TIMEOUT, |said| matches!(said, Said::Up).then_some(()))?;
         let target_order = TargetOrder {
             listen: SocketAddr::new(order.target.address, 0),
             tap: order.target.net.map(|(tap, _)| tap.to_owned()),
             folder: order.folder.join("target"),
         };
-        let mut target = Worker::start(&self.info.name, "target", &order.target, order, &target_order)?;
+        let target =
+            Worker::start((&self.info.name, "ferry", "target"), &order.target, order, &target_order)?;
         let address = target.expect(UP_TIMEOUT, |said| match said {
             Said::Listening { address } => Some(address),
             Said::Up
@@ -101,15 +108,17 @@ impl Engine for Ferry {
             | Said::Moved { .. }
             | Said::Stayed { .. } => None,
         })?;
+        let order_backing = order.setting.memory;
         let order = MoveOrder {
             target: address.to_string(),
-            streams: order.setting.streams,
-            lz4: order.setting.compression == Compression::Lz4,
+            streams,
+            compression: order.setting.compression,
+            verify: order.setting.verify,
             bandwidth_bytes_per_s: order.setting.bandwidth_mbit_s.map(bytes_per_s),
             downtime_ms: order.scenario.downtime_ms,
             timeout_ms: order.scenario.timeout_s * 1e3,
         };
-        Ok(Box::new(FerryPair { source, target, order }))
+        Ok(Box::new(FerryPair { source, target, backing: order_backing, order }))
     }
 }
 
@@ -122,98 +131,44 @@ fn bytes_per_s(mbit_s: f64) -> u64 {
     (mbit_s * 1e6 / 8.0) as u64
 }
 
-/// A source or a target.
-#[derive(Debug)]
-struct Worker {
-    engine: String,
-    side: &'static str,
-    process: Process,
-    stdin: ChildStdin,
-    said: Receiver<Said>,
-}
-
-impl Worker {
-    fn start(
-        engine: &str,
-        side: &'static str,
-        place: &Place<'_>,
-        order: &PairOrder<'_>,
-        to_do: &impl Serialize,
-    ) -> Result<Self, EngineError> {
-        let broken = |what: String| EngineError::Broken { engine: engine.to_owned(), side, what };
-        let program = crate::worker::program().map_err(|error| broken(format!("where is it? {error}")))?;
-        let text = serde_json::to_string(to_do).map_err(|error| broken(error.to_string()))?;
-        let arguments: Vec<OsString> =
-            vec![crate::worker::WORD.into(), format!("ferry-{side}").into(), text.into()];
-        let log = order.folder.join(format!("{side}.log"));
-        let (process, stdin, stdout) = Process::start_piped(place.namespace, &program, &arguments, &log)?;
-        Ok(Self { engine: engine.to_owned(), side, process, stdin, said: listen(stdout) })
-    }
-
-    /// Waits until it says what `wanted` takes.
-    fn expect<T>(&mut self, timeout: Duration, wanted: impl Fn(Said) -> Option<T>) -> Result<T, EngineError> {
-        match self.said.recv_timeout(timeout) {
-            Ok(said) => {
-                let words = format!("it said {said:?}");
-                wanted(said).ok_or_else(|| self.broken(words))
-            }
-            Err(error) => Err(self.silent(error)),
-        }
-    }
-
-    fn silent(&self, error: RecvTimeoutError) -> EngineError {
-        self.broken(match error {
-            RecvTimeoutError::Timeout => "it says nothing".to_owned(),
-            RecvTimeoutError::Disconnected => "it ended".to_owned(),
-        })
-    }
-
-    fn broken(&self, what: String) -> EngineError {
-        let words = self.process.last_words();
-        let what = if words.is_empty() { what } else { format!("{what}: {words}") };
-        EngineError::Broken { engine: self.engine.clone(), side: self.side, what }
-    }
-}
-
-/// Reads what a worker says, until it ends.
-fn listen(stdout: ChildStdout) -> Receiver<Said> {
-    let (sender, said) = mpsc::channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            let Ok(words) = serde_json::from_str(&line) else { continue };
-            if sender.send(words).is_err() {
-                return;
-            }
-        }
-    });
-    said
-}
-
 #[derive(Debug)]
 struct FerryPair {
-    source: Worker,
-    target: Worker,
+    source: Worker<Said>,
+    target: Worker<Said>,
     order: MoveOrder,
+    backing: MemoryBacking,
 }
 
 impl Pair for FerryPair {
     fn source_pid(&self) -> u32 {
-        self.source.process.pid()
+        self.source.pid()
     }
 
     fn target_pid(&self) -> u32 {
-        self.target.process.pid()
+        self.target.pid()
     }
 
     fn flags(&self) -> Vec<String> {
-        let MoveOrder { target, streams, lz4, bandwidth_bytes_per_s, downtime_ms, timeout_ms } = &self.order;
+        let MoveOrder {
+            target,
+            streams,
+            compression,
+            verify,
+            bandwidth_bytes_per_s,
+            downtime_ms,
+            timeout_ms,
+        } = &self.order;
         vec![
-            format!("target={target} streams={streams} compression={}", if *lz4 { "lz4" } else { "none" }),
+            format!("target={target} streams={streams} compression={compression:?}"),
             format!(
                 "bandwidth_bytes_per_s={bandwidth_bytes_per_s:?} downtime_ms={downtime_ms} timeout_ms={timeout_ms}"
             ),
-            "verify=on memory=anonymous,thp".to_owned(),
+            format!("verify={} memory={}", if *verify { "on" } else { "off" }, self.backing.name()),
         ]
+    }
+
+    fn has_guest(&self) -> bool {
+        true
     }
 
     fn is_vcpu(&self, thread: &str) -> bool {
@@ -221,18 +176,14 @@ impl Pair for FerryPair {
     }
 
     fn migrate(&mut self, clock: LabClock) -> Result<EngineReport, EngineError> {
-        let mut line =
-            serde_json::to_string(&self.order).map_err(|error| self.source.broken(error.to_string()))?;
-        line.push('\n');
         let ordered = clock.now();
-        let written = self.source.stdin.write_all(line.as_bytes());
-        written.map_err(|error| self.source.broken(format!("it takes no order: {error}")))?;
+        self.source.tell(&self.order)?;
         let mut report = EngineReport { ordered, ..EngineReport::default() };
         let since = |now: Duration| now.saturating_sub(ordered).as_secs_f64() * 1e3;
         let patience = Duration::from_secs_f64(self.order.timeout_ms / 1e3) + LAST_WORD_TIMEOUT;
         let (mut starts, mut pages_of_round) = (Vec::new(), 0);
         loop {
-            let said = self.source.said.recv_timeout(patience).map_err(|error| self.source.silent(error))?;
+            let said = self.source.next(patience)?;
             let now = clock.now();
             match said {
                 Said::RoundStarted { pages, .. } | Said::Stopping { pages } => {
@@ -292,11 +243,12 @@ fn fill_in(report: &mut EngineReport, numbers: &MigrationReport, starts: &[f64])
         .enumerate()
         .map(|(index, round)| in_results(round, starts.get(index).copied()))
         .collect();
-    report.digest_equal = Some(numbers.digest_equal);
+    report.digest_equal = numbers.digest_equal;
     report.more = vec![
         ("total_own_ms".to_owned(), numbers.total_ms),
         ("forecast_upper_ms".to_owned(), numbers.forecast.upper_ms),
         ("within_save_ms".to_owned(), parts.within_save_ms),
+        ("within_wait_ms".to_owned(), parts.within_wait_ms),
         ("within_restore_ms".to_owned(), parts.within_restore_ms),
         ("within_target_record_ms".to_owned(), parts.within_target_record_ms),
         ("within_run_ms".to_owned(), parts.within_run_ms),

@@ -3,8 +3,42 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use ferry_migrate::protocol::page;
 use ferry_migrate::report::MigrationReport;
+use ferry_vmm::{Backing, HugePages, MemoryConfig};
 use serde::{Deserialize, Serialize};
+
+use crate::scenario::{Compression, MemoryBacking};
+
+/// What `compression` is to ferry.
+///
+/// # Errors
+/// What ferry lacks, in words.
+pub fn packing(compression: Compression) -> Result<page::Compression, &'static str> {
+    match compression {
+        Compression::None => Ok(page::Compression::None),
+        Compression::Lz4 => Ok(page::Compression::Lz4),
+        Compression::Auto => Ok(page::Compression::Auto),
+        Compression::Zstd => Ok(page::Compression::Zstd(1)),
+        Compression::Xbzrle => {
+            Err("its differences are of another kind; it sends them with every packing but none")
+        }
+    }
+}
+
+/// Memory of `size_bytes` that is held so.
+#[must_use]
+pub fn memory(size_bytes: u64, backing: MemoryBacking) -> MemoryConfig {
+    match backing {
+        MemoryBacking::Private => MemoryConfig::new(size_bytes, Backing::PrivateAnonymous),
+        MemoryBacking::Shared => MemoryConfig::new(size_bytes, Backing::SharedMemfd),
+        MemoryBacking::Hugepages => {
+            let mut memory = MemoryConfig::new(size_bytes, Backing::PrivateAnonymous);
+            memory.huge_pages = HugePages::Pool;
+            memory
+        }
+    }
+}
 
 /// What a source is to boot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -17,6 +51,8 @@ pub struct SourceOrder {
     pub cmdline: String,
     /// Its memory.
     pub memory_mib: u32,
+    /// What holds it.
+    pub backing: MemoryBacking,
     /// Its vCPUs.
     pub cpus: u8,
     /// Its tap and MAC.
@@ -45,8 +81,10 @@ pub struct MoveOrder {
     pub target: String,
     /// Data streams.
     pub streams: u16,
-    /// Whether pages are packed with lz4.
-    pub lz4: bool,
+    /// How pages are packed.
+    pub compression: Compression,
+    /// Whether both sides take digests of memory.
+    pub verify: bool,
     /// The most that is sent while the guest runs.
     pub bandwidth_bytes_per_s: Option<u64>,
     /// The downtime that is allowed.

@@ -161,6 +161,10 @@ impl Pair for QemuPair {
         self.flags.clone()
     }
 
+    fn has_guest(&self) -> bool {
+        true
+    }
+
     fn is_vcpu(&self, thread: &str) -> bool {
         thread.starts_with("CPU ") && thread.ends_with("/KVM")
     }

@@ -5,7 +5,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::engine::whole;
-use crate::scenario::{Compression, EngineSetting, Scenario, Strategy};
+use crate::scenario::{Compression, EngineSetting, MemoryBacking, Scenario, Strategy};
 
 /// The most connections that multifd can have.
 const CHANNELS_MAX: u16 = 255;
@@ -40,7 +40,26 @@ impl Settings {
         setting: &EngineSetting,
         version: Option<(u32, u32)>,
     ) -> Result<Self, String> {
-        let EngineSetting { engine: _, strategy, streams, compression, bandwidth_mbit_s } = setting;
+        let EngineSetting {
+            engine: _,
+            strategy,
+            streams,
+            compression,
+            bandwidth_mbit_s,
+            // It has no check to leave out.
+            verify: _,
+            memory,
+            local,
+        } = setting;
+        let Some(streams) = streams.fixed() else {
+            return Err("choosing the number of its streams".to_owned());
+        };
+        if *local {
+            return Err("handing memory over within one host".to_owned());
+        }
+        if *memory == MemoryBacking::Hugepages {
+            return Err("huge pages in a way that is measured here".to_owned());
+        }
         // Events tell rounds by the moment; the return path tells the source how the target fares, as libvirt has it.
         let mut capabilities = vec!["events", "return-path"];
         let mut parameters = Map::new();
@@ -63,7 +82,7 @@ impl Settings {
                 true
             }
         };
-        let mut multifd = *streams > 1;
+        let mut multifd = streams > 1;
         match compression {
             Compression::None => {}
             Compression::Zstd => {
@@ -82,9 +101,9 @@ impl Settings {
             Compression::Auto => return Err("choosing by itself how pages are packed".to_owned()),
         }
         if multifd {
-            check_multifd(*streams, post_copy, version)?;
+            check_multifd(streams, post_copy, version)?;
             capabilities.push("multifd");
-            parameters.insert("multifd-channels".to_owned(), json!((*streams).max(1)));
+            parameters.insert("multifd-channels".to_owned(), json!(streams.max(1)));
         }
         Ok(Self { capabilities, parameters, post_copy })
     }
@@ -119,7 +138,7 @@ fn xbzrle_cache_mib(memory_mib: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scenario::file;
+    use crate::scenario::{Streams, file};
 
     fn scenario() -> Scenario {
         let text = r#"
@@ -157,7 +176,7 @@ mod tests {
 
     #[test]
     fn streams_and_packing_become_multifd_and_xbzrle() {
-        let multifd = of(|setting| setting.streams = 4).unwrap();
+        let multifd = of(|setting| setting.streams = 4.into()).unwrap();
         assert!(multifd.capabilities.contains(&"multifd"));
         assert_eq!(multifd.parameters["multifd-channels"], json!(4));
         assert!(!multifd.parameters.contains_key("multifd-compression"));
@@ -190,11 +209,14 @@ mod tests {
         };
         lacking(|setting| setting.compression = Compression::Lz4, "lz4");
         lacking(|setting| setting.compression = Compression::Auto, "by itself");
-        lacking(|setting| (setting.compression, setting.streams) = (Compression::Xbzrle, 2), "xbzrle");
-        lacking(|setting| setting.streams = 256, "255");
-        lacking(|setting| (setting.strategy, setting.streams) = (Strategy::PostCopy, 2), "10.1");
+        lacking(|setting| (setting.compression, setting.streams) = (Compression::Xbzrle, 2.into()), "xbzrle");
+        lacking(|setting| setting.streams = Streams::AUTO, "number");
+        lacking(|setting| setting.local = true, "one host");
+        lacking(|setting| setting.memory = MemoryBacking::Hugepages, "huge pages");
+        lacking(|setting| setting.streams = 256.into(), "255");
+        lacking(|setting| (setting.strategy, setting.streams) = (Strategy::PostCopy, 2.into()), "10.1");
         let (scenario, mut setting) = (scenario(), scenario().engines.remove(0));
-        (setting.strategy, setting.streams) = (Strategy::PostCopy, 2);
+        (setting.strategy, setting.streams) = (Strategy::PostCopy, 2.into());
         assert!(Settings::of(&scenario, &setting, Some((10, 1))).is_ok());
         assert!(Settings::of(&scenario, &setting, None).is_err());
     }

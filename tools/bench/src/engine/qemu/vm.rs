@@ -12,6 +12,7 @@ use super::qmp::{Event, Qmp, QmpError};
 use super::settings::Settings;
 use crate::engine::process::Process;
 use crate::engine::{EngineError, PairOrder, Place};
+use crate::scenario::MemoryBacking;
 
 /// How long QEMU may take to open its socket, and then to run its guest.
 const UP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -226,6 +227,14 @@ fn arguments(side: Side, place: &Place<'_>, order: &PairOrder<'_>, socket: &Path
             format!("tap,id=n0,ifname={tap},script=no,downscript=no").into(),
             "-device".into(),
             format!("virtio-net-device,netdev=n0,mac={mac}").into(),
+        ]);
+    }
+    if order.setting.memory == MemoryBacking::Shared {
+        words.extend([
+            "-object".into(),
+            format!("memory-backend-memfd,id=ram,share=on,size={}M", order.scenario.memory_mib).into(),
+            "-machine".into(),
+            "memory-backend=ram".into(),
         ]);
     }
     if side == Side::Target {

@@ -3,6 +3,7 @@
 //! ```text
 //!  heading      what, when, where, how, whether the machine was quiet
 //!  overview     ratios of all engines in all scenarios; a table of medians, spreads and ratios
+//!  limits       what the suite expects, and what was reached
 //!  sweeps       curves along an axis
 //!  scenarios    box plots, who saw which downtime, a timeline of the median run of each engine
 //!  failures     what did not work, who was absent
@@ -14,6 +15,7 @@
 //! JSON has no `<` in it.
 
 mod failures;
+mod limits;
 mod method;
 mod overview;
 mod scenario;
@@ -62,6 +64,7 @@ pub fn page(results: &Results) -> String {
             body {
                 main {
                     (overview::heading(&page))
+                    (limits::section(&page))
                     (overview::section(&page))
                     (sweeps::section(&page))
                     (scenario::section(&page))

@@ -8,7 +8,7 @@ use crate::report::plots::parts::{self, Tones};
 use crate::report::plots::timeline::{self, Tops};
 use crate::report::plots::{boxes, witness};
 use crate::results::{Metric, Run, ScenarioResult};
-use crate::scenario::{Client, Compression, EngineSetting, Guest, Link, Scenario, Strategy};
+use crate::scenario::{Client, Compression, EngineSetting, Guest, Link, MemoryBacking, Scenario, Strategy};
 
 /// All scenarios.
 pub(super) fn section(page: &Page<'_>) -> Markup {
@@ -97,10 +97,20 @@ fn settings(setting: &EngineSetting) -> String {
         Compression::Zstd => ", zstd",
         Compression::Xbzrle => ", xbzrle",
     };
-    let streams =
-        if setting.streams == 1 { "1 stream".to_owned() } else { format!("{} streams", setting.streams) };
+    let streams = match setting.streams.fixed() {
+        Some(1) => "1 stream".to_owned(),
+        Some(count) => format!("{count} streams"),
+        None => "streams as it sees fit".to_owned(),
+    };
+    let verify = if setting.verify { "" } else { ", memory not checked" };
+    let memory = match setting.memory {
+        MemoryBacking::Private => "",
+        MemoryBacking::Shared => ", memory in a memfd",
+        MemoryBacking::Hugepages => ", memory of huge pages",
+    };
+    let local = if setting.local { ", handed over within the host" } else { "" };
     let cap = setting.bandwidth_mbit_s.map_or(String::new(), |rate| format!(", at most {rate} Mbit/s"));
-    format!("{strategy}, {streams}{compression}{cap}")
+    format!("{strategy}, {streams}{compression}{cap}{verify}{memory}{local}")
 }
 
 fn box_plots(page: &Page<'_>, scenario: &ScenarioResult) -> Markup {

@@ -4,7 +4,7 @@ use super::Seen;
 use crate::engine::{Ending, Pair};
 use crate::measure::cost;
 use crate::measure::sampler::Samples;
-use crate::results::{Check, ClientSeen, Measures, Outcome, Run, Timeline};
+use crate::results::{Check, ClientSeen, Measures, Outcome, ProcessCost, Run, Timeline};
 
 /// Fills in outcome, measures and timeline of `run`.
 pub(super) fn fill_in(
@@ -32,7 +32,8 @@ pub(super) fn fill_in(
     let (client, client_rates) = clients.map_or((None, Vec::new()), |(seen, rates)| (Some(seen), rates));
     let pids = [pair.source_pid(), pair.target_pid()];
     let costs = pids.iter().zip(&seen.costs).enumerate().map(|(index, (pid, (before, after)))| {
-        cost::between(Seen::role(index), *pid, before, after, |thread| pair.is_vcpu(thread))
+        let cost = cost::between(Seen::role(index), *pid, before, after, |thread| pair.is_vcpu(thread));
+        ProcessCost { guest_memory_bytes: seen.guest_memory[index], ..cost }
     });
     let writes = samples.guest.last().is_some_and(|moment| moment.pages_written > 0);
     let end = samples.guest.last().map_or(engine.done, |moment| moment.at);

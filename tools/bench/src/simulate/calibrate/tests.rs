@@ -78,6 +78,7 @@ fn results(repetitions: u32, by: &Hardware) -> Results {
             })
             .collect(),
         scenarios: scenarios.collect(),
+        limits: Vec::new(),
     }
 }
 
@@ -92,6 +93,7 @@ fn as_measured(engine: &str, repetition: u32, run: &MigrationRun, by: &Hardware)
         cpu_engine_s: cpu_s,
         threads: Vec::new(),
         peak_memory_bytes: 0,
+        guest_memory_bytes: None,
     };
     let more = [
         ("within_save_ms", parts.within_save_ms),

@@ -30,7 +30,7 @@ impl Moving {
             }
             Action::Send(message) => self.send_to_target(message, stage),
             Action::SendMemory(_) => unreachable!("simulated hosts share no memory"),
-            Action::OpenStreams => {
+            Action::OpenStreams { .. } => {
                 // They are opened one after another.
                 let took = self.handshake(stage) * u32::from(self.order.settings.streams);
                 stage.at(stage.now + took, Due::Source(Event::StreamsOpened));
@@ -71,6 +71,11 @@ impl Moving {
                 let (began, done) = self.source_job(hardware.source_record_us, stage);
                 let took = done.saturating_sub(began);
                 stage.at(done, Due::Source(Event::RecordWritten { took }));
+            }
+            Action::RehearseRecord(_) => {
+                let (began, done) = self.source_job(hardware.source_record_us, stage);
+                let took = done.saturating_sub(began);
+                stage.at(done, Due::Source(Event::RecordRehearsed { took }));
             }
             Action::Report(progress) => self.note(&progress, stage),
             Action::Finish(outcome) => self.outcome = Some(outcome),

@@ -15,6 +15,10 @@ impl Moving {
                 let (done, took) = self.target_job(hardware.target_record_us, stage);
                 stage.at(done, Due::Target(Event::RecordWritten { took }));
             }
+            Action::RehearseRecord(_) => {
+                let (done, took) = self.target_job(hardware.target_record_us, stage);
+                stage.at(done, Due::Target(Event::RecordRehearsed { took }));
+            }
             Action::BuildMachine { .. } => {
                 let cost_us = hardware.build_us + hardware.build_us_per_vcpu * self.cpus();
                 let (done, _) = self.target_job(cost_us, stage);

@@ -96,7 +96,7 @@ struct Driver {
 
 impl Driver {
     fn new(tap: Tap) -> Self {
-        let config = MemoryConfig { size_bytes: MEMORY_END.into(), backing: Backing::PrivateAnonymous };
+        let config = MemoryConfig::new(MEMORY_END.into(), Backing::PrivateAnonymous);
         let memory = memory::allocate(&config).unwrap();
         Self { net: Arc::new(Net::new(0, MAC, tap, memory.clone()).unwrap()), memory }
     }

@@ -1,0 +1,110 @@
+//! Threads that encode chunks beside the streams, so that packing never stands in front of sending.
+
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use ferry_protocol::encode::pack::Method;
+use ferry_protocol::encode::{Encoded, Encoder, Piece, Way};
+use ferry_protocol::frame::Frame;
+use ferry_protocol::{ChunkIndex, PageMask};
+
+use super::sent::SentMemory;
+use crate::ports::{Clock, GuestPages, timed};
+
+/// The most threads that encode for a migration, whatever the host has: each stands for some MiB of buffers.
+const THREADS_MAX: usize = 8;
+
+/// A chunk to be encoded.
+pub(super) struct Job {
+    pub(super) chunk: ChunkIndex,
+    pub(super) mask: PageMask,
+    pub(super) way: Way,
+    pub(super) reply: mpsc::Sender<Done>,
+}
+
+/// A chunk that is ready to be written.
+pub(super) struct Done {
+    pub(super) method: Method,
+    pub(super) bytes: Vec<u8>,
+    pub(super) encoded: Encoded,
+    pub(super) took: Duration,
+}
+
+/// What the threads work with.
+pub(super) struct Tools {
+    pub(super) pages: Arc<dyn GuestPages>,
+    pub(super) sent: Arc<SentMemory>,
+    pub(super) clock: Arc<dyn Clock>,
+}
+
+/// The threads, which end when this is dropped.
+pub(super) struct Encoders {
+    jobs: Mutex<Option<mpsc::Sender<Job>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Encoders {
+    /// How many threads there will be.
+    pub(super) fn threads() -> usize {
+        thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX)
+    }
+
+    pub(super) fn start(tools: Tools) -> std::io::Result<Self> {
+        let (jobs, queue) = mpsc::channel::<Job>();
+        let (queue, tools) = (Arc::new(Mutex::new(queue)), Arc::new(tools));
+        let encoders = Self { jobs: Mutex::new(Some(jobs)), threads: Mutex::new(Vec::new()) };
+        for number in 0..Self::threads() {
+            let (queue, tools) = (Arc::clone(&queue), Arc::clone(&tools));
+            let thread = thread::Builder::new()
+                .name(format!("ferry-pack-{number}"))
+                .spawn(move || work(&queue, &tools))?;
+            encoders.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        }
+        Ok(encoders)
+    }
+
+    /// Hands a chunk to whichever thread is free next.
+    pub(super) fn submit(&self, job: Job) {
+        if let Some(jobs) = &*self.jobs.lock().unwrap_or_else(PoisonError::into_inner) {
+            // The threads live as long as this sender.
+            let _ = jobs.send(job);
+        }
+    }
+}
+
+impl Drop for Encoders {
+    fn drop(&mut self) {
+        self.jobs.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        for thread in self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn work(queue: &Mutex<mpsc::Receiver<Job>>, tools: &Tools) {
+    let mut encoder = Encoder::default();
+    loop {
+        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(Job { chunk, mask, way, reply }) = job else { return };
+        let mut bytes = Vec::new();
+        let (encoded, took) = timed(&*tools.clock, || {
+            let read = |range, visit: &mut dyn FnMut(u64, &_)| tools.pages.for_each_page(range, visit);
+            encoder.encode_into((chunk, &mask), way, &mut tools.sent.chunk(chunk), &read, &mut |piece| {
+                match piece {
+                    Piece::Bytes(piece) => bytes.extend_from_slice(piece),
+                    Piece::Lent(chunk, mask) => {
+                        // Packing copies, so nothing is lent; were it, this is what it would look like.
+                        bytes.extend_from_slice(&Frame::Raw { chunk, mask }.encode());
+                        for range in chunk.ranges(&mask) {
+                            tools.pages.for_each_page(range, &mut |_, page| bytes.extend_from_slice(page));
+                        }
+                    }
+                }
+            })
+        });
+        // A stream that has failed meanwhile wants nothing more.
+        let _ = reply.send(Done { method: way.method, bytes, encoded, took });
+    }
+}
