@@ -11,9 +11,7 @@ use ferry_migrate::protocol::encode::pack::{Method, Packed, Packer, Unpacker};
 use ferry_migrate::protocol::encode::{Encoder, SentChunk, SignatureBudget, Way};
 use ferry_migrate::protocol::frame::Frame;
 use ferry_migrate::protocol::page::{is_zero, seems_packable};
-use ferry_migrate::protocol::{
-    CHUNK_PAGES, ChunkIndex, PAGE_BYTES, PageBitmap, PageMask, PageRange, StreamIndex,
-};
+use ferry_migrate::protocol::{CHUNK_PAGES, ChunkIndex, PAGE_BYTES, PageBitmap, PageMask, PageRange};
 
 const PAGES: usize = 16_384;
 
@@ -172,8 +170,7 @@ fn frames_and_bitmaps(criterion: &mut Criterion) {
     criterion.bench_function("frame/encode", |bench| bench.iter(|| black_box(&frame).encode()));
     criterion.bench_function("frame/decode", |bench| {
         let bytes = frame.encode();
-        let stream = StreamIndex::new(0, 1).expect("one stream");
-        bench.iter(|| Frame::decode(black_box(&bytes), page_count, stream, 1));
+        bench.iter(|| Frame::decode(black_box(&bytes), page_count));
     });
     let mut sparse = PageBitmap::empty(page_count);
     (0..page_count).step_by(997).for_each(|page| sparse.insert(page));

@@ -5,8 +5,9 @@
 //!
 //! [`Pacer`] decides and is a pure function of time; [`Bandwidth`] sleeps. What goes out is cut into pieces of at most
 //! [`PIECE`] at the rate, and each piece has its slot behind the one before, whichever stream it belongs to. A thread
-//! that woke up too late for its slot finds the next ones moved up by as much, but never by more than
-//! [`LATENESS_MADE_UP`]: what is lost beyond is lost, so that no second makes up for another.
+//! that comes too late for its slot in the middle of a round, because it was woken late or its last write took long, finds
+//! the next ones moved up by as much, but never by more than [`LATENESS_MADE_UP`]: what is lost beyond is lost, so that no
+//! second makes up for another.
 //!
 //! The cap does not apply while the guest stands still. Not here: fairness between streams.
 
@@ -59,7 +60,7 @@ const PIECE: Duration = Duration::from_millis(2);
 /// How much of a time in which nobody asked may still be used: a burst of this length at the rate.
 const BURST: Duration = Duration::from_millis(3);
 
-/// How late a thread may be woken without anything being lost.
+/// How late a thread may come in the middle of a round without anything being lost.
 const LATENESS_MADE_UP: Duration = Duration::from_millis(16);
 
 /// Gives out slots, one behind the other, at a rate.
@@ -75,10 +76,10 @@ impl Pacer {
         Self { free_at: now, bytes_per_s }
     }
 
-    /// When `bytes` may be sent that are asked for at `now` by a thread that was woken `late` for its last slot. The
-    /// slot may lie in the past.
-    fn slot(&mut self, bytes: u64, late: Duration, now: Timestamp) -> Timestamp {
-        let unused_max = BURST.max(late.min(LATENESS_MADE_UP));
+    /// When `bytes` may be sent that are asked for at `now` by a thread that is in the middle of a round, or has
+    /// had nothing to send before. The slot may lie in the past.
+    fn slot(&mut self, bytes: u64, mid_round: bool, now: Timestamp) -> Timestamp {
+        let unused_max = if mid_round { LATENESS_MADE_UP } else { BURST };
         let earliest = Timestamp::from_origin(now.since(Timestamp::from_origin(unused_max)));
         let at = self.free_at.max(earliest);
         self.free_at = at + Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / self.bytes_per_s);
@@ -106,8 +107,8 @@ const SLEEP_MAX: Duration = Duration::from_millis(20);
 /// What a stream remembers from piece to piece.
 #[derive(Debug, Default)]
 pub(crate) struct Waits {
-    /// How late it was woken for its last slot.
-    late: Duration,
+    /// Whether it has sent something in this round.
+    mid_round: bool,
     /// How long it has waited for the cap.
     pub(crate) total: Duration,
 }
@@ -135,14 +136,13 @@ impl Bandwidth {
                     // What was given out at the old rate is a few pieces; the new one holds from now on.
                     *pacer = Pacer::new(bytes_per_s.max(1), now);
                 }
-                pacer.slot(bytes, std::mem::take(&mut waits.late), now)
+                pacer.slot(bytes, waits.mid_round, now)
             };
             if self.sleep_until(slot, bytes_per_s) {
-                // Slots that are moved up to make up for it are late as well, and pass it on.
-                waits.late = self.clock.now().since(slot);
                 break;
             }
         }
+        waits.mid_round = true;
         waits.total += self.clock.now().since(asked_at);
     }
 

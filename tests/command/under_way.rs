@@ -83,7 +83,8 @@ fn its_bandwidth_can_be_changed() {
     let Some(_turn) = turn() else { return };
     let UnderWay { source, target, mut migrating, address, running: _running, waiting: _waiting } =
         UnderWay::start();
-    source.refuses(&["bandwidth", "web", "0"], &["0"]);
+    let said = source.ferry(&["bandwidth", "web", "0/s"]);
+    assert!(said.code == Some(2) && said.stderr.contains("never send anything"), "{said:?}");
     source.refuses(&["bandwidth", "nobody", "off"], &["there is no VM 'nobody'"]);
     let said = source.ferry(&["bandwidth", "web", "20M/s", "--json"]).json();
     assert_eq!(said["bytes_per_s"], 20 << 20, "{said}");

@@ -70,6 +70,7 @@ fn every_option_moves_a_guest() {
             let (moved, summary) = runtime.block_on(move_guest(guest, |options| {
                 options.streams = streams;
                 options.compression = compression;
+                options.adapt_streams = compression == Compression::Auto;
             }));
             guest = moved;
             guest.goes_on();

@@ -158,6 +158,7 @@ impl Guest {
             epoch: self.epoch,
             target: target.parse().expect("an endpoint"),
             streams: 1,
+            adapt_streams: false,
             compression: Compression::None,
             bandwidth: BandwidthCap::default(),
             verify: true,

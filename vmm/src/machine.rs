@@ -245,7 +245,8 @@ impl Machine {
         self.tsc_khz
     }
 
-    /// Starts to log which pages change. The first [`Machine::collect_dirty`] reports every page.
+    /// Starts to log which pages change. The first [`Machine::collect_dirty`] reports every page that was ever touched;
+    /// the others read as zero.
     ///
     /// # Errors
     /// The log is in use, or KVM refuses.

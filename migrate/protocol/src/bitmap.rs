@@ -304,6 +304,16 @@ impl PageBitmap {
         })
     }
 
+    /// The pages of `chunk` that are in the set.
+    #[must_use]
+    pub fn chunk(&self, chunk: ChunkIndex) -> PageMask {
+        let first = usize::try_from(chunk.0).map_or(self.words.len(), |index| index * CHUNK_WORDS);
+        let words = self.words.get(first..).unwrap_or_default();
+        let mut mask = PageMask::EMPTY;
+        mask.0.iter_mut().zip(words).for_each(|(to, from)| *to = *from);
+        mask
+    }
+
     /// The runs of consecutive pages in the set, in ascending order.
     pub fn ranges(&self) -> impl Iterator<Item = PageRange> + '_ {
         Runs { words: &self.words, at: 0 }.map(|(first, count)| PageRange { first, count })

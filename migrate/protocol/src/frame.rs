@@ -17,7 +17,7 @@
 //! bytes), zero (4 bytes), crc32c of the first 28 bytes.
 
 use crate::bitmap::{CHUNK_PAGES, ChunkIndex, PageMask};
-use crate::ident::{MigrationId, StreamIndex};
+use crate::ident::MigrationId;
 use crate::layout::PAGE_BYTES_U64;
 use crate::wire::{VERSION_NEWEST, VERSION_OLDEST};
 
@@ -54,14 +54,6 @@ pub enum FrameError {
         chunk: u64,
         /// How many pages the guest has.
         page_count: u64,
-    },
-    /// The chunk belongs to another stream.
-    #[error("chunk {chunk} arrived on data stream {stream}, where it does not belong")]
-    Stream {
-        /// The chunk that was named.
-        chunk: u64,
-        /// The stream on which it came.
-        stream: u16,
     },
     /// The body's length does not fit the kind and the number of pages.
     #[error("a frame of {pages} pages can't have a body of {body_bytes} bytes")]
@@ -168,16 +160,12 @@ impl Frame {
         bytes
     }
 
-    /// Reads a header that arrived on stream `stream` of `streams` for a guest of `page_count` pages.
+    /// Reads a header that arrived for a guest of `page_count` pages. Any stream may carry any chunk, since no round begins
+    /// before all streams have reached the fence of the last.
     ///
     /// # Errors
-    /// [`FrameError`] for anything that this guest and this stream can't have.
-    pub fn decode(
-        bytes: &[u8; FRAME_HEADER_BYTES],
-        page_count: u64,
-        stream: StreamIndex,
-        streams: u16,
-    ) -> Result<Self, FrameError> {
+    /// [`FrameError`] for anything that this guest can't have.
+    pub fn decode(bytes: &[u8; FRAME_HEADER_BYTES], page_count: u64) -> Result<Self, FrameError> {
         let (head, crc) = bytes.split_at(80);
         if head[0] != FRAME_MARK {
             return Err(FrameError::Mark(head[0]));
@@ -198,9 +186,6 @@ impl Frame {
         let chunk = ChunkIndex::new(number, page_count)
             .filter(|chunk| mask.last().is_some_and(|last| chunk.first_page() + last < page_count))
             .ok_or(FrameError::Pages { chunk: number, page_count })?;
-        if chunk.stream(streams) != stream {
-            return Err(FrameError::Stream { chunk: number, stream: stream.number() });
-        }
         let pages = mask.count();
         let length = FrameError::Length { pages, body_bytes };
         match (head[1], head[2], head[3]) {
@@ -293,7 +278,7 @@ mod tests {
     const PAGES: u64 = 2 * CHUNK_PAGES + 10;
 
     fn decode(bytes: &[u8; FRAME_HEADER_BYTES]) -> Result<Frame, FrameError> {
-        Frame::decode(bytes, PAGES, StreamIndex::new(0, 2).unwrap(), 2)
+        Frame::decode(bytes, PAGES)
     }
 
     fn mask(offsets: impl IntoIterator<Item = u64>) -> PageMask {
@@ -321,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn what_this_guest_or_stream_can_not_have_is_refused() {
+    fn what_this_guest_can_not_have_is_refused() {
         let refused = |frame: Frame| decode(&frame.encode()).unwrap_err();
         let beyond = Frame::Zero { chunk: chunk(2), mask: mask([10]) };
         assert_eq!(refused(beyond), FrameError::Pages { chunk: 2, page_count: PAGES });
@@ -329,8 +314,6 @@ mod tests {
         assert!(matches!(refused(far), FrameError::Pages { chunk: 99, .. }));
         let none = Frame::Raw { chunk: chunk(0), mask: PageMask::EMPTY };
         assert!(matches!(refused(none), FrameError::Pages { .. }));
-        let astray = Frame::Raw { chunk: chunk(1), mask: mask([0]) };
-        assert_eq!(refused(astray), FrameError::Stream { chunk: 1, stream: 0 });
         let many = Frame::Lz4 { chunk: chunk(0), mask: mask(0..129), body_bytes: 1000 };
         assert!(matches!(refused(many), FrameError::Length { pages: 129, .. }));
         let wordless = Frame::Delta { chunk: chunk(0), mask: mask(0..3), body_bytes: 11 };

@@ -36,6 +36,7 @@ pub mod page;
 pub mod policy;
 pub mod record;
 pub mod source;
+pub mod streams;
 pub mod target;
 pub mod time;
 pub mod wire;

@@ -40,7 +40,9 @@ pub struct MigrateOptions {
     pub target: Endpoint,
     /// How many data streams, 1 to [`ferry_protocol::ident::STREAMS_MAX`].
     pub streams: u16,
-    /// Whether pages are packed.
+    /// Whether only as many of them work as make the migration faster.
+    pub adapt_streams: bool,
+    /// How pages are packed.
     pub compression: Compression,
     /// The most that ferry sends while the guest runs. Keep a clone to change it meanwhile.
     pub bandwidth: BandwidthCap,
@@ -53,6 +55,17 @@ pub struct MigrateOptions {
     pub timeout: Duration,
     /// What happens then.
     pub on_timeout: OnTimeout,
+}
+
+impl MigrateOptions {
+    /// How many streams to connect where nobody has said how many are to work: one for each processor, but no more than
+    /// what was found to pay anywhere.
+    #[must_use]
+    pub fn streams_to_choose_from() -> u16 {
+        const MOST: usize = 8;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        u16::try_from(processors.min(MOST)).unwrap_or(1)
+    }
 }
 
 /// What [`migrate`] tells while it runs.
@@ -111,6 +124,7 @@ pub async fn migrate(
         target: target.to_string(),
         migration: options.migration,
         streams: options.streams,
+        adapt_streams: options.adapt_streams,
         compression: options.compression,
     };
     let sender_options =
@@ -151,6 +165,7 @@ fn begin(
         epoch,
         target,
         streams,
+        adapt_streams: _,
         compression,
         bandwidth: _,
         verify,

@@ -20,7 +20,7 @@ use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
-use crate::stream::{StreamEvent, receive_stream};
+use crate::stream::{ReceivedMemory, StreamEvent, receive_stream};
 use crate::transport::control::{ControlWriter, Incoming, UNHANDLED_MAX};
 use crate::transport::endpoint::ListenAddress;
 use crate::transport::tcp;
@@ -183,6 +183,8 @@ struct Streams {
     count: u16,
     /// Whether they take digests.
     verify: bool,
+    /// What arrived by any of them.
+    received: Arc<ReceivedMemory>,
     joined: Vec<bool>,
     sockets: Vec<std::net::TcpStream>,
     threads: Vec<std::thread::JoinHandle<()>>,
@@ -316,7 +318,8 @@ impl Attempt {
                 }
                 let joined = vec![false; usize::from(count)];
                 let (sockets, threads) = (Vec::new(), Vec::new());
-                self.streams = Some(Streams { vm, count, verify, joined, sockets, threads });
+                let received = Arc::new(ReceivedMemory::new(vm.pages().layout().page_count()));
+                self.streams = Some(Streams { vm, count, verify, received, joined, sockets, threads });
                 Some(Event::MachineBuilt)
             }
             Happened::Built(Err(refusal)) => {
@@ -576,7 +579,7 @@ fn receive_on(
     let socket = stream.into_std()?;
     tcp::set_up_data(&socket, None)?;
     let handle = socket.try_clone()?;
-    let (pages, count, verify) = (streams.vm.pages(), streams.count, streams.verify);
+    let (pages, received, verify) = (streams.vm.pages(), Arc::clone(&streams.received), streams.verify);
     let name = format!("ferry-recv-{}", index.number());
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         let report = |event| {
@@ -589,7 +592,7 @@ fn receive_on(
             };
             let _ = events.send(Happened::Core(event));
         };
-        receive_stream(socket, pages, index, count, verify, &report);
+        receive_stream(socket, pages, received, verify, &report);
     })?;
     Ok((handle, thread))
 }

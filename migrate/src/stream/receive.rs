@@ -3,19 +3,18 @@
 //! Everything the peer names has been checked by [`Frame::decode`] before it is used; a thread holds at most one
 //! packed group (512 KiB) besides guest memory.
 
-use std::collections::HashMap;
 use std::io::{self, Read};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ferry_protocol::bitmap::CHUNK_PAGES;
 use ferry_protocol::digest::ChunkDigests;
 use ferry_protocol::encode::delta;
 use ferry_protocol::encode::pack::{Packed, Unpacker};
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, FrameError};
-use ferry_protocol::layout::PAGE_BYTES;
 use ferry_protocol::message::AbortCode;
-use ferry_protocol::{ChunkIndex, MemoryDigest, PageDigest, PageMask, PageRange, StreamIndex};
+use ferry_protocol::{ChunkIndex, MemoryDigest, PageDigest, PageMask, PageRange};
 
 use crate::ports::GuestPages;
 
@@ -50,8 +49,7 @@ impl StreamError {
 pub(crate) fn receive_stream(
     socket: TcpStream,
     pages: Arc<dyn GuestPages>,
-    stream: StreamIndex,
-    streams: u16,
+    received: Arc<ReceivedMemory>,
     verify: bool,
     report: &dyn Fn(StreamEvent),
 ) {
@@ -60,9 +58,8 @@ pub(crate) fn receive_stream(
         socket,
         pages,
         page_count,
-        stream,
-        streams,
-        digests: verify.then(HashMap::new),
+        verify,
+        received,
         digest: MemoryDigest::ZERO,
         unpacker: Unpacker::default(),
         body: Vec::new(),
@@ -76,15 +73,40 @@ pub(crate) fn receive_stream(
     }
 }
 
+/// What arrived of a guest's memory, shared by all streams: a chunk may come by another one in the next round.
+#[derive(Debug)]
+pub(crate) struct ReceivedMemory {
+    chunks: Vec<Mutex<ReceivedChunk>>,
+}
+
+impl ReceivedMemory {
+    pub(crate) fn new(page_count: u64) -> Self {
+        Self { chunks: (0..page_count.div_ceil(CHUNK_PAGES)).map(|_| Mutex::default()).collect() }
+    }
+
+    /// A chunk, for the stream that has a frame of it.
+    fn chunk(&self, chunk: ChunkIndex) -> MutexGuard<'_, ReceivedChunk> {
+        let index = usize::try_from(chunk.number()).expect("a chunk's number fits the address space");
+        self.chunks[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What is known of a chunk.
+#[derive(Debug, Default)]
+struct ReceivedChunk {
+    /// Only chunks that something arrived for take memory.
+    digests: Option<ChunkDigests>,
+    /// Pages that something was written to: the others are zero, as they were when the machine was built.
+    filled: PageMask,
+}
+
 struct Receiver {
     socket: TcpStream,
     pages: Arc<dyn GuestPages>,
     page_count: u64,
-    stream: StreamIndex,
-    streams: u16,
-    /// Of the pages as last received, by chunk, if anybody wants to compare them. Only chunks that something arrived for
-    /// take memory.
-    digests: Option<HashMap<u64, ChunkDigests>>,
+    /// Whether anybody wants to compare digests.
+    verify: bool,
+    received: Arc<ReceivedMemory>,
     digest: MemoryDigest,
     unpacker: Unpacker,
     /// The body of a packed or delta frame.
@@ -96,7 +118,7 @@ impl Receiver {
     fn next_frame(&mut self) -> Result<Option<u32>, StreamError> {
         let mut header = [0; FRAME_HEADER_BYTES];
         self.socket.read_exact(&mut header)?;
-        match Frame::decode(&header, self.page_count, self.stream, self.streams)? {
+        match Frame::decode(&header, self.page_count)? {
             Frame::Raw { chunk, mask } => self.raw(chunk, &mask)?,
             Frame::Zero { chunk, mask } => self.zero(chunk, &mask)?,
             Frame::Lz4 { chunk, mask, body_bytes } => self.packed(chunk, &mask, body_bytes, Packed::Lz4)?,
@@ -116,8 +138,14 @@ impl Receiver {
 
     /// Takes the digests of what stands in memory, so that a page that landed elsewhere is found.
     fn take_digests(&mut self, chunk: ChunkIndex, mask: &PageMask) {
-        let Some(digests) = &mut self.digests else { return };
-        let digests = digests.entry(chunk.number()).or_default();
+        let received = Arc::clone(&self.received);
+        let mut received = received.chunk(chunk);
+        let ReceivedChunk { digests, filled } = &mut *received;
+        filled.0.iter_mut().zip(mask.0).for_each(|(filled, more)| *filled |= more);
+        if !self.verify {
+            return;
+        }
+        let digests = digests.get_or_insert_default();
         for range in chunk.ranges(mask) {
             self.pages.for_each_page(range, &mut |page, bytes| {
                 let change = digests.set(page - chunk.first_page(), PageDigest::of(page, bytes));
@@ -127,16 +155,19 @@ impl Receiver {
     }
 
     fn zero(&mut self, chunk: ChunkIndex, mask: &PageMask) -> Result<(), StreamError> {
-        const ZERO: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-        for range in chunk.ranges(mask) {
+        // Memory that nothing was written to is neither looked at nor given back.
+        let mut received = self.received.chunk(chunk);
+        let ReceivedChunk { digests, filled } = &mut *received;
+        let mut filled_before = *mask;
+        filled_before.0.iter_mut().zip(filled.0).for_each(|(word, filled)| *word &= filled);
+        for range in chunk.ranges(&filled_before) {
             self.pages.zero(range)?;
         }
-        // Not read back: that would map memory which a sparse guest never uses.
-        let Some(digests) = &mut self.digests else { return Ok(()) };
-        let digests = digests.entry(chunk.number()).or_default();
-        for offset in mask.offsets() {
-            let digest = PageDigest::of(chunk.first_page() + offset, &ZERO);
-            self.digest = self.digest.combine(digests.set(offset, digest));
+        for offset in filled_before.offsets() {
+            filled.remove(offset);
+            if let Some(digests) = digests {
+                self.digest = self.digest.combine(digests.set(offset, PageDigest::ZERO_PAGE));
+            }
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -11,7 +11,8 @@ use std::time::Duration;
 use ferry_protocol::frame::Join;
 use ferry_protocol::page::Compression;
 use ferry_protocol::source::RoundSent;
-use ferry_protocol::{MigrationId, PageBitmap, StreamIndex};
+use ferry_protocol::streams::StreamTuner;
+use ferry_protocol::{ChunkIndex, MigrationId, PageBitmap, PageMask, StreamIndex};
 
 use super::encoders::{Encoders, Tools};
 use super::sender::Sender;
@@ -23,6 +24,9 @@ use crate::transport::tcp;
 
 /// How long a stream may be unable to write before it counts as stalled.
 pub(super) const STALL_MAX: Duration = Duration::from_secs(10);
+
+/// How long a stream that is not to work sleeps before it asks again.
+const IDLE_FOR: Duration = Duration::from_millis(5);
 
 /// What all streams of a migration share.
 pub(crate) struct SenderOptions {
@@ -41,6 +45,9 @@ pub(crate) struct SenderOptions {
     pub(super) sent: Arc<SentMemory>,
     /// Started when first needed.
     encoders: Mutex<Option<Arc<Encoders>>>,
+    /// How many streams work, if that is to be found out.
+    tuner: Option<Mutex<StreamTuner>>,
+    working: AtomicU16,
 }
 
 /// What the engine decides about the streams.
@@ -48,6 +55,8 @@ pub(crate) struct StreamSettings {
     pub(crate) target: String,
     pub(crate) migration: MigrationId,
     pub(crate) streams: u16,
+    /// Whether only as many of them work as pay.
+    pub(crate) adapt_streams: bool,
     pub(crate) compression: Compression,
 }
 
@@ -59,7 +68,9 @@ impl SenderOptions {
         counters: Arc<TransferCounters>,
         clock: Arc<dyn Clock>,
     ) -> Self {
-        let StreamSettings { target, migration, streams, compression } = settings;
+        let StreamSettings { target, migration, streams, adapt_streams, compression } = settings;
+        let tuner = adapt_streams.then(|| Mutex::new(StreamTuner::new(streams, clock.now())));
+        let working = AtomicU16::new(if adapt_streams { 1 } else { streams });
         let sent = Arc::new(SentMemory::new(pages.layout().page_count()));
         Self {
             target,
@@ -73,6 +84,27 @@ impl SenderOptions {
             clock,
             sent,
             encoders: Mutex::new(None),
+            tuner,
+            working,
+        }
+    }
+
+    /// Whether it is this stream's turn to work.
+    fn works(&self, stream: StreamIndex) -> bool {
+        let Some(tuner) = &self.tuner else { return true };
+        // Whoever does not get the lock goes by what the other decides.
+        if let Ok(mut tuner) = tuner.try_lock() {
+            let working = tuner.step(self.clock.now(), self.counters.wire_bytes.load(Ordering::Relaxed));
+            self.working.store(working, Ordering::Relaxed);
+        }
+        stream.number() < self.working.load(Ordering::Relaxed)
+    }
+
+    /// A round begins.
+    fn interrupt_tuning(&self) {
+        if let Some(tuner) = &self.tuner {
+            let mut tuner = tuner.lock().unwrap_or_else(PoisonError::into_inner);
+            tuner.interrupt(self.clock.now(), self.counters.wire_bytes.load(Ordering::Relaxed));
         }
     }
 
@@ -123,9 +155,34 @@ impl<F: Fn(Result<RoundSent, String>) + Send + Sync + 'static> Done for F {}
 
 pub(super) struct Round {
     pub(super) pages: PageBitmap,
+    /// The number of the next chunk that no stream has taken.
+    next: AtomicU64,
     pub(super) fence: u32,
     pub(super) paused: bool,
     pub(super) gathered: Mutex<Gathered>,
+}
+
+impl Round {
+    /// The next chunk that has pages, for `stream`, once it is its turn to work; `None` when there is none left.
+    pub(super) fn next(
+        &self,
+        stream: StreamIndex,
+        options: &SenderOptions,
+    ) -> Option<(ChunkIndex, PageMask)> {
+        let page_count = self.pages.page_count();
+        loop {
+            if !options.works(stream) {
+                ChunkIndex::new(self.next.load(Ordering::Relaxed), page_count)?;
+                thread::sleep(IDLE_FOR);
+                continue;
+            }
+            let chunk = ChunkIndex::new(self.next.fetch_add(1, Ordering::Relaxed), page_count)?;
+            let mask = self.pages.chunk(chunk);
+            if !mask.is_empty() {
+                return Some((chunk, mask));
+            }
+        }
+    }
 }
 
 pub(super) struct Gathered {
@@ -151,6 +208,7 @@ impl Gathered {
 
 /// The threads of a migration's data streams.
 pub(crate) struct Senders {
+    options: Arc<SenderOptions>,
     queues: Vec<mpsc::Sender<Arc<Round>>>,
     sockets: Vec<TcpStream>,
     threads: Vec<JoinHandle<()>>,
@@ -164,7 +222,12 @@ impl Senders {
         verify: bool,
         done: &Arc<impl Done>,
     ) -> io::Result<Self> {
-        let mut senders = Self { queues: Vec::new(), sockets: Vec::new(), threads: Vec::new() };
+        let mut senders = Self {
+            options: Arc::clone(options),
+            queues: Vec::new(),
+            sockets: Vec::new(),
+            threads: Vec::new(),
+        };
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
             let stream = StreamIndex::new(number, options.streams).expect("numbered below their count");
@@ -193,7 +256,8 @@ impl Senders {
             waited_min: Duration::MAX,
             busy_max: Duration::ZERO,
         });
-        let round = Arc::new(Round { pages, fence, paused, gathered });
+        let round = Arc::new(Round { pages, next: AtomicU64::new(0), fence, paused, gathered });
+        self.options.interrupt_tuning();
         for queue in &self.queues {
             // A thread that has ended has said why through `done`.
             let _ = queue.send(Arc::clone(&round));

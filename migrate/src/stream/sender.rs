@@ -28,7 +28,6 @@ use ferry_protocol::{ChunkIndex, MemoryDigest, PageMask, PageRange, StreamIndex,
 
 use socket2::SockRef;
 
-use super::belongs;
 use super::encoders::{Done, Encoders, Job};
 use super::send::{Round, STALL_MAX, SenderOptions};
 use crate::bandwidth::{Pieces, Waits};
@@ -155,21 +154,19 @@ impl Sender {
         let began = self.options.clock.now();
         self.round = RoundSent::default();
         self.capped = !round.paused;
-        self.waits.total = Duration::ZERO;
+        self.waits = Waits::default();
         self.in_socket = Duration::ZERO;
         self.packing = PackingWork::default();
         let busy_before = tcp::busy_time(&self.socket);
         self.window = Window { began: self.options.clock.now(), bytes: 0, writing: Duration::ZERO };
         let again = round.fence > 1;
-        if again && self.options.sent.is_short() {
+        if again && self.stream.number() == 0 && self.options.sent.is_short() {
             self.make_room(round);
         }
-        for (chunk, mask) in round.pages.chunks() {
-            if belongs(chunk, self.stream, self.options.streams) {
-                let mask = if again { mask } else { self.touched(chunk, mask) };
-                if !mask.is_empty() {
-                    self.send_chunk(chunk, mask, again)?;
-                }
+        while let Some((chunk, mask)) = round.next(self.stream, &self.options) {
+            let mask = if again { mask } else { self.touched(chunk, mask) };
+            if !mask.is_empty() {
+                self.send_chunk(chunk, mask, again)?;
             }
         }
         while self.under_way > 0 {
@@ -222,13 +219,9 @@ impl Sender {
     /// Signatures are short: those of pages that the guest has left alone make room for those that it writes.
     fn make_room(&self, round: &Round) {
         let page_count = round.pages.page_count();
-        let mut dirty = round.pages.chunks().peekable();
-        for number in 0..page_count.div_ceil(ferry_protocol::bitmap::CHUNK_PAGES) {
-            let Some(chunk) = ChunkIndex::new(number, page_count) else { continue };
-            let mask = dirty.next_if(|(dirty, _)| *dirty == chunk).map_or(PageMask::EMPTY, |(_, mask)| mask);
-            if belongs(chunk, self.stream, self.options.streams) {
-                self.options.sent.chunk(chunk).keep_only(&mask);
-            }
+        let chunks = (0..).map_while(|number| ChunkIndex::new(number, page_count));
+        for chunk in chunks {
+            self.options.sent.chunk(chunk).keep_only(&round.pages.chunk(chunk));
         }
     }
 

@@ -144,7 +144,7 @@ impl World {
                 .clone()
                 .map(|index| Sender::new(index, streams, self.scenario.compression))
                 .collect(),
-            receivers: indices.map(|index| Receiver::new(index, streams)).collect(),
+            receivers: indices.map(|_| Receiver::new()).collect(),
             link_free_at: self.now,
             ended: Vec::new(),
         });

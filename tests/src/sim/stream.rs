@@ -168,17 +168,15 @@ impl Sender {
 /// The target's end.
 #[derive(Debug)]
 pub(super) struct Receiver {
-    stream: StreamIndex,
-    streams: u16,
     digests: BTreeMap<u64, ChunkDigests>,
     digest: MemoryDigest,
     unpacker: Unpacker,
 }
 
 impl Receiver {
-    pub(super) fn new(stream: StreamIndex, streams: u16) -> Self {
+    pub(super) fn new() -> Self {
         let (digests, digest) = (BTreeMap::new(), MemoryDigest::ZERO);
-        Self { stream, streams, digests, digest, unpacker: Unpacker::default() }
+        Self { digests, digest, unpacker: Unpacker::default() }
     }
 
     /// Takes in whole frames; the fence's number and the digest, if the last was one.
@@ -208,7 +206,7 @@ impl Receiver {
         injection: &mut Injection,
     ) -> Result<Option<(u32, MemoryDigest)>, FrameError> {
         let mut unpacker = std::mem::take(&mut self.unpacker);
-        match Frame::decode(header, memory.page_count(), self.stream, self.streams)? {
+        match Frame::decode(header, memory.page_count())? {
             Frame::Raw { chunk, mask } => {
                 let (pages, _) = body.as_chunks::<PAGE_BYTES>();
                 for (page, bytes) in pages_of(chunk, &mask).zip(pages) {

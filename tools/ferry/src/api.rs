@@ -89,7 +89,11 @@ pub(crate) struct MigrationRequest {
     /// The target as `host:port` or `unix:/path`.
     pub(crate) target: String,
     pub(crate) downtime_ms: f64,
+    /// Data streams to connect.
     pub(crate) streams: u16,
+    /// Whether only as many of them work as make the migration faster.
+    #[serde(default)]
+    pub(crate) adapt_streams: bool,
     /// How pages are packed: `auto`, `none`, `lz4`, `zstd` or `zstd:LEVEL`.
     pub(crate) compress: String,
     pub(crate) bandwidth_bytes_per_s: Option<u64>,

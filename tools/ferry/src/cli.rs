@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use ferry_migrate::ListenAddress;
 use ferry_migrate::protocol::VmName;
+use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
 use ferry_vmm::{Backing, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
 
@@ -128,6 +129,23 @@ pub(crate) struct ReceiveArgs {
     pub(crate) output: Output,
 }
 
+/// How many data streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StreamsArg {
+    /// As many as make it faster.
+    Auto,
+    /// So many.
+    Fixed(u16),
+}
+
+fn streams(text: &str) -> Result<StreamsArg, String> {
+    if text == "auto" {
+        return Ok(StreamsArg::Auto);
+    }
+    let count = text.parse().ok().filter(|count| (1..=STREAMS_MAX).contains(count));
+    count.map(StreamsArg::Fixed).ok_or_else(|| format!("give auto, or a number from 1 to {STREAMS_MAX}"))
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SwitchArg {
     /// It is done
@@ -157,10 +175,9 @@ pub(crate) struct MigrateArgs {
     /// The downtime that is allowed
     #[arg(long, default_value = "50ms", value_parser = quantity::duration)]
     pub(crate) downtime: Duration,
-    /// Number of parallel data streams
-    #[arg(long, default_value_t = 1,
-          value_parser = clap::value_parser!(u16).range(1..=i64::from(ferry_migrate::protocol::ident::STREAMS_MAX)))]
-    pub(crate) streams: u16,
+    /// Number of parallel data streams: 'auto' uses as many as make it faster
+    #[arg(long, default_value = "auto", value_name = "auto|N", value_parser = streams)]
+    pub(crate) streams: StreamsArg,
     /// How pages are packed: 'auto' goes by the link and by the processor's time
     #[arg(long, default_value_t = Compression::Auto, value_name = "auto|none|lz4|zstd[:LEVEL]")]
     pub(crate) compress: Compression,

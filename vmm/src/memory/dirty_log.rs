@@ -5,11 +5,48 @@
 //! either one corrupts a migrated guest.
 //!
 //! ```text
-//! start ──► collect: every page ──► collect: what changed since ──► ... ──► stop
+//! start ──► collect: what was ever touched ──► collect: what changed since ──► ... ──► stop
 //! ```
 //!
 //! With manual protection, reading KVM's log leaves it as it is, and write protection returns only for
 //! what is cleared. Clearing goes by pieces so that the guest never waits long for KVM's lock.
+//!
+//! # Untouched memory costs nothing
+//!
+//! With INITIALLY_SET the log begins with every bit set and no page protected, and clearing all of it takes KVM a walk
+//! over every page of the guest. So a chunk of 2 MiB stays *uncleared* until some page of it is touched
+//! ([`GuestRam::touched`]), and the bits that KVM's log has for it are passed over. Each collect asks for the uncleared
+//! chunks:
+//!
+//! ```text
+//! touched? ──no──► the chunk stays uncleared, nothing is reported
+//!     └─yes──► clear the whole chunk ──► touched? once more ──► those pages are reported; the chunk's log counts from now on
+//! ```
+//!
+//! What is not reported must read as zero, be it for a page's whole life or until its next report. No page is lost:
+//!
+//! - **A guest's write before the clearing** has touched its page by the time of the second question, which reports it. The
+//!   answer to the first question would not do: it lacks what is written between it and the clearing. KVM maps a page
+//!   for writing under the lock that clearing takes, so a write fault comes before it (then the page is there and is
+//!   protected again) or after it.
+//! - **A guest's write after the clearing** finds its page protected or not mapped, and sets its bit, which the next
+//!   collect takes in. If it comes before the second question the page is reported twice, which does no harm. KVM's own
+//!   writes for the guest (clocks, emulated instructions) write first and set the bit afterwards: the same two cases.
+//! - **A write to a chunk that stays uncleared** touches a page, and the next collect finds the chunk touched. Its bits were
+//!   never cleared, so nothing else is remembered of it, nor needs to be.
+//! - **The last collect**, while the vCPUs are paused, is like any other, and no write follows it: an uncleared chunk is then
+//!   one in which nothing is touched.
+//! - **Writes by devices** set bits in a bitmap of this program, which is reported whatever chunk they are in.
+//! - **Where touched is coarser** than a page (huge pages; a memfd of the host's pool, of which all counts as touched) or can't
+//!   be found out, more is cleared and reported, never less.
+//! - **What is touched may become untouched** if the kernel finds it zero and takes it back (splitting huge pages, merging
+//!   equal ones). In an uncleared chunk such a page was never reported, so whoever copies only what is reported has zeroes
+//!   for it, too; in another chunk the log alone decides.
+//! - **A call that fails** leaves its chunks uncleared, so that the next collect reports all that is touched in them.
+//!
+//! `start` begins anew: KVM makes a log with every bit set, every chunk is uncleared, and the devices' bitmap is empty;
+//! `stop` forgets it all. Without INITIALLY_SET KVM protects every page when the log is switched on: no chunk is uncleared, and the
+//! first collect reports what is touched beside what is logged.
 
 // UNSAFETY: memory slots are made of raw addresses, and the log's ioctls take raw pointers.
 #![expect(unsafe_code, reason = "KVM's memory slots and logs are raw addresses")]
@@ -26,7 +63,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
 
-use super::{GuestRam, PAGE_BYTES};
+use super::{GuestRam, HUGE_PAGE_BYTES, PAGE_BYTES};
 use crate::capability::{DirtyLogMode, KvmCallError};
 
 /// Dirty pages after which a clearing call ends (at the next word): some 30 us of KVM's lock. Each of the guest's write
@@ -38,6 +75,11 @@ const CLEAR_DIRTY_PAGES: u32 = 1_024;
 const CLEAR_WORDS_MAX: usize = 1 << 16;
 
 const WORD_PAGES: usize = 64;
+
+/// What is cleared for the first time as a whole: a huge page.
+const CHUNK_PAGES: usize = HUGE_PAGE_BYTES / PAGE_BYTES;
+
+const CHUNK_WORDS: usize = CHUNK_PAGES / WORD_PAGES;
 
 mod numbers {
     //! Numbers of the ioctls that kvm-ioctls does not wrap, or wraps with an allocation.
@@ -78,12 +120,27 @@ pub(crate) struct DirtyLog {
 #[derive(Debug)]
 enum State {
     Off,
-    On {
-        /// Every page is still to be reported once.
-        report_all: bool,
-        /// Holds one region's log.
-        scratch: Vec<u64>,
-    },
+    On(Reading),
+}
+
+#[derive(Debug)]
+struct Reading {
+    /// For each region, which of its chunks are still to be cleared for the first time.
+    uncleared: Vec<Vec<bool>>,
+    /// What is touched is still to be reported once, although it is protected.
+    report_touched: bool,
+    /// Holds one region's log.
+    scratch: Vec<u64>,
+}
+
+/// One slot of KVM's.
+#[derive(Debug, Clone, Copy)]
+struct Slot<'a> {
+    vm: &'a VmFd,
+    ram: &'a GuestRam,
+    number: u32,
+    first_page: u64,
+    pages: usize,
 }
 
 impl DirtyLog {
@@ -96,7 +153,7 @@ impl DirtyLog {
     pub(crate) fn start(&self, vm: &VmFd, ram: &GuestRam) -> Result<(), DirtyLogError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match *state {
-            State::On { .. } => return Err(DirtyLogError::AlreadyStarted),
+            State::On(_) => return Err(DirtyLogError::AlreadyStarted),
             State::Off => {}
         }
         for region in ram.tracked().iter() {
@@ -107,7 +164,12 @@ impl DirtyLog {
             let _ = set_slots(vm, ram, 0);
             return Err(error.into());
         }
-        *state = State::On { report_all: !self.mode.initially_set, scratch: Vec::new() };
+        let chunks = ram.regions().iter().map(|region| page_count(region.bytes).div_ceil(CHUNK_PAGES));
+        *state = State::On(Reading {
+            uncleared: chunks.map(|chunks| vec![self.mode.initially_set; chunks]).collect(),
+            report_touched: !self.mode.initially_set,
+            scratch: Vec::new(),
+        });
         Ok(())
     }
 
@@ -115,7 +177,7 @@ impl DirtyLog {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match *state {
             State::Off => return Err(DirtyLogError::NotStarted),
-            State::On { .. } => {}
+            State::On(_) => {}
         }
         set_slots(vm, ram, 0)?;
         *state = State::Off;
@@ -123,43 +185,143 @@ impl DirtyLog {
     }
 
     /// Sets the bit of every page that changed since the last call, and returns how many bits were not
-    /// set before. A page's log is cleared before this returns, so a page read afterwards and
-    /// changed later is reported again.
+    /// set before; the first call names what was touched at all. A page's log is cleared before this returns, so a
+    /// page read afterwards and changed later is reported again.
     pub(crate) fn collect(&self, vm: &VmFd, ram: &GuestRam, into: &mut [u64]) -> Result<u64, DirtyLogError> {
+        self.collect_and(vm, ram, into, &mut || {})
+    }
+
+    /// Calls `asked` when it is known which chunks were touched, and none of them is cleared yet.
+    fn collect_and(
+        &self,
+        vm: &VmFd,
+        ram: &GuestRam,
+        into: &mut [u64],
+        asked: &mut dyn FnMut(),
+    ) -> Result<u64, DirtyLogError> {
         let needed = words_of(ram.page_count());
         if into.len() != needed {
             return Err(DirtyLogError::WrongLength { words: into.len(), needed });
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (report_all, scratch) = match &mut *state {
+        let Reading { uncleared, report_touched, scratch } = match &mut *state {
             State::Off => return Err(DirtyLogError::NotStarted),
-            State::On { report_all, scratch } => (report_all, scratch),
+            State::On(reading) => reading,
         };
         let mut newly_set = 0;
-        let mut first_word = 0;
-        for (slot, region) in (0_u32..).zip(ram.tracked().iter()) {
-            let pages = page_count(region.len());
-            let words = pages.div_ceil(WORD_PAGES);
+        let mut first_page = 0;
+        for ((number, region), uncleared) in (0_u32..).zip(ram.tracked().iter()).zip(uncleared) {
+            let slot = Slot { vm, ram, number, first_page, pages: page_count(region.len()) };
+            first_page += slot.pages as u64;
             // Only the last region can end inside a word, so regions start at word boundaries.
+            let first_word = words_of(slot.first_page);
+            let words = slot.pages.div_ceil(WORD_PAGES);
             let part = &mut into[first_word..first_word + words];
-            first_word += words;
 
             scratch.clear();
             scratch.resize(words, 0);
-            get_log(vm, slot, scratch).map_err(KvmCallError::new("read its dirty log"))?;
+            get_log(vm, number, scratch).map_err(KvmCallError::new("read its dirty log"))?;
+            for chunk in runs(uncleared) {
+                scratch[words_of_chunks(&chunk, words)].fill(0);
+            }
             // The bits are handed out before KVM forgets them: a failure below loses none.
             newly_set += merge(part, scratch);
             if self.mode.manual_protect {
-                clear_log(vm, slot, pages, scratch).map_err(KvmCallError::new("clear its dirty log"))?;
+                slot.clear(scratch)?;
             }
+            newly_set += slot.clear_touched(uncleared, part, scratch, asked)?;
             newly_set += merge(part, &(**region).bitmap().get_and_reset());
-            if *report_all {
-                newly_set += merge(part, &all_pages(pages));
+            if *report_touched {
+                newly_set += slot.report_touched(0..words.div_ceil(CHUNK_WORDS), part);
             }
         }
-        *report_all = false;
+        *report_touched = false;
         Ok(newly_set)
     }
+}
+
+impl Slot<'_> {
+    /// Clears the uncleared chunks that were touched, sets the bits of what is touched in them, and returns how many
+    /// were not set before. The order is what the module's description is about.
+    fn clear_touched(
+        self,
+        uncleared: &mut [bool],
+        into: &mut [u64],
+        scratch: &mut [u64],
+        asked: &mut dyn FnMut(),
+    ) -> Result<u64, KvmCallError> {
+        let mut found = vec![false; uncleared.len()];
+        for chunks in runs(uncleared) {
+            self.touched(chunks, |pages| {
+                found[pages.start / CHUNK_PAGES..=(pages.end - 1) / CHUNK_PAGES].fill(true)
+            });
+        }
+        asked();
+        scratch.fill(0);
+        for chunks in runs(&found) {
+            scratch[words_of_chunks(&chunks, into.len())].fill(u64::MAX);
+        }
+        self.clear(scratch)?;
+        let mut newly_set = 0;
+        for chunks in runs(&found) {
+            newly_set += self.report_touched(chunks.clone(), into);
+            uncleared[chunks].fill(false);
+        }
+        Ok(newly_set)
+    }
+
+    fn report_touched(self, chunks: Range<usize>, into: &mut [u64]) -> u64 {
+        let mut newly_set = 0;
+        self.touched(chunks, |pages| newly_set += set_range(into, pages));
+        newly_set
+    }
+
+    /// Calls `f` with the runs of pages of these chunks, counted from the slot's first, that may hold something.
+    fn touched(self, chunks: Range<usize>, mut f: impl FnMut(Range<usize>)) {
+        let from = chunks.start * CHUNK_PAGES;
+        let count = (chunks.end * CHUNK_PAGES).min(self.pages) - from;
+        let found = self.ram.touched(self.first_page + from as u64, count as u64, |page, count| {
+            let [start, count] = [page - self.first_page, count]
+                .map(|pages| usize::try_from(pages).expect("they are in memory"));
+            f(start..start + count);
+        });
+        found.expect("the pages are the slot's");
+    }
+
+    fn clear(self, dirty: &mut [u64]) -> Result<(), KvmCallError> {
+        let cleared = clear_log(self.vm, self.number, self.pages, dirty);
+        cleared.map_err(KvmCallError::new("clear its dirty log"))
+    }
+}
+
+/// The runs of chunks that are marked.
+fn runs(marked: &[bool]) -> impl Iterator<Item = Range<usize>> {
+    let mut start = 0;
+    marked.chunk_by(|a, b| a == b).filter_map(move |run| {
+        let range = start..start + run.len();
+        start = range.end;
+        run[0].then_some(range)
+    })
+}
+
+/// The words of these chunks in a bitmap of `words`, where the last chunk may end early.
+fn words_of_chunks(chunks: &Range<usize>, words: usize) -> Range<usize> {
+    chunks.start * CHUNK_WORDS..(chunks.end * CHUNK_WORDS).min(words)
+}
+
+/// Sets the bits of `pages` and counts those that were not set before.
+fn set_range(into: &mut [u64], pages: Range<usize>) -> u64 {
+    let mut newly_set = 0;
+    let mut page = pages.start;
+    while page < pages.end {
+        let (index, bit) = (page / WORD_PAGES, page % WORD_PAGES);
+        let count = (WORD_PAGES - bit).min(pages.end - page);
+        let mask = (u64::MAX >> (WORD_PAGES - count)) << bit;
+        newly_set += u64::from((mask & !into[index]).count_ones());
+        into[index] |= mask;
+        page += count;
+    }
+    newly_set
 }
 
 /// Words of a bitmap with a bit for each of `pages`.
@@ -169,17 +331,6 @@ pub(crate) fn words_of(pages: u64) -> usize {
 
 fn page_count(bytes: u64) -> usize {
     usize::try_from(bytes).expect("guest memory fits the address space") / PAGE_BYTES
-}
-
-fn all_pages(pages: usize) -> Vec<u64> {
-    let mut words = vec![u64::MAX; pages.div_ceil(WORD_PAGES)];
-    let tail = pages % WORD_PAGES;
-    if let Some(last) = words.last_mut()
-        && tail != 0
-    {
-        *last = (1 << tail) - 1;
-    }
-    words
 }
 
 /// ORs `from` into `into` and counts the bits that this set.
@@ -258,83 +409,4 @@ fn next_piece(dirty: &[u64], from: usize) -> Option<Range<usize>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use kvm_ioctls::Kvm;
-    use vm_memory::{Bytes, GuestAddress};
-
-    use super::*;
-    use crate::capability;
-    use crate::config::{Backing, MemoryConfig};
-    use crate::memory::{self, HIGH_MEMORY_START, LOW_MEMORY_END};
-
-    #[test]
-    fn writes_by_devices_are_reported_at_their_page_index_in_both_regions() {
-        let Ok(kvm) = Kvm::new() else {
-            println!("SKIPPED tier kvm: can't open /dev/kvm");
-            assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "CI needs /dev/kvm");
-            return;
-        };
-        let vm = kvm.create_vm().unwrap();
-        let size_bytes = LOW_MEMORY_END + (9 << 20);
-        let ram = memory::allocate(&MemoryConfig::new(size_bytes, Backing::PrivateAnonymous)).unwrap();
-        let modes = capability::enable_dirty_log_modes(&vm);
-        let log = DirtyLog::register(&vm, &ram, modes).unwrap();
-        let mut dirty = vec![0; words_of(ram.page_count())];
-        log.start(&vm, &ram).unwrap();
-        assert_eq!(log.collect(&vm, &ram, &mut dirty).unwrap(), ram.page_count());
-        dirty.fill(0);
-
-        let low_pages = LOW_MEMORY_END / PAGE_BYTES as u64;
-        let writes = [(5 * 4096 + 7, 5), (LOW_MEMORY_END - 1, low_pages - 1), (HIGH_MEMORY_START, low_pages)];
-        for (address, _) in writes {
-            ram.tracked().write_obj(1_u8, GuestAddress(address)).unwrap();
-        }
-        assert_eq!(log.collect(&vm, &ram, &mut dirty).unwrap(), 3);
-        for (_, page) in writes {
-            let word = usize::try_from(page / 64).unwrap();
-            assert_eq!(dirty[word] >> (page % 64) & 1, 1, "page {page}");
-        }
-        assert_eq!(log.collect(&vm, &ram, &mut dirty).unwrap(), 0);
-        let error = log.collect(&vm, &ram, &mut dirty[1..]).unwrap_err();
-        assert!(matches!(error, DirtyLogError::WrongLength { .. }), "{error}");
-    }
-
-    #[test]
-    fn clearing_goes_by_dirty_pages_and_leaves_none_out() {
-        let pieces = |dirty: &[u64]| {
-            let mut pieces = Vec::new();
-            while let Some(piece) = next_piece(dirty, pieces.last().map_or(0, |last: &Range<usize>| last.end))
-            {
-                pieces.push(piece);
-            }
-            pieces
-        };
-        assert_eq!(pieces(&[]), []);
-        assert_eq!(pieces(&[0; 9]), []);
-        assert_eq!(pieces(&[0, 1, 0, 4, 0]), vec![1_usize..4; 1]);
-        // 16 full words are CLEAR_DIRTY_PAGES.
-        assert_eq!(pieces(&[u64::MAX; 40]), [0..16, 16..32, 32..40]);
-        let mut scattered = vec![0; 4 * CLEAR_WORDS_MAX];
-        (0..1_000).for_each(|page| scattered[page * 260] = 2);
-        let found = pieces(&scattered);
-        assert!(found.len() <= 5, "{} calls for 1,000 pages of 64 GiB", found.len());
-        let covered = |word: usize| found.iter().any(|piece| piece.contains(&word));
-        assert!((0..1_000).all(|page| covered(page * 260)));
-        assert!(found.iter().all(|piece| piece.len() <= CLEAR_WORDS_MAX));
-    }
-
-    #[test]
-    fn merging_counts_only_what_is_new() {
-        let mut into = [0b0011, 0];
-        assert_eq!(merge(&mut into, &[0b0110, 1 << 63]), 2);
-        assert_eq!(into, [0b0111, 1 << 63]);
-        assert_eq!(merge(&mut into, &[0b0111, 1 << 63]), 0);
-    }
-
-    #[test]
-    fn all_pages_sets_none_beyond_the_end() {
-        assert_eq!(all_pages(64), [u64::MAX]);
-        assert_eq!(all_pages(65), [u64::MAX, 1]);
-        assert_eq!(all_pages(3), [7]);
-    }
-}
+mod tests;

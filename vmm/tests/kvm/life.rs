@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use crate::support::*;
 use ferry_vmm::{
-    Backing, Machine, MachineConfig, MachineEvent, MachineStatus, RunError, SerialTarget, StateError,
+    Backing, HugePages, Machine, MachineConfig, MachineEvent, MachineStatus, RunError, SerialTarget,
+    StateError,
 };
 
 const MEMORY_BYTES: u64 = 16 << 20;
@@ -97,7 +98,7 @@ fn restoring_and_saving_again_gives_the_same_state() {
 }
 
 #[test]
-fn the_dirty_log_reports_everything_once_and_then_what_changed() {
+fn the_dirty_log_reports_what_was_touched_once_and_then_what_changed() {
     if !kvm_or_skip() {
         return;
     }
@@ -110,7 +111,13 @@ fn the_dirty_log_reports_everything_once_and_then_what_changed() {
     assert!(machine.collect_dirty(&mut dirty).is_err(), "it was not started");
     machine.start_dirty_log().unwrap();
     assert!(machine.start_dirty_log().is_err(), "it is in use");
-    assert_eq!(machine.collect_dirty(&mut dirty).unwrap(), pages);
+    let touched = machine.collect_dirty(&mut dirty).unwrap();
+    assert!((TOUCHED_PAGES..=pages).contains(&touched), "{touched}");
+    ram.for_each_page(0, pages, |page, bytes| {
+        let named = dirty[usize::try_from(page / 64).unwrap()] >> (page % 64) & 1 == 1;
+        assert!(named || bytes.iter().all(|byte| *byte == 0), "page {page} holds something");
+    })
+    .unwrap();
     assert_eq!(machine.collect_dirty(&mut dirty).unwrap(), 0, "set bits count once");
 
     let mut rounds = 0;
@@ -136,6 +143,69 @@ fn the_dirty_log_reports_everything_once_and_then_what_changed() {
     assert_eq!(machine.collect_dirty(&mut dirty).unwrap(), 0, "a paused guest dirtied pages");
     machine.stop_dirty_log().unwrap();
     assert!(machine.stop_dirty_log().is_err());
+}
+
+/// Where a guest finds the address that it is to write to.
+const ORDER_ADDRESS: u64 = 0x21_0000;
+
+/// Counts at COUNTER_ADDRESS and writes the order to the address that it names, if it is not zero.
+const WRITING_TO_ORDER: &[u8] = &[
+    0xa1, 0x00, 0x00, 0x21, 0x00, // next: mov eax, [ORDER_ADDRESS]
+    0x85, 0xc0, // test eax, eax
+    0x74, 0x02, // jz skip
+    0x89, 0x00, // mov [eax], eax
+    0xff, 0x05, 0x00, 0x00, 0x20, 0x00, // skip: inc dword [COUNTER_ADDRESS]
+    0xeb, 0xed, // jmp next
+];
+
+#[test]
+fn a_sparse_guest_costs_what_it_touched_and_later_touches_are_reported() {
+    if !kvm_or_skip() {
+        return;
+    }
+    for backing in [Backing::PrivateAnonymous, Backing::SharedMemfd] {
+        let mut config = config(64 << 20);
+        config.memory.backing = backing;
+        config.memory.huge_pages = HugePages::Off;
+        let machine = machine_with(&config, WRITING_TO_ORDER);
+        let ram = machine.ram();
+        let collect = || {
+            let mut words = vec![0_u64; usize::try_from(ram.page_count().div_ceil(64)).unwrap()];
+            machine.collect_dirty(&mut words).unwrap();
+            let is_set = |page: &u64| words[usize::try_from(page / 64).unwrap()] >> (page % 64) & 1 == 1;
+            (0..ram.page_count()).filter(is_set).collect::<Vec<_>>()
+        };
+        let write_at = |address: u32| {
+            machine.pause().unwrap();
+            let mut page = [0; ferry_vmm::PAGE_BYTES];
+            page[..4].copy_from_slice(&address.to_le_bytes());
+            ram.write_page(ORDER_ADDRESS / 4096, &page).unwrap();
+            machine.run().unwrap();
+            let_count(&machine, 10);
+        };
+        machine.run().unwrap();
+        let_count(&machine, 10);
+        machine.start_dirty_log().unwrap();
+        let first = collect();
+        assert!(first.contains(&(COUNTER_ADDRESS / 4096)), "{backing:?}: {first:?}");
+        assert!(first.iter().all(|page| *page < 4096), "{backing:?}: {first:?}");
+        // An untouched page of a chunk in use; one of an untouched chunk, and its neighbour; the last one.
+        for address in [0x3f_5000_u32, 0x200_7008, 0x200_8000, 0x3ff_f000] {
+            write_at(address);
+            for round in 0..2 {
+                let found = collect();
+                assert!(found.contains(&u64::from(address / 4096)), "{backing:?} {address:#x}: {found:?}");
+                assert!(found.len() <= 3, "{backing:?} {address:#x}: {found:?}");
+                assert_eq!(read_u32(&ram, address.into()), address, "round {round}");
+                let_count(&machine, 10);
+            }
+        }
+        // What stays uncleared until the vCPUs are paused.
+        write_at(0x280_0000);
+        machine.pause().unwrap();
+        assert!(collect().contains(&0x2800), "{backing:?}");
+        assert_eq!(collect(), [0; 0], "{backing:?}: a paused guest");
+    }
 }
 
 /// Where the second vCPU starts, and where it counts.

@@ -302,10 +302,10 @@ impl Work<'_> {
         let mut left = PageMask::EMPTY;
         for range in self.chunk.ranges(group) {
             read(range, &mut |page, bytes| {
-                let offset = page - self.chunk.first_page();
-                if self.is_news(page, bytes) {
+                let (offset, zero) = (page - self.chunk.first_page(), is_zero(bytes));
+                if self.is_news(page, bytes, zero) {
                     self.sent.forget(offset);
-                    if is_zero(bytes) {
+                    if zero {
                         self.zero.insert(offset);
                     } else {
                         left.insert(offset);
@@ -318,12 +318,12 @@ impl Work<'_> {
 
     /// Looks at a copy of a page.
     fn sort(&mut self, page: u64, bytes: &[u8; PAGE_BYTES]) -> Sorted {
-        let offset = page - self.chunk.first_page();
-        if !self.is_news(page, bytes) {
+        let (offset, zero) = (page - self.chunk.first_page(), is_zero(bytes));
+        if !self.is_news(page, bytes, zero) {
             return Sorted::Done;
         }
         self.sent.know(offset);
-        if is_zero(bytes) {
+        if zero {
             self.sent.drop_signature(offset);
             self.zero.insert(offset);
             return Sorted::Done;
@@ -351,12 +351,12 @@ impl Work<'_> {
     }
 
     /// Brings the digest up to date, and says whether the target lacks these bytes.
-    fn is_news(&mut self, page: u64, bytes: &[u8; PAGE_BYTES]) -> bool {
+    fn is_news(&mut self, page: u64, bytes: &[u8; PAGE_BYTES], zero: bool) -> bool {
         if !self.way.verify {
             return true;
         }
         let offset = page - self.chunk.first_page();
-        let digest = PageDigest::of(page, bytes);
+        let digest = if zero { PageDigest::ZERO_PAGE } else { PageDigest::of_filled(page, bytes) };
         if self.sent.holds(offset, digest) {
             self.encoded.unchanged_pages += 1;
             return false;

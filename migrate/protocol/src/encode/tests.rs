@@ -3,7 +3,6 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::StreamIndex;
 use crate::digest::ChunkDigests;
 use crate::encode::pack::{Packed, Unpacker};
 use crate::frame::FRAME_HEADER_BYTES;
@@ -24,7 +23,7 @@ struct Target {
 impl Target {
     fn take(&mut self, mut bytes: &[u8]) {
         while let Some((header, rest)) = bytes.split_first_chunk::<FRAME_HEADER_BYTES>() {
-            let frame = Frame::decode(header, PAGES as u64, StreamIndex::new(0, 1).unwrap(), 1).unwrap();
+            let frame = Frame::decode(header, PAGES as u64).unwrap();
             let body_bytes = usize::try_from(u32::from_le_bytes(header[4..8].try_into().unwrap())).unwrap();
             let (body, rest) = rest.split_at(body_bytes);
             let mask = self.place(frame, body);

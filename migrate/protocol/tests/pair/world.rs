@@ -133,7 +133,7 @@ pub(crate) fn layout() -> MemoryLayout {
 
 /// A digest that stands for memory contents number `number`, or for one stream's part of it.
 fn digest(number: u64) -> MemoryDigest {
-    PageDigest::of(number, &[0; PAGE_BYTES]).alone()
+    PageDigest::of(number, &[1; PAGE_BYTES]).alone()
 }
 
 impl Pair {

@@ -101,7 +101,13 @@ pub fn run(
         progress.scenario_done(&result);
         results.scenarios.push(result);
     }
-    results.limits = stats::limits::judge(&suite.limits, &results.scenarios, &results.engines);
+    let limits: Vec<_> = suite
+        .limits
+        .iter()
+        .filter(|limit| results.scenarios.iter().any(|result| result.scenario.name == limit.scenario))
+        .cloned()
+        .collect();
+    results.limits = stats::limits::judge(&limits, &results.scenarios, &results.engines);
     results.took_s = clock.now().as_secs_f64();
     Ok(results)
 }

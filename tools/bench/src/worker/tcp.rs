@@ -141,7 +141,8 @@ mod tests {
             listener
         });
         // No multiple of the streams, nor of a write.
-        let bytes = (5 << 20) + 1;
+        let bytes = (5 << 20) + 3;
+        assert_ne!(bytes % 3, 0);
         let mut buffers: Vec<Vec<u8>> = (0..3).map(|_| warm_buffer()).collect();
         assert_eq!(send_all(address, bytes, &mut buffers).unwrap(), bytes);
         let listener = target.join().unwrap();

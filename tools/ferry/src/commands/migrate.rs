@@ -5,14 +5,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{anyhow, bail};
-use ferry_migrate::Endpoint;
 use ferry_migrate::report::{ForecastReport, MigrationReport, ReportKind, Round, ms};
+use ferry_migrate::{Endpoint, MigrateOptions};
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{self, MigrationEvent, MigrationRequest, OnTimeoutWord, VmInfo, VmState};
-use crate::cli::{MigrateArgs, OnTimeoutArg, SwitchArg};
+use crate::cli::{MigrateArgs, OnTimeoutArg, StreamsArg, SwitchArg};
 use crate::client::{self, Events};
 use crate::quantity::{show_bytes, show_ms, show_rate};
 use crate::state_dir::StateDir;
@@ -34,7 +34,11 @@ fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
     Ok(MigrationRequest {
         target: args.to.clone().ok_or_else(|| anyhow!("--to is missing"))?,
         downtime_ms: ms(args.downtime),
-        streams: args.streams,
+        streams: match args.streams {
+            StreamsArg::Auto => MigrateOptions::streams_to_choose_from(),
+            StreamsArg::Fixed(streams) => streams,
+        },
+        adapt_streams: args.streams == StreamsArg::Auto,
         compress: args.compress.to_string(),
         bandwidth_bytes_per_s: args.bandwidth,
         verify: args.verify == SwitchArg::On,

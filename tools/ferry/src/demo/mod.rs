@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use ferry_lab::LabClock;
+use ferry_migrate::MigrateOptions;
 use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::report::{MigrationReport, ms};
 use hyper::Method;
@@ -90,7 +91,8 @@ async fn migrate(
     let request = MigrationRequest {
         target: target.to_owned(),
         downtime_ms: ms(budget),
-        streams: 1,
+        streams: MigrateOptions::streams_to_choose_from(),
+        adapt_streams: true,
         compress: Compression::Auto.to_string(),
         bandwidth_bytes_per_s: None,
         verify: true,

@@ -222,6 +222,7 @@ fn options(
         epoch: here.epoch,
         target,
         streams: request.streams,
+        adapt_streams: request.adapt_streams,
         compression: request
             .compress
             .parse()

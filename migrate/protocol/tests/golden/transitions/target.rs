@@ -82,7 +82,7 @@ const fn progress_word(progress: &Progress) -> &'static str {
 
 /// A digest that is not that of no page.
 pub(super) fn digest() -> MemoryDigest {
-    PageDigest::of(0, &[0; PAGE_BYTES]).alone()
+    PageDigest::of(0, &[1; PAGE_BYTES]).alone()
 }
 
 fn fence(number: u32) -> Event {

@@ -41,8 +41,8 @@ impl Ferry {
         Self { info }
     }
 
-    /// How many streams `setting` asks for, if ferry can do all that it asks for.
-    fn streams_of(&self, setting: &EngineSetting) -> Result<u16, EngineError> {
+    /// How many streams `setting` asks for (`None` leaves it to ferry), if ferry can do all that it asks for.
+    fn streams_of(&self, setting: &EngineSetting) -> Result<Option<u16>, EngineError> {
         let EngineSetting {
             engine: _,
             strategy,
@@ -64,7 +64,7 @@ impl Ferry {
         if *local {
             return Err(lacks("it does not hand memory over within a host"));
         }
-        streams.fixed().ok_or_else(|| lacks("it does not choose the number of streams"))
+        Ok(streams.fixed())
     }
 }
 
@@ -159,7 +159,7 @@ impl Pair for FerryPair {
             timeout_ms,
         } = &self.order;
         vec![
-            format!("target={target} streams={streams} compression={compression:?}"),
+            format!("target={target} streams={streams:?} compression={compression:?}"),
             format!(
                 "bandwidth_bytes_per_s={bandwidth_bytes_per_s:?} downtime_ms={downtime_ms} timeout_ms={timeout_ms}"
             ),

@@ -79,8 +79,8 @@ pub struct TargetOrder {
 pub struct MoveOrder {
     /// `host:port` of the target.
     pub target: String,
-    /// Data streams.
-    pub streams: u16,
+    /// Data streams; as many as pay without a number.
+    pub streams: Option<u16>,
     /// How pages are packed.
     pub compression: Compression,
     /// Whether both sides take digests of memory.
