@@ -9,16 +9,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::{RecordStore, SystemClock};
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::source::{Failure, OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{Epoch, MigrationId, VmId, VmName};
 use ferry_migrate::report::MigrationReport;
-use ferry_migrate::{
-    BandwidthCap, FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate,
-};
+use ferry_migrate::{BandwidthCap, FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
 use ferry_vmm::{
     BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, NetConfig, SerialTarget,
 };
@@ -166,13 +164,11 @@ async fn run_target(order: TargetOrder) -> anyhow::Result<ExitCode> {
     let TargetOrder { listen, tap, folder } = order;
     let host =
         MachineHost::new(LocalChoices { tap, serial: SerialTarget::Null, memory: MemoryChoices::default() });
-    let options = ReceiveOptions { listen: listen.into(), host: "target".to_owned(), name: None };
+    let options = ReceiveOptions { listen: listen.parse()?, host: "target".to_owned(), name: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
     let mut receiver = Receiver::bind(options, Arc::new(host), records(&folder)?, clock, updates)?;
-    let ListenAddress::Tcp(address) = receiver.local_address()? else {
-        bail!("it was told to listen on a TCP address");
-    };
+    let address = receiver.local_address()?.to_string();
     say(&Said::Listening { address })?;
     let never = watch::channel(false);
     let received = receiver.receive(never.1.clone()).await?;
