@@ -30,3 +30,4 @@ pub use engine::source::{MigrateOptions, Update, migrate};
 pub use engine::target::{ReceiveOptions, Receiver};
 pub use ferry_protocol as protocol;
 pub use records::FileRecords;
+pub use transport::endpoint::{Endpoint, EndpointError, ListenAddress};

@@ -2,14 +2,14 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ferry_protocol::bitmap::CHUNK_PAGES;
 use ferry_protocol::layout::Region;
 use ferry_protocol::message::AbortCode;
 use ferry_protocol::{ChunkIndex, MemoryLayout, PAGE_BYTES, PageBitmap, PageMask, PageRange, VmId};
-use ferry_vmm::{BuildError, GuestRam, LocalChoices, Machine, MachineStatus};
+use ferry_vmm::{BuildError, GuestRam, LocalChoices, Machine, MachineConfig, MachineStatus, MemoryError};
 
 use crate::announce::LearnedAddresses;
 use crate::ports::{BuildRefusal, GuestPages, PortError, SavedState, SourceVm, TargetHost, TargetVm};
@@ -129,6 +129,10 @@ impl SourceVm for MigratableMachine {
         Arc::new(MachinePages::new(self.machine.ram()))
     }
 
+    fn memory_descriptor(&self) -> Result<OwnedFd, PortError> {
+        Ok(self.machine.ram().descriptor()?)
+    }
+
     fn start_dirty_log(&self) -> Result<(), PortError> {
         Ok(self.machine.start_dirty_log()?)
     }
@@ -193,11 +197,32 @@ impl MachineHost {
     /// # Errors
     /// A refusal that names the cause: no memory, no tap, an unknown description.
     pub fn build_machine(&self, description: &[u8]) -> Result<MigratableMachine, BuildRefusal> {
+        self.make(description, Machine::build)
+    }
+
+    /// Builds the machine that `description` asks for on memory that another process's guest is using.
+    ///
+    /// # Errors
+    /// A refusal that names the cause: no tap, an unknown description, memory that can't be trusted.
+    pub fn adopt_machine(
+        &self,
+        description: &[u8],
+        memory: OwnedFd,
+    ) -> Result<MigratableMachine, BuildRefusal> {
+        self.make(description, |config| Machine::build_on(config, memory))
+    }
+
+    fn make(
+        &self,
+        description: &[u8],
+        make: impl FnOnce(&MachineConfig) -> Result<Machine, BuildError>,
+    ) -> Result<MigratableMachine, BuildRefusal> {
         let cannot_build = |cause: PortError| BuildRefusal { code: AbortCode::CannotBuild, cause };
         let config = Machine::config_from_description(description, self.local.clone())
             .map_err(|error| cannot_build(error.into()))?;
-        let machine = Machine::build(&config).map_err(|error| {
-            let no_memory = matches!(error, BuildError::Memory(_));
+        let machine = make(&config).map_err(|error| {
+            let bad_memory = matches!(error, BuildError::Memory(MemoryError::HandedOver(_)));
+            let no_memory = matches!(error, BuildError::Memory(_)) && !bad_memory;
             let code = if no_memory { AbortCode::NoMemory } else { AbortCode::CannotBuild };
             BuildRefusal { code, cause: error.into() }
         })?;
@@ -213,6 +238,16 @@ impl TargetHost for MachineHost {
         _: &MemoryLayout,
     ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
         Ok(Arc::new(self.build_machine(description)?))
+    }
+
+    fn adopt(
+        &self,
+        _: VmId,
+        description: &[u8],
+        _: &MemoryLayout,
+        memory: OwnedFd,
+    ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
+        Ok(Arc::new(self.adopt_machine(description, memory)?))
     }
 }
 

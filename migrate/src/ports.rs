@@ -5,7 +5,7 @@
 use std::error::Error;
 use std::fmt;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -86,6 +86,12 @@ pub trait SourceVm: Send + Sync + 'static {
     /// Its memory.
     fn pages(&self) -> Arc<dyn GuestPages>;
 
+    /// A descriptor of its memory, end to end as [`SourceVm::pages`] has it, for another process of this host to map.
+    ///
+    /// # Errors
+    /// If it is private to this process, with what to do about that.
+    fn memory_descriptor(&self) -> Result<OwnedFd, PortError>;
+
     /// Begins to log dirty pages.
     ///
     /// # Errors
@@ -146,6 +152,19 @@ pub trait TargetHost: Send + Sync + 'static {
         vm: VmId,
         description: &[u8],
         layout: &MemoryLayout,
+    ) -> Result<Arc<dyn TargetVm>, BuildRefusal>;
+
+    /// Builds the machine for `vm` on `memory`, which the source's guest goes on using: nothing may be written to it before
+    /// [`TargetVm::run`]. Whoever sends it may be wrong, so it is checked before it is mapped.
+    ///
+    /// # Errors
+    /// A refusal, with the memory let go of.
+    fn adopt(
+        &self,
+        vm: VmId,
+        description: &[u8],
+        layout: &MemoryLayout,
+        memory: OwnedFd,
     ) -> Result<Arc<dyn TargetVm>, BuildRefusal>;
 }
 

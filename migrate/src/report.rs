@@ -7,12 +7,27 @@ use std::time::Duration;
 use ferry_protocol::encode::Encoded;
 use ferry_protocol::encode::pack::Method;
 use ferry_protocol::policy::{Estimate, Forecast};
-use ferry_protocol::source::{Downtime, RoundReport, Summary};
+use ferry_protocol::source::{Downtime, MemoryPath, RoundReport, Summary};
 use serde::{Deserialize, Serialize};
+
+/// How memory got to the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReportKind {
+    /// Page by page, while the guest ran.
+    #[default]
+    Live,
+    /// It was handed over to another process of the same host: no page was copied, so there are no rounds and there is no
+    /// digest.
+    Local,
+}
 
 /// A successful migration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MigrationReport {
+    /// How memory got there; reports of older versions are all [`ReportKind::Live`].
+    #[serde(default)]
+    pub kind: ReportKind,
     /// The VM's name.
     pub name: String,
     /// The target's host name.
@@ -38,8 +53,9 @@ pub struct MigrationReport {
     /// [`crate::Update::Streams`].
     #[serde(default)]
     pub streams: Vec<StreamReport>,
-    /// Whether digests of memory were compared before the guest resumed. `false` only where `--verify off` was asked for:
-    /// then nothing proves that the two memories are the same, and the next two are absent.
+    /// Whether digests of memory were compared before the guest resumed. If not, the next two are absent: either `--verify
+    /// off` was asked for, so that nothing proves that the two memories are the same, or memory was handed over
+    /// ([`ReportKind::Local`]), so that there is only one.
     pub verified: bool,
     /// The digest of guest memory, in hexadecimal.
     pub digest: Option<String>,
@@ -292,10 +308,24 @@ impl MigrationReport {
     /// The report of a migration of VM `name` that was allowed `budget`.
     #[must_use]
     pub fn new(name: &str, budget: Duration, summary: &Summary) -> Self {
-        let Summary { epoch, host, rounds, downtime, forecast, total, verified, digest, target_digest } =
-            summary;
+        let Summary {
+            epoch,
+            host,
+            memory,
+            rounds,
+            downtime,
+            forecast,
+            total,
+            verified,
+            digest,
+            target_digest,
+        } = summary;
         let rounds: Vec<Round> = rounds.iter().map(Round::from).collect();
         Self {
+            kind: match memory {
+                MemoryPath::Streams => ReportKind::Live,
+                MemoryPath::HandedOver => ReportKind::Local,
+            },
             name: name.to_owned(),
             host: host.clone(),
             epoch: epoch.number(),

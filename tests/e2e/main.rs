@@ -5,4 +5,5 @@
 
 mod backings;
 mod bad_input;
+mod local;
 mod migrations;

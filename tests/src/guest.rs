@@ -1,6 +1,7 @@
 //! Boots guests, migrates them within this process, and counts what a process must not leak.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +13,9 @@ use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Summary};
 use ferry_migrate::protocol::{Epoch, MemoryLayout, MigrationId, PAGE_BYTES, VmId};
-use ferry_migrate::{BandwidthCap, FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
+use ferry_migrate::{
+    BandwidthCap, FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate,
+};
 use ferry_vmm::{
     Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, MemoryConfig,
     SerialTarget,
@@ -143,7 +146,7 @@ impl Guest {
     /// Generous options for moving it to `target`.
     ///
     /// # Panics
-    /// Never.
+    /// If `target` names none.
     #[must_use]
     pub fn options(&self, target: String) -> MigrateOptions {
         let mut id = [0; 16];
@@ -153,7 +156,7 @@ impl Guest {
             vm: VM,
             name: "guest".parse().expect("a name"),
             epoch: self.epoch,
-            target,
+            target: target.parse().expect("an endpoint"),
             streams: 1,
             adapt_streams: false,
             compression: Compression::None,
@@ -184,6 +187,13 @@ struct KeepingHost {
     built: Arc<Mutex<Option<MigratableMachine>>>,
 }
 
+impl KeepingHost {
+    fn keep(&self, machine: MigratableMachine) -> Arc<dyn TargetVm> {
+        *self.built.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.clone());
+        Arc::new(machine)
+    }
+}
+
 impl TargetHost for KeepingHost {
     fn build(
         &self,
@@ -192,12 +202,22 @@ impl TargetHost for KeepingHost {
         _: &MemoryLayout,
     ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
         let machine = self.machines.build_machine(description)?;
-        *self.built.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine.clone());
-        Ok(Arc::new(machine))
+        Ok(self.keep(machine))
+    }
+
+    fn adopt(
+        &self,
+        _: VmId,
+        description: &[u8],
+        _: &MemoryLayout,
+        memory: OwnedFd,
+    ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
+        let machine = self.machines.adopt_machine(description, memory)?;
+        Ok(self.keep(machine))
     }
 }
 
-/// A receiver on loopback.
+/// A receiver on this host.
 #[derive(Debug)]
 pub struct Target {
     /// Takes the guest in.
@@ -224,15 +244,24 @@ pub fn target_for(guest: &Guest) -> Target {
 /// If it can't listen.
 #[must_use]
 pub fn target_with(guest: &Guest, memory: MemoryChoices) -> Target {
+    target_at(guest, ListenAddress::Tcp("127.0.0.1:0".parse().expect("an address")), memory)
+}
+
+/// An empty host for `guest` to which its memory is handed over, within the current runtime.
+///
+/// # Panics
+/// If it can't listen.
+#[must_use]
+pub fn local_target_for(guest: &Guest) -> Target {
+    target_at(guest, ListenAddress::Unix(guest.folder.path().join("socket")), MemoryChoices::default())
+}
+
+fn target_at(guest: &Guest, listen: ListenAddress, memory: MemoryChoices) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
     let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
-    let options = ReceiveOptions {
-        listen: "127.0.0.1:0".parse().expect("an address"),
-        host: "target".into(),
-        name: None,
-    };
+    let options = ReceiveOptions { listen, host: "target".into(), name: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
     let receiver = Receiver::bind(options, Arc::new(host), Arc::clone(&records) as _, clock, updates)
@@ -283,7 +312,24 @@ pub async fn move_guest_to(
     memory: MemoryChoices,
     change: impl FnOnce(&mut MigrateOptions),
 ) -> (Guest, Summary) {
-    let mut target = target_with(&guest, memory);
+    let target = target_with(&guest, memory);
+    move_to(guest, target, change).await
+}
+
+/// Hands a guest over to a new machine on the same memory, and checks records.
+///
+/// # Panics
+/// If anything is not as it should be.
+pub async fn move_locally(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) -> (Guest, Summary) {
+    let target = local_target_for(&guest);
+    move_to(guest, target, change).await
+}
+
+async fn move_to(
+    guest: Guest,
+    mut target: Target,
+    change: impl FnOnce(&mut MigrateOptions),
+) -> (Guest, Summary) {
     let mut options = guest.options(target.address.clone());
     change(&mut options);
     let never = watch::channel(false);

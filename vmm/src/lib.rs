@@ -30,8 +30,8 @@ pub use config::{
 pub use devices::SerialError;
 pub use machine::{BuildError, FrameObserver, Machine, MachineStatus, RunError};
 pub use memory::{
-    DirtyLogError, GuestRam, HUGE_PAGE_BYTES, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryError, PAGE_BYTES,
-    RamError, RamRegion, check_available,
+    DirtyLogError, GuestRam, HUGE_PAGE_BYTES, HandOverError, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryError,
+    PAGE_BYTES, RamError, RamRegion, check_available,
 };
 pub use parking::MachineEvent;
 pub use saved::{STATE_BYTES_MAX, StateError};

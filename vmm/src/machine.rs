@@ -148,6 +148,7 @@ impl Machine {
             return Err(RunError::Ended { action: "run", how: describe(&event) });
         }
         for vcpu in &self.vcpus {
+            vcpu.set_deferred();
             // Tells a guest with a paravirtual clock that it was stopped; KVM refuses it for others.
             let _ = vcpu.lock().kvmclock_ctrl();
         }

@@ -65,6 +65,15 @@ pub struct Describe {
     pub streams: u16,
 }
 
+/// What the target is to build on the memory whose descriptor comes beside this message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandOver {
+    /// The machine, in the machine monitor's own versioned format.
+    pub description: Vec<u8>,
+    /// The guest's RAM, which the descriptor's file holds end to end from its beginning; see [`crate::MemoryLayout`].
+    pub regions: Vec<Region>,
+}
+
 /// The target has built an empty machine and waits for pages.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ready {
@@ -322,6 +331,8 @@ messages! {
     15 Ping(u64),
     /// Target: I am.
     16 Pong(u64),
+    /// Source, instead of `Describe`, within one host: what to build, on the memory that comes beside it.
+    17 HandOver(HandOver),
     /// Source: how long does your record take now?
     20 Rehearse(Rehearse),
     /// Target: this long.
@@ -364,6 +375,10 @@ impl Message {
                 } else {
                     Err(format!("{streams} data streams, not 1 to {}", crate::ident::STREAMS_MAX))
                 }
+            }
+            Self::HandOver(HandOver { description, regions }) => {
+                bound("the description", description.len(), DESCRIPTION_BYTES_MAX)?;
+                bound("the region list", regions.len(), crate::layout::REGIONS_MAX)
             }
             Self::State(State { state, network, runs: _ }) => {
                 bound("the state", state.len(), STATE_BYTES_MAX)?;
@@ -434,6 +449,10 @@ pub(crate) mod tests {
             Message::Abort(Abort::new(AbortCode::Cancelled, "the operator cancelled it")),
             Message::Ping(5),
             Message::Pong(5),
+            Message::HandOver(HandOver {
+                description: vec![1, 2, 3],
+                regions: vec![Region { gpa: 0, bytes: 0x8000 }],
+            }),
             Message::Rehearse(Rehearse),
             Message::Rehearsed(Rehearsed { record_us: 6 }),
         ]

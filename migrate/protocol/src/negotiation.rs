@@ -22,7 +22,10 @@ impl Features {
     /// No digest of memory is taken or compared. A source offers this only where its operator asked for it, so both
     /// having it is an agreement.
     pub const UNVERIFIED: Self = Self(1 << 9);
-    /// All that this crate can do.
+    /// Guest memory may be handed over as a descriptor: only where source and target are processes of one host, so it
+    /// is not in [`Features::OURS`] and is offered on connections that can carry descriptors.
+    pub const HAND_OVER: Self = Self(1 << 10);
+    /// All that this crate can do on any connection.
     pub const OURS: Self =
         Self::LZ4.and(Self::ZSTD).and(Self::DELTA).and(Self::REHEARSAL).and(Self::UNVERIFIED);
 
@@ -30,6 +33,12 @@ impl Features {
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)
+    }
+
+    /// All that this crate can do on a connection that carries descriptors or does not.
+    #[must_use]
+    pub const fn ours_on(carries_descriptors: bool) -> Self {
+        if carries_descriptors { Self(Self::OURS.0 | Self::HAND_OVER.0) } else { Self::OURS }
     }
 
     /// What both can do.
@@ -75,6 +84,13 @@ mod tests {
         assert_eq!(common_version(2, 3), None);
         assert_eq!(common_version(0, 0), None);
         assert_eq!(common_version(3, 1), None, "a range that is upside down has no version");
+    }
+
+    #[test]
+    fn memory_is_only_handed_over_where_descriptors_travel() {
+        assert!(Features::ours_on(true).contains(Features::HAND_OVER));
+        assert!(!Features::ours_on(false).contains(Features::HAND_OVER));
+        assert!(!Features::ours_on(true).both(Features::OURS).contains(Features::HAND_OVER));
     }
 
     #[test]

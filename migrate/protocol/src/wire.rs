@@ -97,6 +97,12 @@ impl Decoder {
         self.buffer.extend_from_slice(bytes);
     }
 
+    /// Whether nothing is left that [`Decoder::next_message`] has not given.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+
     /// The next whole message, or `None` until more bytes arrive.
     ///
     /// # Errors

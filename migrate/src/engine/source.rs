@@ -1,13 +1,16 @@
 //! The source's engine: [`migrate`] moves one VM away.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ferry_protocol::page::Compression;
-use ferry_protocol::source::{Action, Config, Event, OnTimeout, Outcome, Progress, Source};
-use ferry_protocol::{Epoch, MemoryLayout, MigrationId, Record, VmId, VmName};
-use tokio::net::TcpStream;
+use ferry_protocol::source::{
+    Action, Config, Event, Failure, MemoryPath, OnTimeout, Outcome, Progress, Source,
+};
+use ferry_protocol::{Epoch, MemoryLayout, Message, MigrationId, Record, VmId, VmName};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -17,7 +20,8 @@ use crate::bandwidth::{Bandwidth, BandwidthCap};
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
 use crate::report::StreamWork;
 use crate::stream::{SenderOptions, Senders, StreamSettings, TransferCounters};
-use crate::transport::control::{ControlReader, ControlWriter, UNHANDLED_MAX, split};
+use crate::transport::control::{ControlReader, ControlStream, ControlWriter, UNHANDLED_MAX, split};
+use crate::transport::endpoint::Endpoint;
 use crate::transport::tcp;
 
 /// What the caller of [`migrate`] chooses.
@@ -31,8 +35,9 @@ pub struct MigrateOptions {
     pub name: VmName,
     /// The epoch in which it runs here.
     pub epoch: Epoch,
-    /// The target as `host:port`.
-    pub target: String,
+    /// The target. Through a Unix socket guest memory is handed over ([`MemoryPath::HandedOver`]): no page is copied, and
+    /// streams, compression and bandwidth have no meaning.
+    pub target: Endpoint,
     /// How many data streams, 1 to [`ferry_protocol::ident::STREAMS_MAX`].
     pub streams: u16,
     /// Whether only as many of them work as make the migration faster.
@@ -84,6 +89,8 @@ const TRANSFERRED_EVERY: Duration = Duration::from_millis(100);
 
 /// Migrates `vm` away and says how it ended. Set `cancel` to true to give up, which works until the commit.
 ///
+/// A VM whose memory can't be handed over stays before anything is tried, where the target is a Unix socket.
+///
 /// On [`Outcome::Stayed`] the VM is what it was before. On [`Outcome::Moved`] it has been released. The future
 /// must be polled to its end: dropping it half-way leaves the VM as it is at that moment.
 ///
@@ -97,13 +104,24 @@ pub async fn migrate(
     cancel: watch::Receiver<bool>,
     updates: mpsc::UnboundedSender<Update>,
 ) -> std::io::Result<Outcome> {
+    let memory = match &options.target {
+        Endpoint::Tcp(_) => None,
+        Endpoint::Unix(_) => match vm.memory_descriptor() {
+            Ok(memory) => Some(memory),
+            Err(error) => {
+                let failure = Failure::Local(in_words(&*error));
+                return Ok(Outcome::Stayed { failure, epoch: options.epoch });
+            }
+        },
+    };
     let (events, inbox) = mpsc::unbounded_channel();
     let pages = vm.pages();
     let layout = pages.layout();
     let bandwidth = Arc::new(Bandwidth::new(options.bandwidth.clone(), Arc::clone(&clock)));
     let counters = Arc::new(TransferCounters::default());
+    let target = options.target.clone();
     let settings = StreamSettings {
-        target: options.target.clone(),
+        target: target.to_string(),
         migration: options.migration,
         streams: options.streams,
         adapt_streams: options.adapt_streams,
@@ -123,6 +141,8 @@ pub async fn migrate(
         updates,
         counters,
         sender_options,
+        target,
+        memory,
         connection: None,
         connection_number: 0,
         senders: None,
@@ -160,7 +180,11 @@ fn begin(
         name,
         epoch,
         arrived_by,
-        target,
+        memory: match &target {
+            Endpoint::Tcp(_) => MemoryPath::Streams,
+            Endpoint::Unix(_) => MemoryPath::HandedOver,
+        },
+        target: target.to_string(),
         description: vm.description(),
         streams,
         compression,
@@ -181,7 +205,7 @@ enum Happened {
 }
 
 enum LinkEvent {
-    Up(TcpStream),
+    Up(ControlStream),
     Event(Event),
 }
 
@@ -200,6 +224,9 @@ struct Engine {
     updates: mpsc::UnboundedSender<Update>,
     counters: Arc<TransferCounters>,
     sender_options: Arc<SenderOptions>,
+    target: Endpoint,
+    /// Guest memory, if it is to be handed over.
+    memory: Option<OwnedFd>,
     connection: Option<Connection>,
     connection_number: u64,
     senders: Option<Senders>,
@@ -275,8 +302,10 @@ impl Engine {
     }
 
     /// A name may stand for several hosts; streams and reconnections go to the one that was reached first.
-    fn pin_address(&mut self, stream: &TcpStream) {
-        if let Ok(address) = stream.peer_addr() {
+    fn pin_address(&mut self, stream: &ControlStream) {
+        if let ControlStream::Tcp(stream) = stream
+            && let Ok(address) = stream.peer_addr()
+        {
             let _ = self.sender_options.pinned.set(address);
         }
     }
@@ -289,6 +318,7 @@ impl Engine {
                     connection.writer.send(&message);
                 }
             }
+            Action::SendMemory(message) => self.send_memory(&message),
             Action::OpenStreams { verify } => self.open_streams(verify),
             Action::CloseStreams => {
                 self.sender_options.bandwidth.stop();
@@ -329,17 +359,32 @@ impl Engine {
         }
         self.connection_number += 1;
         let (number, events) = (self.connection_number, self.events.clone());
-        let address = self.sender_options.address();
+        let target = match &self.target {
+            Endpoint::Tcp(_) => Endpoint::Tcp(self.sender_options.address()),
+            Endpoint::Unix(path) => Endpoint::Unix(path.clone()),
+        };
         tokio::spawn(async move {
             tokio::time::sleep(delay).await;
-            let event = match connect_control(&address).await {
+            let event = match connect_control(&target).await {
                 Ok(stream) => LinkEvent::Up(stream),
                 Err(error) => LinkEvent::Event(Event::Disconnected(format!(
-                    "can't connect to {address}: {error}; is 'ferry receive --listen' running there?"
+                    "can't connect to {target}: {error}; is 'ferry receive --listen' running there?"
                 ))),
             };
             let _ = events.send(Happened::Link(number, event, None));
         });
+    }
+
+    fn send_memory(&self, message: &Message) {
+        let Some(connection) = &self.connection else { return };
+        let memory = self.memory.as_ref().map(OwnedFd::try_clone).transpose();
+        match memory {
+            Ok(memory) => connection.writer.send_beside(message, memory),
+            Err(error) => {
+                let reason = format!("guest memory's descriptor can't be duplicated: {error}");
+                let _ = self.events.send(Happened::Core(Event::VmFailed(reason)));
+            }
+        }
     }
 
     fn open_streams(&self, verify: bool) {
@@ -456,19 +501,27 @@ async fn cancelled(cancel: &mut watch::Receiver<bool>) {
     }
 }
 
-async fn connect_control(address: &str) -> std::io::Result<TcpStream> {
-    let stream = tokio::time::timeout(tcp::CONNECT_TIMEOUT, TcpStream::connect(address))
+async fn connect_control(target: &Endpoint) -> std::io::Result<ControlStream> {
+    let connecting = async {
+        match target {
+            Endpoint::Tcp(address) => {
+                let stream = TcpStream::connect(address).await?;
+                tcp::set_up(&stream)?;
+                Ok(ControlStream::Tcp(stream))
+            }
+            Endpoint::Unix(path) => UnixStream::connect(path).await.map(ControlStream::Unix),
+        }
+    };
+    tokio::time::timeout(tcp::CONNECT_TIMEOUT, connecting)
         .await
-        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
-    tcp::set_up(&stream)?;
-    Ok(stream)
+        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
 }
 
 async fn read(mut reader: ControlReader, number: u64, events: mpsc::UnboundedSender<Happened>) {
     let unhandled = Arc::new(Semaphore::new(UNHANDLED_MAX));
     loop {
         let event = match reader.next().await {
-            Ok(message) => Event::Message(message),
+            Ok(incoming) => Event::Message(incoming.message),
             Err(error) => Event::Disconnected(error.to_string()),
         };
         let ended = matches!(event, Event::Disconnected(_));

@@ -3,31 +3,33 @@
 //! Whatever knocks is sorted by its first bytes: a control connection, a data stream of the migration under way,
 //! or neither. Garbage, strangers and failed attempts leave the receiver as it was, ready for the next one.
 
-use std::net::{Shutdown, SocketAddr};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
 use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, StreamIndex, VmId, VmName};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::door::{Knock, Link, STRANGERS_MAX, sort};
+use super::door::{Door, Knock, Link, STRANGERS_MAX, sort};
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
 use crate::stream::{ReceivedMemory, StreamEvent, receive_stream};
-use crate::transport::control::{ControlWriter, UNHANDLED_MAX};
+use crate::transport::control::{ControlWriter, Incoming, UNHANDLED_MAX};
+use crate::transport::endpoint::ListenAddress;
 use crate::transport::tcp;
 
 /// What the caller of [`Receiver::bind`] chooses.
 #[derive(Debug, Clone)]
 pub struct ReceiveOptions {
-    /// Where to listen; port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// Where to listen.
+    pub listen: ListenAddress,
     /// This host's name, shown at the source.
     pub host: String,
     /// The only VM that is taken, if the operator said one.
@@ -53,7 +55,7 @@ impl std::fmt::Debug for Received {
 
 /// A bound listener that takes in one VM.
 pub struct Receiver {
-    listener: TcpListener,
+    door: Door,
     options: ReceiveOptions,
     host: Arc<dyn TargetHost>,
     records: Arc<dyn RecordStore>,
@@ -82,16 +84,16 @@ impl Receiver {
         clock: Arc<dyn Clock>,
         updates: mpsc::UnboundedSender<Progress>,
     ) -> std::io::Result<Self> {
-        let listener = tcp::listen(options.listen)?;
-        Ok(Self { listener, options, host, records, clock, updates })
+        let door = Door::open(&options.listen)?;
+        Ok(Self { door, options, host, records, clock, updates })
     }
 
     /// Where it listens.
     ///
     /// # Errors
     /// What the operating system says.
-    pub fn local_address(&self) -> std::io::Result<SocketAddr> {
-        self.listener.local_addr()
+    pub fn local_address(&self) -> std::io::Result<ListenAddress> {
+        self.door.address()
     }
 
     /// Waits for a VM, through as many failed attempts as there are, until one runs here and its source knows.
@@ -113,7 +115,7 @@ impl Receiver {
                         // Late streams of an attempt that is over.
                         Knock::Join(..) => continue,
                     },
-                    accepted = self.listener.accept() => {
+                    accepted = self.door.accept() => {
                         sort(accepted, &strangers);
                         continue;
                     }
@@ -128,7 +130,7 @@ impl Receiver {
                 }
             };
             let attempt = Attempt::begin(self, *hello, connection, record)?;
-            match attempt.run(&self.listener, &strangers, &mut sorted, cancel.clone()).await {
+            match attempt.run(&self.door, &strangers, &mut sorted, cancel.clone()).await {
                 Ended::Received(received) => return Ok(Some(received)),
                 Ended::Discarded { reason, newer } => {
                     tracing::info!("the migration was given up: {reason}");
@@ -165,6 +167,8 @@ enum Happened {
     Core(Event),
     /// Of the connection with this number. The permit bounds how many wait.
     Link(u64, Event, Option<OwnedSemaphorePermit>),
+    /// Guest memory came over the connection with this number; the message that says so follows.
+    Memory(u64, OwnedFd),
     Built(Result<BuiltMachine, BuildRefusal>),
 }
 
@@ -212,6 +216,8 @@ struct Attempt {
     inbox: mpsc::UnboundedReceiver<Happened>,
     connection: Connection,
     connection_number: u64,
+    /// What the source has handed over, until a machine is built on it.
+    memory: Option<OwnedFd>,
     streams: Option<Streams>,
     newer: Option<Newer>,
     outcome: Option<Outcome>,
@@ -222,6 +228,7 @@ impl Attempt {
         let config = Config {
             host: receiver.options.host.clone(),
             source: link.peer.clone(),
+            carries_descriptors: link.reader.carries_descriptors(),
             name: receiver.options.name.clone(),
             record,
         };
@@ -244,6 +251,7 @@ impl Attempt {
             inbox,
             connection,
             connection_number: 0,
+            memory: None,
             streams: None,
             newer: None,
             outcome: None,
@@ -252,7 +260,7 @@ impl Attempt {
 
     async fn run(
         mut self,
-        listener: &TcpListener,
+        door: &Door,
         strangers: &mpsc::Sender<Knock>,
         sorted: &mut mpsc::Receiver<Knock>,
         mut cancel: watch::Receiver<bool>,
@@ -273,7 +281,7 @@ impl Attempt {
                     Some(Event::Cancel)
                 }
                 Some(knock) = sorted.recv() => self.knock(knock).await,
-                accepted = listener.accept() => {
+                accepted = door.accept() => {
                     sort(accepted, strangers);
                     None
                 }
@@ -290,6 +298,10 @@ impl Attempt {
             Happened::Link(number, event, permit) => {
                 drop(permit);
                 (number == self.connection_number).then_some(event)
+            }
+            Happened::Memory(number, memory) => {
+                self.memory = Some(memory).filter(|_| number == self.connection_number);
+                None
             }
             Happened::Built(Ok(BuiltMachine { vm, .. })) if self.core.is_ending() => {
                 vm.discard();
@@ -371,23 +383,19 @@ impl Attempt {
             Action::WriteRecord(record) => self.write_record(record),
             Action::RehearseRecord(record) => self.rehearse_record(record),
             Action::BuildMachine { description, layout, streams, verify } => {
-                let (host, vm, events) = (Arc::clone(&self.host), self.vm, self.events.clone());
-                let panicked = self.events.clone();
-                self.worker.run(
-                    move || {
-                        let built = host.build(vm, &description, &layout).map(|vm| BuiltMachine {
-                            vm,
-                            layout,
-                            streams,
-                            verify,
-                        });
-                        let _ = events.send(Happened::Built(built));
-                    },
-                    move || {
-                        let refusal = BuildRefusal { code: AbortCode::Internal, cause: PANICKED.into() };
-                        let _ = panicked.send(Happened::Built(Err(refusal)));
-                    },
-                );
+                self.build(layout, (streams, verify), move |host, vm, layout| {
+                    host.build(vm, &description, layout)
+                });
+            }
+            Action::AdoptMemory { description, layout } => {
+                let memory = self.memory.take();
+                self.build(layout, (0, false), move |host, vm, layout| {
+                    let memory = memory.ok_or_else(|| BuildRefusal {
+                        code: AbortCode::Protocol,
+                        cause: "no descriptor of guest memory came".into(),
+                    })?;
+                    host.adopt(vm, &description, layout, memory)
+                });
             }
             Action::DropStaleFrames => self.on_vm(
                 |vm| {
@@ -425,6 +433,29 @@ impl Attempt {
             }
             Action::Finish(outcome) => self.outcome = Some(outcome),
         }
+    }
+
+    /// Has `build` make the machine, for `streams` data streams.
+    fn build(
+        &self,
+        layout: MemoryLayout,
+        (streams, verify): (u16, bool),
+        build: impl FnOnce(&dyn TargetHost, VmId, &MemoryLayout) -> Result<Arc<dyn TargetVm>, BuildRefusal>
+        + Send
+        + 'static,
+    ) {
+        let (host, vm, events) = (Arc::clone(&self.host), self.vm, self.events.clone());
+        let panicked = self.events.clone();
+        self.worker.run(
+            move || {
+                let built = build(&*host, vm, &layout).map(|vm| BuiltMachine { vm, layout, streams, verify });
+                let _ = events.send(Happened::Built(built));
+            },
+            move || {
+                let refusal = BuildRefusal { code: AbortCode::Internal, cause: PANICKED.into() };
+                let _ = panicked.send(Happened::Built(Err(refusal)));
+            },
+        );
     }
 
     fn write_record(&self, record: Record) {
@@ -518,7 +549,14 @@ fn connect(link: Link, number: u64, events: &mpsc::UnboundedSender<Happened>) ->
     let reader = tokio::spawn(async move {
         loop {
             let event = match reader.next().await {
-                Ok(message) => Event::Message(message),
+                Ok(Incoming { message, memory }) => {
+                    if let Some(memory) = memory
+                        && events.send(Happened::Memory(number, memory)).is_err()
+                    {
+                        return;
+                    }
+                    Event::Message(message)
+                }
                 Err(error) => Event::Disconnected(error.to_string()),
             };
             let ended = matches!(event, Event::Disconnected(_));

@@ -1,12 +1,23 @@
-//! The control connection: messages in and out of a TCP stream, by two tasks.
+//! The control connection: messages in and out of a TCP or Unix stream, by two tasks.
+//!
+//! A Unix stream carries one descriptor: that of guest memory, beside the message `HandOver`. Any other ends the
+//! connection, and whatever came is closed.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use ferry_protocol::Message;
 use ferry_protocol::wire::{self, Decoder, WireError};
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+
+use super::unix;
 
 /// Why a control connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -14,27 +25,57 @@ pub(crate) enum ControlError {
     #[error("the peer closed the connection")]
     Closed,
     #[error("{0}")]
-    Io(#[from] std::io::Error),
+    Io(#[from] io::Error),
     #[error("{0}")]
     Wire(#[from] WireError),
+    #[error("the peer says that it hands memory over, but no descriptor of it came")]
+    NoDescriptor,
+    #[error("the peer sent descriptors that nobody asked for")]
+    SurplusDescriptors,
+}
+
+/// A connection of either kind.
+#[derive(Debug)]
+pub(crate) enum ControlStream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+#[derive(Debug)]
+enum ReadHalf {
+    Tcp(OwnedReadHalf),
+    Unix { stream: Arc<UnixStream>, descriptor: Option<OwnedFd> },
 }
 
 /// Reads messages.
 #[derive(Debug)]
 pub(crate) struct ControlReader {
-    half: OwnedReadHalf,
+    half: ReadHalf,
     decoder: Decoder,
 }
 
+/// A message, with the descriptor beside it.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    pub(crate) message: Message,
+    /// That of guest memory, always with `HandOver` on a Unix stream, never otherwise.
+    pub(crate) memory: Option<OwnedFd>,
+}
+
 impl ControlReader {
+    /// Whether descriptors can come.
+    pub(crate) const fn carries_descriptors(&self) -> bool {
+        matches!(self.half, ReadHalf::Unix { .. })
+    }
+
     /// The next message.
-    pub(crate) async fn next(&mut self) -> Result<Message, ControlError> {
+    pub(crate) async fn next(&mut self) -> Result<Incoming, ControlError> {
         let mut buffer = vec![0; 16 << 10];
         loop {
             if let Some(message) = self.decoder.next_message()? {
-                return Ok(message);
+                return self.half.with_descriptor(message);
             }
-            let got = self.half.read(&mut buffer).await?;
+            let got = self.half.read(&mut buffer, self.decoder.is_empty()).await?;
             if got == 0 {
                 return Err(ControlError::Closed);
             }
@@ -43,20 +84,64 @@ impl ControlReader {
     }
 }
 
+impl ReadHalf {
+    /// Reads bytes. `between_messages` says that no part of a message is waiting for its rest.
+    async fn read(&mut self, buffer: &mut [u8], between_messages: bool) -> Result<usize, ControlError> {
+        let (stream, descriptor) = match self {
+            Self::Tcp(half) => return Ok(half.read(buffer).await?),
+            Self::Unix { stream, descriptor } => (stream, descriptor),
+        };
+        // It came beside a message that has no use for one.
+        if between_messages && descriptor.is_some() {
+            return Err(ControlError::SurplusDescriptors);
+        }
+        let arrived = unix::receive(stream, buffer).await?;
+        for new in arrived.descriptors {
+            if descriptor.replace(new).is_some() {
+                return Err(ControlError::SurplusDescriptors);
+            }
+        }
+        if arrived.surplus { Err(ControlError::SurplusDescriptors) } else { Ok(arrived.bytes) }
+    }
+
+    fn with_descriptor(&mut self, message: Message) -> Result<Incoming, ControlError> {
+        let memory = match (self, &message) {
+            (Self::Unix { descriptor, .. }, Message::HandOver(_)) => {
+                Some(descriptor.take().ok_or(ControlError::NoDescriptor)?)
+            }
+            (Self::Unix { .. } | Self::Tcp(_), _) => None,
+        };
+        Ok(Incoming { message, memory })
+    }
+}
+
 /// Messages that may wait to be written. A peer that does not read what it asks for is cut off beyond that.
 const QUEUED_MAX: usize = 256;
+
+/// A message on its way out.
+#[derive(Debug)]
+struct Outgoing {
+    bytes: Vec<u8>,
+    memory: Option<OwnedFd>,
+}
 
 /// Queues messages; a task writes them. Dropping it closes the connection once all are written.
 #[derive(Debug)]
 pub(crate) struct ControlWriter {
-    queue: mpsc::Sender<Vec<u8>>,
+    queue: mpsc::Sender<Outgoing>,
     task: JoinHandle<()>,
 }
 
 impl ControlWriter {
     /// Queues `message`. If the connection is gone the message is dropped; the reader says so.
     pub(crate) fn send(&self, message: &Message) {
-        if let Err(mpsc::error::TrySendError::Full(_)) = self.queue.try_send(wire::encode(message)) {
+        self.send_beside(message, None);
+    }
+
+    /// The same, with the descriptor of guest memory beside it. On a TCP stream the descriptor is closed.
+    pub(crate) fn send_beside(&self, message: &Message, memory: Option<OwnedFd>) {
+        let outgoing = Outgoing { bytes: wire::encode(message), memory };
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.queue.try_send(outgoing) {
             tracing::warn!("the peer does not read what it asks for; the connection is given up");
             self.task.abort();
         }
@@ -70,22 +155,119 @@ impl ControlWriter {
 }
 
 /// Messages that a connection's reader may hand on before the engine has dealt with them. A peer that sends faster is
-/// slowed down by TCP instead of filling this host's memory.
+/// slowed down by its socket instead of filling this host's memory.
 pub(crate) const UNHANDLED_MAX: usize = 64;
 
+/// The writing side, which is closed when it is dropped.
+enum WriteHalf {
+    Tcp(OwnedWriteHalf),
+    Unix(Arc<UnixStream>),
+}
+
+impl WriteHalf {
+    async fn write_all(&mut self, Outgoing { bytes, memory }: Outgoing) -> io::Result<()> {
+        match self {
+            Self::Tcp(half) => half.write_all(&bytes).await,
+            Self::Unix(stream) => unix::send(stream, &bytes, memory.as_ref().map(AsFd::as_fd)).await,
+        }
+    }
+}
+
+impl Drop for WriteHalf {
+    fn drop(&mut self) {
+        match self {
+            // tokio does it.
+            Self::Tcp(_) => {}
+            Self::Unix(stream) => drop(SockRef::from(stream.as_ref()).shutdown(Shutdown::Write)),
+        }
+    }
+}
+
 /// Splits a connection into its two ends.
-pub(crate) fn split(stream: TcpStream) -> (ControlReader, ControlWriter) {
-    let (read, write) = stream.into_split();
+pub(crate) fn split(stream: ControlStream) -> (ControlReader, ControlWriter) {
+    let (read, write) = match stream {
+        ControlStream::Tcp(stream) => {
+            let (read, write) = stream.into_split();
+            (ReadHalf::Tcp(read), WriteHalf::Tcp(write))
+        }
+        ControlStream::Unix(stream) => {
+            let stream = Arc::new(stream);
+            (ReadHalf::Unix { stream: Arc::clone(&stream), descriptor: None }, WriteHalf::Unix(stream))
+        }
+    };
     let (queue, messages) = mpsc::channel(QUEUED_MAX);
     let task = tokio::spawn(write_all(write, messages));
     (ControlReader { half: read, decoder: Decoder::default() }, ControlWriter { queue, task })
 }
 
-async fn write_all(mut half: OwnedWriteHalf, mut messages: mpsc::Receiver<Vec<u8>>) {
-    while let Some(bytes) = messages.recv().await {
-        if half.write_all(&bytes).await.is_err() {
+async fn write_all(mut half: WriteHalf, mut messages: mpsc::Receiver<Outgoing>) {
+    while let Some(outgoing) = messages.recv().await {
+        if half.write_all(outgoing).await.is_err() {
             return;
         }
     }
-    let _ = half.shutdown().await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ferry_protocol::message::HandOver;
+
+    fn hand_over() -> Message {
+        Message::HandOver(HandOver { description: vec![1; 50_000], regions: Vec::new() })
+    }
+
+    fn pair() -> (UnixStream, ControlReader) {
+        let (near, far) = UnixStream::pair().unwrap();
+        (near, split(ControlStream::Unix(far)).0)
+    }
+
+    fn descriptor() -> OwnedFd {
+        tempfile::tempfile().unwrap().into()
+    }
+
+    #[tokio::test]
+    async fn memory_comes_with_its_message_and_only_with_that() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let (_reader, writer) = split(ControlStream::Unix(near));
+        let (mut reader, _writer) = split(ControlStream::Unix(far));
+        writer.send(&Message::Ping(1));
+        writer.send_beside(&hand_over(), Some(descriptor()));
+        writer.send(&Message::Ping(2));
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            let Incoming { message, memory } = reader.next().await.unwrap();
+            seen.push((message.message_type().number(), memory.is_some()));
+        }
+        assert_eq!(seen, [(15, false), (17, true), (15, false)]);
+        writer.finish().await;
+        assert!(matches!(reader.next().await, Err(ControlError::Closed)));
+    }
+
+    #[tokio::test]
+    async fn memory_that_does_not_come_is_missed() {
+        let (near, mut reader) = pair();
+        let bytes = wire::encode(&hand_over());
+        let (sent, read) = tokio::join!(unix::send(&near, &bytes, None), reader.next());
+        sent.unwrap();
+        assert!(matches!(read, Err(ControlError::NoDescriptor)), "{read:?}");
+    }
+
+    #[tokio::test]
+    async fn descriptors_that_nobody_asked_for_end_the_connection() {
+        // Beside a message that has no use for one.
+        let (near, mut reader) = pair();
+        let descriptor = descriptor();
+        unix::send(&near, &wire::encode(&Message::Ping(1)), Some(descriptor.as_fd())).await.unwrap();
+        assert!(matches!(reader.next().await.unwrap().message, Message::Ping(1)));
+        let read = reader.next().await;
+        assert!(matches!(read, Err(ControlError::SurplusDescriptors)), "{read:?}");
+        // A second one for the same message.
+        let (near, mut reader) = pair();
+        let bytes = wire::encode(&hand_over());
+        unix::send(&near, &bytes[..10], Some(descriptor.as_fd())).await.unwrap();
+        unix::send(&near, &bytes[10..20], Some(descriptor.as_fd())).await.unwrap();
+        let read = reader.next().await;
+        assert!(matches!(read, Err(ControlError::SurplusDescriptors)), "{read:?}");
+    }
 }

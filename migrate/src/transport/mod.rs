@@ -1,4 +1,6 @@
-//! Connections: how they are made and set up. TLS and Unix sockets are not here yet.
+//! Connections: how they are named, made and set up. TLS is not here yet.
 
 pub(crate) mod control;
+pub(crate) mod endpoint;
 pub(crate) mod tcp;
+pub(crate) mod unix;

@@ -124,6 +124,7 @@ impl World {
         let config = target::Config {
             host: "b".to_owned(),
             source: "a:1".to_owned(),
+            carries_descriptors: false,
             name: None,
             record: self.target_disk.record.clone(),
         };

@@ -30,6 +30,7 @@ impl World {
         match action {
             Action::Connect { delay } => self.connect(delay),
             Action::Send(message) => self.send(To::Target, &message),
+            Action::SendMemory(_) => unreachable!("the two hosts of this world share no memory"),
             Action::OpenStreams { .. } => self.open_streams(),
             Action::CloseStreams => {
                 if self.streams.take().is_some() {
@@ -117,6 +118,7 @@ impl World {
             }
             Action::Connect { .. }
             | Action::Send(_)
+            | Action::SendMemory(_)
             | Action::OpenStreams { .. }
             | Action::CloseStreams
             | Action::SendPages { .. }
@@ -277,6 +279,7 @@ fn brief(action: &Action) -> String {
         }
         Action::Connect { .. }
         | Action::Send(_)
+        | Action::SendMemory(_)
         | Action::OpenStreams { .. }
         | Action::CloseStreams
         | Action::StartDirtyLog

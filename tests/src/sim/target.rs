@@ -23,6 +23,7 @@ impl World {
                     | Message::Hello(_)
                     | Message::Welcome(_)
                     | Message::Describe(_)
+                    | Message::HandOver(_)
                     | Message::Ready(_)
                     | Message::FenceReached(_)
                     | Message::Stopping(_)
@@ -42,6 +43,7 @@ impl World {
             Action::WriteRecord(_)
             | Action::RehearseRecord(_)
             | Action::BuildMachine { .. }
+            | Action::AdoptMemory { .. }
             | Action::RestoreState(_)
             | Action::RunVm { .. }
             | Action::DiscardMachine => self.queue_target_job(action),
@@ -93,6 +95,7 @@ impl World {
                     Event::MachineBuilt
                 }
             }
+            Action::AdoptMemory { .. } => unreachable!("the two hosts of this world share no memory"),
             Action::RestoreState(state) => {
                 assert_eq!(state, [5]);
                 Event::StateRestored { took }

@@ -454,6 +454,7 @@ fn config(scenario: &Scenario, attempt: u32, epoch: Epoch) -> source::Config {
         arrived_by: None,
         target: "b:4444".to_owned(),
         description: vec![1, 2, 3],
+        memory: source::MemoryPath::Streams,
         streams: scenario.streams,
         compression: scenario.compression,
         verify: true,

@@ -86,7 +86,7 @@ pub(crate) struct NetworkInfo {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct MigrationRequest {
-    /// The target as `host:port`.
+    /// The target as `host:port` or `unix:/path`.
     pub(crate) target: String,
     pub(crate) downtime_ms: f64,
     /// Data streams to connect.

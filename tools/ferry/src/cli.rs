@@ -1,10 +1,11 @@
 //! The command line as clap reads it, and the small languages inside some of its values.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use ferry_migrate::ListenAddress;
 use ferry_migrate::protocol::VmName;
 use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
@@ -108,9 +109,9 @@ pub(crate) struct ReceiveArgs {
     /// The VM's name on this host
     #[arg(long)]
     pub(crate) name: VmName,
-    /// Address to listen on
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub(crate) listen: SocketAddr,
+    /// Address to listen on; unix:/PATH for a VM of this host, whose memory is then handed over instead of copied
+    #[arg(long, value_name = "ADDR:PORT|unix:PATH")]
+    pub(crate) listen: ListenAddress,
     /// The tap for the VM's network interface
     #[arg(long, value_parser = net, value_name = "tap=IF")]
     pub(crate) net: Option<NetArg>,
@@ -165,8 +166,8 @@ pub(crate) enum OnTimeoutArg {
 pub(crate) struct MigrateArgs {
     /// The VM's name
     pub(crate) name: VmName,
-    /// Where 'ferry receive' listens
-    #[arg(long, value_name = "ADDR:PORT", required_unless_present = "cancel")]
+    /// Where 'ferry receive' listens; unix:/PATH on this host
+    #[arg(long, value_name = "ADDR:PORT|unix:PATH", required_unless_present = "cancel")]
     pub(crate) to: Option<String>,
     /// Cancel the migration under way instead of starting one
     #[arg(long, conflicts_with = "to")]

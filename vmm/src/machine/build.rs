@@ -1,6 +1,7 @@
 //! Building a machine: everything is opened, nothing runs.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
@@ -9,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Machine, Phase};
 use crate::capability::{self, Capabilities, KvmCallError, KvmError};
-use crate::config::{ConfigError, MachineConfig, NetConfig};
+use crate::config::{ConfigError, MachineConfig, MemoryConfig, NetConfig};
 use crate::devices::virtio::mmio::{NOTIFY_OFFSET, WINDOW_BYTES};
 use crate::devices::virtio::net::Net;
 use crate::devices::{Bus, MMIO_INTERRUPT_FIRST, MMIO_START, SERIAL_INTERRUPT, SerialError, SerialPort};
@@ -74,13 +75,29 @@ impl Machine {
     /// # Errors
     /// Says what can't be had and what to do; nothing is left behind.
     pub fn build(config: &MachineConfig) -> Result<Self, BuildError> {
+        Self::build_with(config, memory::allocate)
+    }
+
+    /// The same on `memory`, the memfd of another process's machine ([`GuestRam::descriptor`]). Nothing is written to
+    /// it before [`Machine::run`], so the other machine may run until then, and go on if this one is dropped.
+    ///
+    /// # Errors
+    /// Says what can't be had, or what is wrong with the memory; nothing is left behind.
+    pub fn build_on(config: &MachineConfig, memory: OwnedFd) -> Result<Self, BuildError> {
+        Self::build_with(config, |config| memory::adopt(config, memory))
+    }
+
+    fn build_with(
+        config: &MachineConfig,
+        memory: impl FnOnce(&MemoryConfig) -> Result<GuestRam, MemoryError>,
+    ) -> Result<Self, BuildError> {
         config.check()?;
         let (kvm, capabilities) = capability::open()?;
         if usize::from(config.cpus) > capabilities.vcpus_max {
             return Err(BuildError::TooManyCpus { wanted: config.cpus, max: capabilities.vcpus_max });
         }
         install_signal_handler().map_err(KvmCallError::new("have its vCPUs interrupted by a signal"))?;
-        let ram = memory::allocate(&config.memory)?;
+        let ram = memory(&config.memory)?;
         let vm = kvm.create_vm().map_err(KvmCallError::new("create a machine"))?;
         create_interrupt_controllers(&vm, &capabilities)?;
         let dirty_log = DirtyLog::register(&vm, &ram, capability::enable_dirty_log_modes(&vm))?;

@@ -111,7 +111,12 @@ impl Machine {
         writer.add(&Pit { state: to_abi_bytes(&pit) })?;
         writer.add(&self.save_clock()?)?;
         for vcpu in &self.vcpus {
-            writer.add(&vcpu::save(vcpu.index, &vcpu.lock(), self.state_context())?)?;
+            let mut saved = vcpu::save(vcpu.index, &vcpu.lock(), self.state_context())?;
+            // One that arrived paused and has not run here is not in KVM yet as it was.
+            for (index, value) in vcpu.deferred() {
+                saved.msrs.iter_mut().filter(|msr| msr.0 == index).for_each(|msr| msr.1 = value);
+            }
+            writer.add(&saved)?;
         }
         writer.add(&self.bus.serial.save())?;
         for transport in &self.bus.virtio {
@@ -121,7 +126,7 @@ impl Machine {
     }
 
     /// Takes on a saved state. The machine must have been built just now, and its memory must be
-    /// complete.
+    /// complete. Memory is read and not written: another machine may run on it until this one does.
     ///
     /// # Errors
     /// Damaged, unknown or foreign bytes are refused before anything changes. If KVM or a device
@@ -138,7 +143,8 @@ impl Machine {
         let pit = from_abi_bytes("pit", &state)?;
         let tsc = self.restore_clock(&clock, vcpus[0].tsc_khz)?;
         for (vcpu, saved) in self.vcpus.iter().zip(&vcpus) {
-            vcpu::restore(&vcpu.lock(), saved, self.state_context(), tsc)?;
+            let deferred = vcpu::restore(&vcpu.lock(), saved, self.state_context(), tsc)?;
+            vcpu.defer(deferred);
         }
         self.restore_irqchip(&irqchip)?;
         self.bus.serial.restore(&serial)?;

@@ -13,6 +13,7 @@
 
 mod available;
 pub(crate) mod dirty_log;
+mod handed_over;
 mod mapping;
 mod pagemap;
 mod ram;
@@ -25,6 +26,8 @@ mod zero;
 use std::fs::File;
 use std::io;
 
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 use vm_memory::bitmap::AtomicBitmap;
@@ -32,6 +35,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 pub use available::check_available;
 pub use dirty_log::DirtyLogError;
+pub use handed_over::HandOverError;
+pub(crate) use handed_over::adopt;
 pub use ram::{GuestRam, HUGE_PAGE_BYTES, RamError, RamRegion};
 
 use available::{Pool, huge_page_pool};
@@ -117,6 +122,9 @@ pub enum MemoryError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// Memory that another process hands over can't be taken.
+    #[error(transparent)]
+    HandedOver(#[from] HandOverError),
 }
 
 /// The regions that `size_bytes` of memory occupies, in guest-physical order.
@@ -148,7 +156,7 @@ pub(crate) fn allocate(config: &MemoryConfig) -> Result<GuestRam, MemoryError> {
         }
         HugePages::PoolIfFree => {
             let pool = MemoryConfig { huge_pages: HugePages::Pool, ..config };
-            match check_pool(&pool).and_then(|()| map(&pool)) {
+            match check_pool(&pool).and_then(|()| map_new(&pool)) {
                 Ok(ram) => return Ok(ram),
                 Err(error) => tracing::warn!(%error, "the guest gets transparent huge pages instead"),
             }
@@ -156,14 +164,20 @@ pub(crate) fn allocate(config: &MemoryConfig) -> Result<GuestRam, MemoryError> {
             HugePages::Transparent
         }
     };
-    map(&config)
+    map_new(&config)
 }
 
-fn map(config: &MemoryConfig) -> Result<GuestRam, MemoryError> {
+/// Maps memory that is this process's own until it hands it over.
+fn map_new(config: &MemoryConfig) -> Result<GuestRam, MemoryError> {
     let file = match config.backing {
         Backing::PrivateAnonymous => None,
         Backing::SharedMemfd => Some(make_memfd(config)?),
     };
+    map(config, file)
+}
+
+/// Maps anonymous memory, or all regions end to end from `file`.
+fn map(config: &MemoryConfig, file: Option<File>) -> Result<GuestRam, MemoryError> {
     let regions = regions_of(config.size_bytes);
     let (mut mappings, mut mapped) = (Vec::new(), Vec::new());
     let mut file_offset = 0;
@@ -210,10 +224,16 @@ fn make_memfd(config: &MemoryConfig) -> Result<File, MemoryError> {
         HugePages::Pool => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
         HugePages::Transparent | HugePages::Off | HugePages::PoolIfFree => MFdFlags::empty(),
     };
-    let file = memfd_create(c"ferry-guest-memory", MFdFlags::MFD_CLOEXEC | pages)
-        .map_err(io_error("make a memfd"))?;
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | pages;
+    let file = memfd_create(c"ferry-guest-memory", flags).map_err(io_error("make a memfd"))?;
     let length = i64::try_from(bytes).expect("MEMORY_BYTES_MAX is far below 2^63");
     ftruncate(&file, length).map_err(io_error("size a memfd"))?;
+    // Whoever it is handed to must be able to rely on its length. Before Linux 4.16 memfds of the pool have no seals: the
+    // machine runs all the same, and whoever it is handed to refuses it.
+    match fcntl(&file, FcntlArg::F_ADD_SEALS(handed_over::SEALS)) {
+        Err(Errno::EINVAL) if config.huge_pages == HugePages::Pool => {}
+        sealed => _ = sealed.map_err(io_error("seal a memfd"))?,
+    }
     Ok(File::from(file))
 }
 

@@ -252,7 +252,7 @@ impl GuestRam {
         self.inner.backing
     }
 
-    /// The file that holds the memory, if one does.
+    /// The file that holds all regions end to end, if one does.
     pub(super) fn file(&self) -> Option<&File> {
         self.inner.memory.iter().find_map(|region| region.file_offset()).map(FileOffset::file)
     }

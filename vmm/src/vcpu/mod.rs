@@ -15,7 +15,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 pub(crate) use cpuid::for_vcpu as cpuid_for_vcpu;
 pub(crate) use kick::{VcpuKick, install_signal_handler};
-pub(crate) use state::{StateContext, TscPlan, restore, save};
+pub(crate) use state::{StateContext, TscPlan, restore, save, set_before_run};
 
 use crate::capability::KvmCallError;
 use crate::devices::{Bus, PortEffect};
@@ -26,6 +26,8 @@ use crate::parking::{Control, Kick, MachineEvent, PanicGuard};
 pub(crate) struct Vcpu {
     pub(crate) index: u8,
     fd: Mutex<VcpuFd>,
+    /// MSRs of a restored state that are set when the guest first runs here.
+    deferred: Mutex<Vec<(u32, u64)>>,
     pub(crate) kick: Arc<VcpuKick>,
 }
 
@@ -40,12 +42,31 @@ impl Vcpu {
     pub(crate) fn create(vm: &VmFd, index: u8) -> Result<Self, KvmCallError> {
         let fd = vm.create_vcpu(u64::from(index)).map_err(KvmCallError::new("create a vCPU"))?;
         let kick = VcpuKick::new(&fd).map_err(KvmCallError::new("map a vCPU's run structure"))?;
-        Ok(Self { index, fd: Mutex::new(fd), kick: Arc::new(kick) })
+        Ok(Self { index, fd: Mutex::new(fd), deferred: Mutex::default(), kick: Arc::new(kick) })
     }
 
     /// The vCPU, once its thread is parked.
     pub(crate) fn lock(&self) -> MutexGuard<'_, VcpuFd> {
         self.fd.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps MSRs until [`Vcpu::set_deferred`].
+    pub(crate) fn defer(&self, msrs: Vec<(u32, u64)>) {
+        *self.deferred.lock().unwrap_or_else(PoisonError::into_inner) = msrs;
+    }
+
+    /// The MSRs that were deferred and are still to be set.
+    pub(crate) fn deferred(&self) -> Vec<(u32, u64)> {
+        self.deferred.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sets what was deferred, just before the guest runs. What KVM refuses is only said: the guest is this host's by
+    /// now, and one that wants the wall clock sets its MSR anew each time.
+    pub(crate) fn set_deferred(&self) {
+        let deferred = std::mem::take(&mut *self.deferred.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Err(error) = set_before_run(&self.lock(), self.index, &deferred) {
+            tracing::warn!(vcpu = self.index, %error, "the guest's wall clock could not be set");
+        }
     }
 
     pub(crate) fn set_cpuid(&self, cpuid: &CpuId) -> Result<(), KvmCallError> {

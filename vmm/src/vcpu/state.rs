@@ -28,6 +28,9 @@ const SECTION: &str = "vcpu";
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Setting one of these has KVM write the wall clock into guest memory at once (Documentation/virt/kvm/x86/msr.rst).
+const MSRS_OF_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+
 const MSR_MACHINE_CHECK_CAPABILITY: u32 = 0x179;
 const MSR_MACHINE_CHECK_FIRST: u32 = 0x400;
 
@@ -103,13 +106,14 @@ pub(crate) fn save(index: u8, fd: &VcpuFd, context: StateContext<'_>) -> Result<
     })
 }
 
-/// Restores a vCPU that has never run.
+/// Restores a vCPU that has never run, but for what KVM would write into guest memory: those MSRs are given back, for
+/// [`set_before_run`]. The memory may be in use by the machine that the state is of until this one runs.
 pub(crate) fn restore(
     fd: &VcpuFd,
     saved: &SavedVcpu,
     context: StateContext<'_>,
     tsc: TscPlan,
-) -> Result<(), StateError> {
+) -> Result<Vec<(u32, u64)>, StateError> {
     let SavedVcpu {
         index,
         cpuid,
@@ -147,10 +151,19 @@ pub(crate) fn restore(
     fd.set_debug_regs(&debugregs).map_err(call("set a vCPU's debug registers"))?;
     let lapic = from_abi_bytes(SECTION, lapic)?;
     fd.set_lapic(&lapic).map_err(call("set a vCPU's local APIC"))?;
-    set_msrs_around_tsc(fd, *index, msrs, tsc, (*tsc_offset, *tsc_khz))?;
+    let writes_memory = |msr: &(u32, u64)| MSRS_OF_WALL_CLOCK.contains(&msr.0);
+    let (deferred, msrs): (Vec<_>, Vec<_>) = msrs.iter().copied().partition(writes_memory);
+    set_msrs_around_tsc(fd, *index, &msrs, tsc, (*tsc_offset, *tsc_khz))?;
     let events = from_abi_bytes(SECTION, events)?;
     fd.set_vcpu_events(&events).map_err(call("set a vCPU's events"))?;
-    Ok(())
+    Ok(deferred)
+}
+
+/// Sets what [`restore`] left for the moment in which the guest runs here.
+pub(crate) fn set_before_run(fd: &VcpuFd, vcpu: u8, deferred: &[(u32, u64)]) -> Result<(), StateError> {
+    // Zero is what they are, and means that the guest never asked for the wall clock.
+    let asked: Vec<_> = deferred.iter().copied().filter(|(_, address)| *address != 0).collect();
+    set_msrs(fd, vcpu, &asked)
 }
 
 /// Plain MSRs first, then the TSC, then the deadline that counts by it.

@@ -418,3 +418,65 @@ fn a_guest_whose_console_nobody_reads_still_pauses_and_stops() {
     std::thread::spawn(machine);
     returned.recv_timeout(Duration::from_secs(20)).expect("it pauses, stops and goes away");
 }
+
+/// Where the guest below asks KVM for the wall clock.
+const WALL_CLOCK_ADDRESS: u64 = 0x21_0000;
+
+/// Asks for the wall clock by MSR, then counts at COUNTER_ADDRESS.
+const ASKING_FOR_THE_WALL_CLOCK: &[u8] = &[
+    0xb9, 0x00, 0x4d, 0x56, 0x4b, // mov ecx, 0x4b564d00 (MSR_KVM_WALL_CLOCK_NEW)
+    0xb8, 0x00, 0x00, 0x21, 0x00, // mov eax, WALL_CLOCK_ADDRESS
+    0x31, 0xd2, // xor edx, edx
+    0x0f, 0x30, // wrmsr
+    0xbb, 0x00, 0x00, 0x20, 0x00, // mov ebx, COUNTER_ADDRESS
+    0xff, 0x03, // next: inc dword [ebx]
+    0xeb, 0xfc, // jmp next
+];
+
+fn shared_config() -> MachineConfig {
+    let mut config = config(MEMORY_BYTES);
+    config.memory.backing = Backing::SharedMemfd;
+    config
+}
+
+/// Every byte of its memory.
+fn bytes_of(machine: &Machine) -> Vec<u8> {
+    let ram = machine.ram();
+    let mut all = Vec::new();
+    ram.for_each_page(0, ram.page_count(), |_, bytes| all.extend_from_slice(bytes)).unwrap();
+    all
+}
+
+#[test]
+fn restoring_on_memory_of_another_machine_writes_nothing_to_it() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let source = machine_with(&shared_config(), ASKING_FOR_THE_WALL_CLOCK);
+    source.run().unwrap();
+    let_count(&source, 100);
+    let target = Machine::build_on(&shared_config(), source.ram().descriptor().unwrap()).unwrap();
+    let_count(&source, 100);
+    source.pause().unwrap();
+    let state = source.save_state().unwrap();
+    // What KVM has written there at the guest's wish: that it wants to do so again is what is to be seen.
+    let page = source.ram().page_of_gpa(WALL_CLOCK_ADDRESS).unwrap();
+    assert_ne!(read_u32(&source.ram(), WALL_CLOCK_ADDRESS + 4), 0, "the guest was told the time");
+    source.ram().write_page(page, &[0; ferry_vmm::PAGE_BYTES]).unwrap();
+    let before = bytes_of(&source);
+    target.restore_state(&state).unwrap();
+    assert!(bytes_of(&source) == before, "restoring has written to memory that is not the target's yet");
+
+    // Had the handover failed here, the guest would go on at the source as if nothing had been.
+    source.run().unwrap();
+    let_count(&source, 100);
+    source.pause().unwrap();
+    source.stop();
+    let count = counter(&source);
+    drop(source);
+    // The state is a little older than the memory by now, which a guest that only counts does not mind.
+    target.run().unwrap();
+    let_count(&target, 100);
+    assert!(counter(&target) > count, "it counts on in the same memory");
+    assert_ne!(read_u32(&target.ram(), WALL_CLOCK_ADDRESS + 4), 0, "the guest is told the time when it runs");
+}

@@ -16,7 +16,7 @@ use crate::time::Timestamp;
 use super::negotiate::hello;
 use super::stop::{Digests, Standstill};
 use super::undo::{give_back, undo};
-use super::{Action, Context, Event, Failure, Outcome, Phase, Progress, Summary};
+use super::{Action, Context, Event, Failure, MemoryPath, Outcome, Phase, Progress, Summary};
 
 /// How long an answer to `Commit` may take before the connection counts as lost.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -222,11 +222,12 @@ impl Committed {
         let summary = Box::new(Summary {
             epoch: self.epoch,
             host: context.host.clone(),
+            memory: context.config.memory,
             rounds: std::mem::take(&mut context.rounds),
             downtime: self.standstill.downtime,
             forecast: self.standstill.forecast,
             total: now.since(context.started),
-            verified: context.verifies(),
+            verified: context.verifies() && context.config.memory == MemoryPath::Streams,
             digest: self.digests.source,
             target_digest: self.digests.target,
         });

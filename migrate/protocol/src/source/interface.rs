@@ -21,6 +21,16 @@ pub enum OnTimeout {
     Stop,
 }
 
+/// How the guest's memory gets to the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MemoryPath {
+    /// Page by page over data streams.
+    #[default]
+    Streams,
+    /// As a descriptor: source and target are processes of one host and map the same memory. No page is copied.
+    HandedOver,
+}
+
 /// What the caller asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -38,6 +48,8 @@ pub struct Config {
     pub target: String,
     /// The machine in the machine monitor's own format.
     pub description: Vec<u8>,
+    /// How memory gets there. With [`MemoryPath::HandedOver`] streams and compression have no meaning.
+    pub memory: MemoryPath,
     /// How many data streams.
     pub streams: u16,
     /// What pages may be packed with.
@@ -170,6 +182,8 @@ pub enum Action {
     },
     /// Send a message on it; if there is no connection, drop it.
     Send(Message),
+    /// The same, and the descriptor of guest memory beside it.
+    SendMemory(Message),
     /// Open the data streams.
     OpenStreams {
         /// Whether they take digests of what they send.
@@ -226,6 +240,7 @@ impl Action {
             | Self::RehearseRecord(_) => true,
             Self::Connect { .. }
             | Self::Send(_)
+            | Self::SendMemory(_)
             | Self::OpenStreams { .. }
             | Self::CloseStreams
             | Self::SendPages { .. }
@@ -389,7 +404,9 @@ pub struct Summary {
     pub epoch: Epoch,
     /// The target's host name.
     pub host: String,
-    /// Every round, the last included.
+    /// How memory got there.
+    pub memory: MemoryPath,
+    /// Every round, the last included; none if memory was handed over.
     pub rounds: Vec<RoundReport>,
     /// The downtime by part.
     pub downtime: Downtime,
@@ -397,7 +414,8 @@ pub struct Summary {
     pub forecast: Forecast,
     /// From the start to the target's word that it runs.
     pub total: Duration,
-    /// Whether digests of memory were taken and found equal; if not, nobody has checked that the two memories are.
+    /// Whether digests of memory were taken and found equal; if not, nobody has checked that the two memories are. There
+    /// are none if memory was handed over: it is one memory, so there is nothing to compare.
     pub verified: bool,
     /// The digest of the guest's memory as the source sent it; zero if nothing was verified.
     pub digest: MemoryDigest,

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  negotiate.rs  Greeting -> Describing -> OpeningStreams
+//!  local.rs      Offering: memory handed over within one host, instead of the streams and pre-copy
 //!  precopy.rs    PreCopy: rounds until the forecast downtime fits
 //!  stop.rs       Stopping: pause, last log, last pages, state
 //!                Preparing: the target checks and restores
@@ -20,14 +21,15 @@
 
 mod commit;
 mod interface;
+mod local;
 mod negotiate;
 mod precopy;
 mod stop;
 mod undo;
 
 pub use interface::{
-    Action, Config, Downtime, Event, Failure, NEGOTIATION_TIMEOUT, OnTimeout, Outcome, Progress, RoundReport,
-    RoundSent, STANDSTILL_FORCED_MAX, Summary, standstill_max,
+    Action, Config, Downtime, Event, Failure, MemoryPath, NEGOTIATION_TIMEOUT, OnTimeout, Outcome, Progress,
+    RoundReport, RoundSent, STANDSTILL_FORCED_MAX, Summary, standstill_max,
 };
 
 use std::collections::VecDeque;
@@ -108,6 +110,7 @@ enum Phase {
     Greeting(negotiate::Greeting),
     Describing(negotiate::Describing),
     OpeningStreams(negotiate::OpeningStreams),
+    Offering(local::Offering),
     PreCopy(precopy::PreCopy),
     Stopping(stop::Stopping),
     Preparing(stop::Preparing),
@@ -157,6 +160,7 @@ impl Source {
             Phase::Greeting(phase) => phase.on(now, event, context),
             Phase::Describing(phase) => phase.on(now, event, context),
             Phase::OpeningStreams(phase) => phase.on(now, event, context),
+            Phase::Offering(phase) => phase.on(now, event, context),
             Phase::PreCopy(phase) => phase.on(now, event, context),
             Phase::Stopping(phase) => phase.on(now, event, context),
             Phase::Preparing(phase) => phase.on(now, event, context),
@@ -182,6 +186,7 @@ impl Source {
             Phase::Greeting(phase) => Some(phase.deadline),
             Phase::Describing(phase) => Some(phase.deadline),
             Phase::OpeningStreams(phase) => Some(phase.deadline),
+            Phase::Offering(phase) => Some(phase.wake()),
             Phase::PreCopy(phase) => phase.wake(&self.context),
             Phase::Stopping(phase) => Some(phase.deadline()),
             Phase::Preparing(phase) => Some(phase.deadline()),
@@ -208,6 +213,7 @@ impl Source {
             Phase::Greeting(_) => "greeting",
             Phase::Describing(_) => "describing",
             Phase::OpeningStreams(_) => "opening streams",
+            Phase::Offering(_) => "offering memory",
             Phase::PreCopy(_) => "pre-copy",
             Phase::Stopping(_) => "stop-and-copy",
             Phase::Preparing(_) => "preparing",
@@ -259,16 +265,22 @@ fn out_of_turn(event: &Event, phase: &'static str) -> Result<(), Failure> {
 }
 
 /// What this source offers.
-const fn features_offered(config: &Config) -> Features {
-    if config.verify { Features::OURS.without(Features::UNVERIFIED) } else { Features::OURS }
+fn features_offered(config: &Config) -> Features {
+    let ours = Features::ours_on(config.memory == MemoryPath::HandedOver);
+    if config.verify { ours.without(Features::UNVERIFIED) } else { ours }
 }
 
 /// What the two sides must both be able to do, as this source wants it.
 fn features_wanted(config: &Config) -> Features {
-    match config.compression {
-        Compression::None => Features::NONE,
-        Compression::Lz4 => Features::DELTA.and(Features::LZ4),
-        Compression::Zstd(_) => Features::DELTA.and(Features::ZSTD),
-        Compression::Auto => Features::DELTA.and(Features::LZ4).and(Features::ZSTD),
+    match (config.memory, config.compression) {
+        // No page is packed, or even sent.
+        (
+            MemoryPath::HandedOver,
+            Compression::None | Compression::Lz4 | Compression::Zstd(_) | Compression::Auto,
+        ) => Features::HAND_OVER,
+        (MemoryPath::Streams, Compression::None) => Features::NONE,
+        (MemoryPath::Streams, Compression::Lz4) => Features::DELTA.and(Features::LZ4),
+        (MemoryPath::Streams, Compression::Zstd(_)) => Features::DELTA.and(Features::ZSTD),
+        (MemoryPath::Streams, Compression::Auto) => Features::DELTA.and(Features::LZ4).and(Features::ZSTD),
     }
 }

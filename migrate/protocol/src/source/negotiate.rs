@@ -12,7 +12,9 @@ use crate::time::Timestamp;
 use crate::wire::{VERSION_NEWEST, VERSION_OLDEST};
 
 use super::undo::undo;
-use super::{Action, Context, Event, Failure, NEGOTIATION_TIMEOUT, Phase, Progress, precopy};
+use super::{
+    Action, Context, Event, Failure, MemoryPath, NEGOTIATION_TIMEOUT, Phase, Progress, local, precopy,
+};
 use super::{features_offered, features_wanted, interruption, out_of_turn};
 use std::time::Duration;
 
@@ -88,12 +90,20 @@ impl Greeting {
                     return undo(Failure::Protocol(text), context);
                 }
                 if !welcome.features.contains(features_wanted(&context.config)) {
-                    let text = "it can't unpack lz4 pages; migrate with --compress none".to_owned();
-                    return undo(Failure::Protocol(text), context);
+                    let text = match context.config.memory {
+                        MemoryPath::Streams => "it can't unpack lz4 pages; migrate with --compress none",
+                        MemoryPath::HandedOver => {
+                            "it can't take memory over by descriptor; start a newer ferry there, or use TCP"
+                        }
+                    };
+                    return undo(Failure::Protocol(text.to_owned()), context);
                 }
                 context.features = welcome.features.both(features_offered(&context.config));
                 context.host.clone_from(&welcome.host);
                 context.report(Progress::Negotiated { version: welcome.version, host: welcome.host });
+                if context.config.memory == MemoryPath::HandedOver {
+                    return local::begin(context, now);
+                }
                 context.send(Message::Describe(Describe {
                     description: context.config.description.clone(),
                     regions: context.layout.regions().to_vec(),
@@ -137,7 +147,7 @@ impl OpeningStreams {
     }
 }
 
-fn too_slow(what: &str) -> Failure {
+pub(super) fn too_slow(what: &str) -> Failure {
     let text = format!(
         "the target took longer than {} s {what}; is it a ferry, and does a firewall let it answer?",
         NEGOTIATION_TIMEOUT.as_secs()

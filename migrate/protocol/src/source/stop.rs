@@ -4,6 +4,8 @@
 //!  Pausing --Paused--> ReadingLog --DirtyLogRead--> Copying --RoundSent and StateSaved--> Preparing
 //! ```
 //!
+//! Memory that was handed over has no log and no last pages: Pausing --Paused--> Copying, and only the state is sent.
+//!
 //! Saving the state runs beside sending the last pages. A failure still ends with the guest running here.
 
 #![expect(
@@ -22,7 +24,7 @@ use crate::time::Timestamp;
 use super::negotiate::stay_or_undo;
 use super::undo::undo;
 use super::{Action, Context, Downtime, Event, Failure, Phase, Progress, RoundReport, RoundSent};
-use super::{STANDSTILL_FORCED_MAX, commit, interruption, standstill_max};
+use super::{MemoryPath, STANDSTILL_FORCED_MAX, commit, interruption, standstill_max};
 
 /// What is known of the standstill so far.
 #[derive(Debug)]
@@ -52,8 +54,13 @@ pub(super) struct Stopping {
 
 #[derive(Debug)]
 enum Step {
-    Pausing { carried: PageBitmap },
-    ReadingLog { carried: PageBitmap },
+    /// With the pages that are left, unless the target has the memory itself.
+    Pausing {
+        carried: Option<PageBitmap>,
+    },
+    ReadingLog {
+        carried: PageBitmap,
+    },
     Copying(Copying),
 }
 
@@ -65,6 +72,7 @@ struct Copying {
     state_sent: bool,
 }
 
+/// Stops the guest whose pages `carried` are left to send.
 pub(super) fn begin(
     carried: PageBitmap,
     forecast: Forecast,
@@ -72,8 +80,32 @@ pub(super) fn begin(
     now: Timestamp,
     context: &mut Context,
 ) -> Phase {
+    pause(Some(carried), forecast, forced, now, context)
+}
+
+/// Stops the guest whose memory the target has mapped.
+pub(super) fn begin_handed_over(
+    forecast: Forecast,
+    forced: bool,
+    now: Timestamp,
+    context: &mut Context,
+) -> Phase {
+    pause(None, forecast, forced, now, context)
+}
+
+fn pause(
+    carried: Option<PageBitmap>,
+    forecast: Forecast,
+    forced: bool,
+    now: Timestamp,
+    context: &mut Context,
+) -> Phase {
     let allowed = if forced { STANDSTILL_FORCED_MAX } else { standstill_max(context.config.downtime_budget) };
-    context.report(Progress::Stopping { pages: carried.count(), forecast, forced });
+    context.report(Progress::Stopping {
+        pages: carried.as_ref().map_or(0, PageBitmap::count),
+        forecast,
+        forced,
+    });
     context.act(Action::PauseVm);
     let standstill = Standstill {
         began: now,
@@ -99,8 +131,14 @@ impl Stopping {
                 self.standstill.downtime.pause = self.standstill.lap(now);
                 context.report(Progress::Paused);
                 context.send(Message::Stopping(AtEpoch { epoch: context.config.epoch }));
-                context.act(Action::ReadDirtyLog);
-                self.step = Step::ReadingLog { carried };
+                self.step = if let Some(carried) = carried {
+                    context.act(Action::ReadDirtyLog);
+                    Step::ReadingLog { carried }
+                } else {
+                    context.act(Action::SaveState);
+                    let sent = Some(RoundSent::default());
+                    Step::Copying(Copying { started: now, dirty_pages: 0, sent, state_sent: false })
+                };
                 Phase::Stopping(self)
             }
             (Step::ReadingLog { mut carried }, Event::DirtyLogRead { pages, .. }) => {
@@ -144,16 +182,21 @@ impl Stopping {
             return Phase::Stopping(self);
         };
         self.standstill.downtime.copy = self.standstill.lap(now);
-        let report = RoundReport {
-            round: context.fence,
-            dirty_pages,
-            sent,
-            took: now.since(started),
-            dirtied_per_s: None,
-            forecast: None,
-        };
-        context.rounds.push(report);
-        context.report(Progress::RoundDone(report));
+        match context.config.memory {
+            MemoryPath::Streams => {
+                let report = RoundReport {
+                    round: context.fence,
+                    dirty_pages,
+                    sent,
+                    took: now.since(started),
+                    dirtied_per_s: None,
+                    forecast: None,
+                };
+                context.rounds.push(report);
+                context.report(Progress::RoundDone(report));
+            }
+            MemoryPath::HandedOver => {}
+        }
         context.send(Message::Prepare(Prepare {
             epoch: context.config.epoch.next(),
             fence: context.fence,

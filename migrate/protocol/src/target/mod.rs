@@ -31,6 +31,8 @@ pub struct Config {
     pub host: String,
     /// The source's address, for the record.
     pub source: String,
+    /// Whether the connection can carry descriptors: the source is a process of this host and of its user.
+    pub carries_descriptors: bool,
     /// The name that the VM must have, if the operator said one.
     pub name: Option<VmName>,
     /// What this host last recorded under the name that the target goes by, if anything.
@@ -56,7 +58,7 @@ pub enum Event {
     Disconnected(String),
     /// The source has connected again and named this migration.
     Reconnected,
-    /// The empty machine stands and waits for pages on its streams.
+    /// The machine stands: empty, waiting for pages on its streams, or on the memory that was handed over.
     MachineBuilt,
     /// It can't be built.
     BuildFailed {
@@ -137,6 +139,14 @@ pub enum Action {
         /// Whether they take digests of what arrives.
         verify: bool,
     },
+    /// Build a machine on the memory whose descriptor came with the message before. It is the guest's, who runs on it:
+    /// nothing may be written to it before [`Action::RunVm`].
+    AdoptMemory {
+        /// The machine in the machine monitor's own format.
+        description: Vec<u8>,
+        /// Its memory, end to end in the descriptor's file.
+        layout: MemoryLayout,
+    },
     /// The guest has stopped at the source: what has queued in the tap so far is stale.
     DropStaleFrames,
     /// Restore vCPUs and devices.
@@ -197,7 +207,7 @@ pub enum Outcome {
         name: VmName,
         /// The epoch in which it runs.
         epoch: Epoch,
-        /// The digest on which both sides agreed; zero if they agreed not to take any.
+        /// The digest on which both sides agreed; zero if they agreed not to take any, or memory was handed over.
         digest: MemoryDigest,
     },
     /// It does not, and this host is as empty as before.

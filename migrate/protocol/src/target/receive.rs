@@ -11,10 +11,10 @@ use std::time::Duration;
 use crate::digest::MemoryDigest;
 use crate::handover::TargetStanding;
 use crate::ident::StreamIndex;
-use crate::layout::MemoryLayout;
+use crate::layout::{MemoryLayout, Region};
 use crate::message::{
-    AbortCode, Describe, FenceReached, Hello, Message, NetworkIdentity, Prepare, Prepared, Ready, Rehearse,
-    Rehearsed, Running, State, Welcome,
+    AbortCode, Describe, FenceReached, HandOver, Hello, Message, NetworkIdentity, Prepare, Prepared, Ready,
+    Rehearse, Rehearsed, Running, State, Welcome,
 };
 use crate::negotiation::{Features, common_version};
 use crate::record::{Record, Standing};
@@ -91,7 +91,7 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
     context.act(Action::Report(Progress::Greeted { vm: hello.vm, name: hello.name.clone() }));
     context.send(Message::Welcome(Welcome {
         version,
-        features: Features::OURS.both(hello.features),
+        features: Features::ours_on(context.config.carries_descriptors).both(hello.features),
         host: context.config.host.clone(),
     }));
     let verify = !hello.features.contains(Features::UNVERIFIED);
@@ -136,47 +136,78 @@ enum BuildStep {
     AwaitingDescription,
     /// The record that this host is receiving is being written: rehearsing the one within the downtime.
     Recording {
-        describe: Describe,
+        description: Vec<u8>,
         layout: MemoryLayout,
+        memory: Memory,
     },
     Building {
-        streams: u16,
+        memory: Memory,
         record: Duration,
     },
+}
+
+/// How memory comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    /// Page by page over this many data streams.
+    Streams(u16),
+    /// It is the source's own, mapped here.
+    HandedOver,
 }
 
 impl Building {
     pub(super) fn on(mut self, event: Event, context: &mut Context) -> Phase {
         match (self.step, event) {
             (BuildStep::AwaitingDescription, Event::Message(Message::Describe(describe))) => {
-                let layout = match MemoryLayout::new(describe.regions.clone()) {
-                    Ok(layout) => layout,
-                    Err(error) => {
-                        return refuse(Some(AbortCode::CannotBuild), &error.to_string(), context);
+                let Describe { description, regions, streams } = describe;
+                self.step = BuildStep::AwaitingDescription;
+                self.described(description, regions, Memory::Streams(streams), context)
+            }
+            (BuildStep::AwaitingDescription, Event::Message(Message::HandOver(hand_over)))
+                if context.config.carries_descriptors =>
+            {
+                let HandOver { description, regions } = hand_over;
+                self.step = BuildStep::AwaitingDescription;
+                self.described(description, regions, Memory::HandedOver, context)
+            }
+            (BuildStep::Recording { description, layout, memory }, Event::RecordWritten { took }) => {
+                context.act(match memory {
+                    Memory::Streams(streams) => {
+                        Action::BuildMachine { description, layout, streams, verify: self.verify }
                     }
-                };
-                let standing = Standing::Receiving { source: context.config.source.clone() };
-                context.act(Action::WriteRecord(self.guest.record(standing)));
-                self.step = BuildStep::Recording { describe, layout };
+                    Memory::HandedOver => Action::AdoptMemory { description, layout },
+                });
+                self.step = BuildStep::Building { memory, record: took };
                 Phase::Building(self)
             }
-            (BuildStep::Recording { describe, layout }, Event::RecordWritten { took }) => {
-                let Describe { description, streams, .. } = describe;
-                context.act(Action::BuildMachine { description, layout, streams, verify: self.verify });
-                self.step = BuildStep::Building { streams, record: took };
-                Phase::Building(self)
-            }
-            (BuildStep::Building { streams, record }, Event::MachineBuilt) => {
+            (BuildStep::Building { memory, record }, Event::MachineBuilt) => {
                 let record_us = u64::try_from(record.as_micros()).unwrap_or(u64::MAX);
                 context.send(Message::Ready(Ready { record_us }));
                 context.act(Action::Report(Progress::Receiving));
-                Phase::Receiving(Box::new(Receiving::new(self.guest, streams)))
+                Phase::Receiving(Box::new(Receiving::new(self.guest, memory)))
             }
             (step, event) => {
                 self.step = step;
                 self.on_other(event, context)
             }
         }
+    }
+
+    fn described(
+        mut self,
+        description: Vec<u8>,
+        regions: Vec<Region>,
+        memory: Memory,
+        context: &mut Context,
+    ) -> Phase {
+        let layout = match MemoryLayout::new(regions) {
+            Ok(layout) => layout,
+            Err(error) => return refuse(Some(AbortCode::CannotBuild), &error.to_string(), context),
+        };
+        let standing = Standing::Receiving { source: context.config.source.clone() };
+        context.act(Action::WriteRecord(self.guest.record(standing)));
+        self.step = BuildStep::Recording { description, layout, memory };
+        Phase::Building(self)
     }
 
     fn on_other(self, event: Event, context: &mut Context) -> Phase {
@@ -245,11 +276,11 @@ fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
     }
 }
 
-/// The machine stands and its memory is arriving.
+/// The machine stands and its memory is arriving, unless it is the source's own.
 #[derive(Debug)]
 pub(super) struct Receiving {
     pub(super) guest: Guest,
-    streams: u16,
+    memory: Memory,
     /// For each fence that not all streams have reached: which have, with their digests.
     fences: BTreeMap<u32, BTreeMap<StreamIndex, MemoryDigest>>,
     /// The last fence that all streams have reached, and the digest of all pages by then.
@@ -261,8 +292,8 @@ pub(super) struct Receiving {
     pages_complete_at: Option<Timestamp>,
 }
 
-/// The state is restored only once memory is complete and equal: restoring reads guest memory (page tables) and may
-/// write to it (the clock that KVM shows the guest), and must do neither to pages that are still arriving.
+/// The state is restored only once memory is complete and equal: restoring reads guest memory (page tables), which must
+/// not be done to pages that are still arriving. It must not write to it: memory that was handed over is the source's.
 #[derive(Debug)]
 enum StateStep {
     Arrived(State),
@@ -273,10 +304,10 @@ enum StateStep {
 const FENCES_MAX: usize = 16;
 
 impl Receiving {
-    fn new(guest: Guest, streams: u16) -> Self {
+    fn new(guest: Guest, memory: Memory) -> Self {
         Self {
             guest,
-            streams,
+            memory,
             fences: BTreeMap::new(),
             complete: (0, MemoryDigest::ZERO),
             state: None,
@@ -311,7 +342,9 @@ impl Receiving {
             (Event::StateRestored { took }, Some(StateStep::Restoring { .. })) => {
                 return self.prepared(took, context);
             }
-            (Event::Message(Message::Prepare(prepare)), _) if self.prepare.is_none() => {
+            (Event::Message(Message::Prepare(prepare)), _)
+                if self.prepare.is_none() && self.has_place_for(&prepare) =>
+            {
                 self.prepare = Some((prepare, now));
             }
             (Event::Message(message), _) => {
@@ -321,6 +354,14 @@ impl Receiving {
             _ => {}
         }
         self.restore_if_complete(context)
+    }
+
+    /// Memory that was handed over has no fences and no digest, so nothing would ever come of one that is named.
+    fn has_place_for(&self, prepare: &Prepare) -> bool {
+        match self.memory {
+            Memory::Streams(_) => true,
+            Memory::HandedOver => (prepare.fence, prepare.digest) == (0, MemoryDigest::ZERO),
+        }
     }
 
     fn fence(
@@ -335,7 +376,7 @@ impl Receiving {
         if fence <= self.complete.0 || reached.insert(stream, digest).is_some() {
             return Err(format!("fence {fence} came twice on data stream {}", stream.number()));
         }
-        if reached.len() == usize::from(self.streams) {
+        if Memory::Streams(u16::try_from(reached.len()).unwrap_or(u16::MAX)) == self.memory {
             let sum = reached.values().copied().fold(MemoryDigest::ZERO, MemoryDigest::combine);
             self.fences.remove(&fence);
             self.complete = (fence, sum);

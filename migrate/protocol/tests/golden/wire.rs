@@ -4,8 +4,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, JOIN_BYTES, Join};
 use ferry_protocol::message::{
-    Abort, AbortCode, AtEpoch, Describe, FenceReached, Hello, MessageType, NetworkIdentity, Prepare,
-    Prepared, Ready, Rehearse, Rehearsed, Running, State, Welcome,
+    Abort, AbortCode, AtEpoch, Describe, FenceReached, HandOver, Hello, MessageType, NetworkIdentity,
+    Prepare, Prepared, Ready, Rehearse, Rehearsed, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -61,6 +61,10 @@ fn messages() -> Vec<Message> {
         Message::Abort(Abort::new(AbortCode::DigestDiffers, "the two memories differ")),
         Message::Ping(5),
         Message::Pong(5),
+        Message::HandOver(HandOver {
+            description: vec![1, 2, 3],
+            regions: vec![Region { gpa: 0, bytes: 0x8000_0000 }],
+        }),
         Message::Rehearse(Rehearse),
         Message::Rehearsed(Rehearsed { record_us: 6 }),
     ]
@@ -169,6 +173,7 @@ fn numbers_on_the_wire_are_what_they_always_were() {
     line("feature lz4", Features::LZ4.bits());
     line("feature rehearsal", Features::REHEARSAL.bits());
     line("feature unverified", Features::UNVERIFIED.bits());
+    line("feature hand over", Features::HAND_OVER.bits());
     let of = |bytes: usize| u64::try_from(bytes).unwrap();
     line("protocol version newest", wire::VERSION_NEWEST.into());
     line("protocol version oldest", wire::VERSION_OLDEST.into());

@@ -5,5 +5,6 @@ mod disk;
 mod failures;
 mod forecast;
 mod handover;
+mod local;
 mod plain;
 mod world;

@@ -81,6 +81,10 @@ pub(crate) struct Pair {
     pub(crate) target_always_verifies: bool,
     /// The target can't build its machine.
     pub(crate) build_refusal: Option<(AbortCode, &'static str)>,
+    /// The connection can carry descriptors, as far as the target knows.
+    pub(crate) target_carries_descriptors: bool,
+    /// The target has the source's own memory, and its guest has never run.
+    pub(crate) adopted: bool,
     /// The only VM that the target's operator wants.
     pub(crate) target_name: Option<String>,
     /// How long the coming answers to `Ping` take besides, one after another.
@@ -111,6 +115,7 @@ pub(crate) fn config() -> source::Config {
         arrived_by: None,
         target: "b:4444".to_owned(),
         description: vec![1, 2, 3],
+        memory: source::MemoryPath::Streams,
         streams: STREAMS,
         compression: ferry_protocol::page::Compression::None,
         verify: true,
@@ -135,6 +140,7 @@ impl Pair {
     pub(crate) fn new(config: source::Config) -> Self {
         let now = Timestamp::default();
         let record = Record::of_own(config.vm, config.name.clone(), config.epoch, Standing::Running);
+        let target_carries_descriptors = config.memory == source::MemoryPath::HandedOver;
         Self {
             now,
             source: Source::new(config, layout(), now),
@@ -153,6 +159,8 @@ impl Pair {
             memory_differs: false,
             target_always_verifies: false,
             build_refusal: None,
+            target_carries_descriptors,
+            adopted: false,
             target_name: None,
             slow_pongs: VecDeque::new(),
             slowed_by_cap: 1,
@@ -341,6 +349,7 @@ impl Pair {
         let config = target::Config {
             host: "b".to_owned(),
             source: "a:1".to_owned(),
+            carries_descriptors: self.target_carries_descriptors,
             name: self.target_name.as_ref().map(|name| name.parse().unwrap()),
             record: self.target_disk.record.clone(),
         };
@@ -381,6 +390,10 @@ impl Pair {
                 self.after(delay + LATENCY, Due::Connect);
             }
             Action::Send(message) => self.deliver_to_target(message),
+            Action::SendMemory(message) => {
+                assert!(self.source_guest.exists, "what was released can't be handed over");
+                self.deliver_to_target(message);
+            }
             Action::OpenStreams { verify } => {
                 self.streams_verify = (verify, self.streams_verify.1);
                 self.streams_open = true;
@@ -510,6 +523,16 @@ impl Pair {
                 self.target_guest.exists = self.build_refusal.is_none();
                 self.after(VM_WORK, Due::Target(event));
             }
+            Action::AdoptMemory { description, layout: built } => {
+                assert_eq!((description, built), (vec![1, 2, 3], layout()));
+                let event = match self.build_refusal {
+                    None => Event::MachineBuilt,
+                    Some((code, text)) => Event::BuildFailed { code, sentence: text.to_owned() },
+                };
+                self.target_guest.exists = self.build_refusal.is_none();
+                self.adopted = self.target_guest.exists;
+                self.after(VM_WORK, Due::Target(event));
+            }
             Action::DropStaleFrames => assert!(self.target_guest.exists),
             Action::RestoreState(state) => {
                 assert_eq!(state, [5]);
@@ -520,12 +543,14 @@ impl Pair {
                 let expected = Some(("running", self.target_disk.record.as_ref().unwrap().epoch.number()));
                 assert_eq!(self.target_disk.standing(), expected, "only what is recorded runs");
                 self.target_guest.runs = runs;
+                self.adopted = false;
                 self.after(VM_WORK, Due::Target(Event::VmRunning { took: VM_WORK }));
             }
             Action::Announce(_) => assert!(self.target_guest.runs, "only a running guest is announced"),
             Action::DiscardMachine => {
                 assert!(!self.target_guest.runs, "a running guest is never discarded");
                 self.target_guest = Guest::default();
+                self.adopted = false;
             }
             Action::Report(progress) => self.target_progress.push(progress),
             Action::Finish(outcome) => {

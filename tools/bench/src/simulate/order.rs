@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
-use ferry_migrate::protocol::source::{Config, NEGOTIATION_TIMEOUT, OnTimeout};
+use ferry_migrate::protocol::source::{Config, MemoryPath, NEGOTIATION_TIMEOUT, OnTimeout};
 use ferry_migrate::protocol::{Epoch, MigrationId, VmId};
 
 use super::guest::GuestModel;
@@ -138,6 +138,7 @@ impl MigrationOrder {
             arrived_by: None,
             target: "target:1".to_owned(),
             description: Vec::new(),
+            memory: MemoryPath::Streams,
             streams,
             compression,
             verify: true,

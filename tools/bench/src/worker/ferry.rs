@@ -107,7 +107,7 @@ async fn move_away(
         vm,
         name: name()?,
         epoch: Epoch::FIRST,
-        target: order.target,
+        target: order.target.parse()?,
         streams: order.streams.unwrap_or_else(MigrateOptions::streams_to_choose_from),
         adapt_streams: order.streams.is_none(),
         compression: words::packing(order.compression).map_err(|lacks| anyhow!(lacks))?,
@@ -164,11 +164,12 @@ async fn run_target(order: TargetOrder) -> anyhow::Result<ExitCode> {
     let TargetOrder { listen, tap, folder } = order;
     let host =
         MachineHost::new(LocalChoices { tap, serial: SerialTarget::Null, memory: MemoryChoices::default() });
-    let options = ReceiveOptions { listen, host: "target".to_owned(), name: None };
+    let options = ReceiveOptions { listen: listen.parse()?, host: "target".to_owned(), name: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
     let mut receiver = Receiver::bind(options, Arc::new(host), records(&folder)?, clock, updates)?;
-    say(&Said::Listening { address: receiver.local_address()? })?;
+    let address = receiver.local_address()?.to_string();
+    say(&Said::Listening { address })?;
     let never = watch::channel(false);
     let received = receiver.receive(never.1.clone()).await?;
     // The machine lives as long as `received`; the harness ends this process.

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{anyhow, bail};
-use ferry_migrate::MigrateOptions;
-use ferry_migrate::report::{ForecastReport, MigrationReport, Round, ms};
+use ferry_migrate::report::{ForecastReport, MigrationReport, ReportKind, Round, ms};
+use ferry_migrate::{Endpoint, MigrateOptions};
 use hyper::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
@@ -113,6 +113,8 @@ async fn left_as(state: &StateDir, args: &MigrateArgs) -> String {
 struct Display {
     json: bool,
     bar: Option<ProgressBar>,
+    /// Whether memory is handed over within this host.
+    local: bool,
 }
 
 impl Display {
@@ -125,7 +127,9 @@ impl Display {
             bar.enable_steady_tick(Duration::from_millis(100));
             bar
         });
-        Self { json, bar }
+        let target = args.to.as_deref().map(str::parse);
+        let local = matches!(target, Some(Ok(Endpoint::Unix(_))));
+        Self { json, bar, local }
     }
 
     /// A line above the bar.
@@ -142,6 +146,9 @@ impl Display {
             return println!("{}", serde_json::to_string(event).expect("our own types have a JSON form"));
         }
         match event {
+            MigrationEvent::Started { target, memory_bytes } if self.local => {
+                self.say(&format!("handing {} of memory over through {target}", show_bytes(*memory_bytes)));
+            }
             MigrationEvent::Started { target, memory_bytes } => {
                 self.say(&format!("migrating {} of memory to {target}", show_bytes(*memory_bytes)));
                 self.say(HEADING);
@@ -163,8 +170,9 @@ impl Display {
             MigrationEvent::RoundDone(round) => self.say(&round_line(round)),
             MigrationEvent::Stopping { pages, forecast, forced } => {
                 let why = if *forced { " (the time is over, so whatever it takes)" } else { "" };
+                let left = if self.local { String::new() } else { format!(" with {pages} pages left") };
                 self.say(&format!(
-                    "stopping the guest with {pages} pages left; forecast downtime {}{why}",
+                    "stopping the guest{left}; forecast downtime {}{why}",
                     show_forecast(forecast)
                 ));
             }
@@ -251,6 +259,14 @@ pub(crate) fn summary(report: &MigrationReport) -> String {
     );
     row("  commit", parts.commit_ms, forecast.commit_ms, &target);
     let _ = writeln!(text, "{:>26}{:>12}", "", "^ forecast");
+    if report.kind == ReportKind::Local {
+        let _ = writeln!(text, "  total        {:>9}", show_ms(report.total_ms));
+        let _ = writeln!(
+            text,
+            "  memory       handed over: no page was copied, so there is no digest to compare"
+        );
+        return text;
+    }
     let _ = writeln!(text, "  total        {:>9}   {} rounds", show_ms(report.total_ms), report.rounds.len());
     let _ = writeln!(text, "  sent         {:>9}   {}", show_bytes(report.wire_bytes), page_kinds(report));
     for (number, stream) in report.streams.iter().enumerate() {

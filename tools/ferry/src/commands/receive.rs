@@ -1,5 +1,6 @@
 //! `ferry receive`: an empty host process that takes in one VM and becomes it.
 
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -39,7 +40,7 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         LocalChoices { tap: tap.clone(), serial: args.serial, memory: args.memory.unwrap_or_default() };
     let machine_host = ReceivingHost { host: Arc::clone(&host), tap, machines: MachineHost::new(local) };
     let (updates, inbox) = mpsc::unbounded_channel();
-    let options = ReceiveOptions { listen: args.listen, host: host_name(), name: None };
+    let options = ReceiveOptions { listen: args.listen.clone(), host: host_name(), name: None };
     let mut receiver = Receiver::bind(
         options,
         Arc::new(machine_host),
@@ -88,6 +89,12 @@ struct ReceivingHost {
     machines: MachineHost,
 }
 
+impl ReceivingHost {
+    fn receiving(&self, vm: VmId, machine: MigratableMachine) -> Arc<dyn TargetVm> {
+        Arc::new(ReceivingVm { host: Arc::clone(&self.host), vm, tap: self.tap.clone(), machine })
+    }
+}
+
 impl TargetHost for ReceivingHost {
     fn build(
         &self,
@@ -97,7 +104,19 @@ impl TargetHost for ReceivingHost {
     ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
         self.host.receives(vm);
         let machine = self.machines.build_machine(description)?;
-        Ok(Arc::new(ReceivingVm { host: Arc::clone(&self.host), vm, tap: self.tap.clone(), machine }))
+        Ok(self.receiving(vm, machine))
+    }
+
+    fn adopt(
+        &self,
+        vm: VmId,
+        description: &[u8],
+        _: &MemoryLayout,
+        memory: OwnedFd,
+    ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
+        self.host.receives(vm);
+        let machine = self.machines.adopt_machine(description, memory)?;
+        Ok(self.receiving(vm, machine))
     }
 }
 

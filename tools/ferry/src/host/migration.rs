@@ -7,8 +7,8 @@ use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::UnknownCompression;
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{MigrationId, VmName};
-use ferry_migrate::report::{MigrationReport, StreamReport};
-use ferry_migrate::{BandwidthCap, MigrateOptions, Update, migrate};
+use ferry_migrate::report::{MigrationReport, ReportKind, StreamReport};
+use ferry_migrate::{BandwidthCap, EndpointError, MigrateOptions, Update, migrate};
 use tokio::sync::{mpsc, watch};
 
 use super::{Here, Life, Refused, VmHost};
@@ -16,9 +16,6 @@ use crate::api::{MigrationEvent, MigrationRequest, OnTimeoutWord};
 
 /// Events beyond this are not kept for late readers; a migration of sane length stays far below.
 const EVENTS_MAX: usize = 100_000;
-
-/// The longest target: a host name of 253 bytes, a colon and a port.
-const TARGET_BYTES_MAX: usize = 259;
 
 /// One migration, under way or over.
 #[derive(Debug)]
@@ -77,10 +74,10 @@ impl MigrationTask {
         self.log().in_doubt
     }
 
-    /// Whether it moved the guest with its memory compared on both sides, as far as is known yet.
+    /// Whether it moved the guest with its memory compared on both sides, or handed the memory over, so that there was
+    /// nothing to compare; as far as is known yet.
     pub(crate) fn is_verified(&self) -> bool {
-        let unverified =
-            |event: &MigrationEvent| matches!(event, MigrationEvent::Moved(report) if !report.verified);
+        let unverified = |event: &MigrationEvent| matches!(event, MigrationEvent::Moved(report) if report.kind == ReportKind::Live && !report.verified);
         !self.log().events.last().is_some_and(unverified)
     }
 
@@ -213,16 +210,7 @@ fn options(
         let refused = || Refused(format!("{what} of {ms} ms makes no sense"));
         if sane { Ok(Duration::from_secs_f64(ms / 1e3)) } else { Err(refused()) }
     };
-    let port = request.target.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
-    if port.is_none_or(|port| port == 0) {
-        return Err(Refused(format!("the target '{}' names no port; write HOST:PORT", request.target)));
-    }
-    if request.target.len() > TARGET_BYTES_MAX {
-        return Err(Refused(format!(
-            "a target of {} bytes is longer than any address",
-            request.target.len()
-        )));
-    }
+    let target = request.target.parse().map_err(|error: EndpointError| Refused(error.to_string()))?;
     if !(1..=STREAMS_MAX).contains(&request.streams) {
         return Err(Refused(format!("{} data streams, not 1 to {STREAMS_MAX}", request.streams)));
     }
@@ -232,7 +220,7 @@ fn options(
         vm: here.vm,
         name: name.clone(),
         epoch: here.epoch,
-        target: request.target.clone(),
+        target,
         streams: request.streams,
         adapt_streams: request.adapt_streams,
         compression: request
@@ -274,7 +262,8 @@ async fn drive(host: Arc<VmHost>, here: Here, options: MigrateOptions, task: Arc
             }
         })
     };
-    let (name, target, budget) = (options.name.to_string(), options.target.clone(), options.downtime_budget);
+    let (name, target, budget) =
+        (options.name.to_string(), options.target.to_string(), options.downtime_budget);
     let records = Arc::clone(&host.records);
     let vm = Arc::new(here.machine.clone());
     let cancel = task.cancel.subscribe();

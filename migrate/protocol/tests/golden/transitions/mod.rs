@@ -97,6 +97,13 @@ fn every_transition_of_the_target_is_as_it_was() {
 }
 
 #[test]
+fn every_transition_within_one_host_is_as_it_was() {
+    let (source, target) = (source::table_of_local(), target::table_of_local());
+    let text = format!("{LEGEND}\n# The source.\n{source}\n# The target.\n{target}");
+    crate::files::check("transitions-local.txt", &text);
+}
+
+#[test]
 fn what_a_record_makes_a_target_say_is_as_it_was() {
     crate::files::check("transitions-records.txt", &format!("{LEGEND}{}", target::table_of_records()));
 }

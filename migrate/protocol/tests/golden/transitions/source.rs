@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use ferry_protocol::message::{
-    Abort, AbortCode, AtEpoch, Describe, FenceReached, Hello, NetworkIdentity, Prepare, Prepared, Ready,
-    Rehearse, Rehearsed, Running, State, Welcome,
+    Abort, AbortCode, AtEpoch, Describe, FenceReached, HandOver, Hello, NetworkIdentity, Prepare, Prepared,
+    Ready, Rehearse, Rehearsed, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::page::Compression;
-use ferry_protocol::source::{Action, Config, Event, OnTimeout, Outcome, Progress, RoundSent, Source};
+use ferry_protocol::source::{
+    Action, Config, Event, MemoryPath, OnTimeout, Outcome, Progress, RoundSent, Source,
+};
 use ferry_protocol::{
     Epoch, MemoryDigest, MemoryLayout, Message, MigrationId, PageBitmap, Region, Timestamp, VmId,
 };
@@ -49,6 +51,7 @@ fn word(action: &Action) -> String {
         Action::Connect { delay } => format!("Connect after {} ms", delay.as_millis()),
         Action::Send(Message::Abort(abort)) => format!("Send Abort {:?}", abort.code),
         Action::Send(message) => format!("Send {:?}", message.message_type()),
+        Action::SendMemory(message) => format!("SendMemory {:?}", message.message_type()),
         Action::OpenStreams { verify } => format!("OpenStreams{}", if *verify { "" } else { ", unverified" }),
         Action::CloseStreams => "CloseStreams".to_owned(),
         Action::StartDirtyLog => "StartDirtyLog".to_owned(),
@@ -100,6 +103,7 @@ fn config(on_timeout: OnTimeout) -> Config {
         arrived_by: None,
         target: "b:4444".to_owned(),
         description: vec![1],
+        memory: MemoryPath::Streams,
         streams: 1,
         compression: Compression::Lz4,
         verify: true,
@@ -177,6 +181,23 @@ fn way() -> Vec<(&'static str, Event)> {
     ]
 }
 
+/// The way of a migration within one host, as far as it differs.
+fn local_way() -> Vec<(&'static str, Event)> {
+    let ready = Event::Message(Message::Ready(Ready { record_us: 1 }));
+    vec![
+        ("", Event::Connected),
+        ("Hello is sent", welcome(1, Features::ours_on(true))),
+        ("HandOver is sent", Event::RecordWritten { took: MS }),
+        ("the record is rehearsed", Event::Message(Message::Pong(1))),
+        ("the round trip is measured, too", ready),
+        ("the guest is being paused", Event::Paused),
+        ("the state is being saved", saved()),
+        ("Prepare is sent", prepared(2, MemoryDigest::ZERO)),
+        ("", Event::RecordWritten { took: MS }),
+        ("Commit is sent", running(2)),
+    ]
+}
+
 /// Ways that leave the main one: after which of its steps, by which events, and where they lead.
 fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
     let lost = || Event::Disconnected("reset".to_owned());
@@ -220,6 +241,7 @@ fn events() -> Vec<(String, Event)> {
         ("Timeout", Event::Timeout),
         ("Welcome", welcome(1, Features::OURS)),
         ("Welcome(version 9)", welcome(9, Features::OURS)),
+        ("Welcome(hand over)", welcome(1, Features::ours_on(true))),
         ("Welcome(no lz4)", welcome(1, Features::NONE)),
         ("FenceReached(1)", fence(1)),
         ("FenceReached(9)", fence(9)),
@@ -241,6 +263,7 @@ pub(super) fn messages_of_a_source() -> Vec<(&'static str, Message)> {
     vec![
         ("Hello", Message::Hello(hello())),
         ("Describe", Message::Describe(Describe { description: vec![1], regions: regions(), streams: 1 })),
+        ("HandOver", Message::HandOver(hand_over())),
         ("Stopping", Message::Stopping(at(1))),
         ("State", Message::State(State { state: vec![5], network: NetworkIdentity::default(), runs: true })),
         ("Prepare", Message::Prepare(Prepare { epoch: Epoch::new(2), fence: 1, digest: MemoryDigest::ZERO })),
@@ -249,6 +272,10 @@ pub(super) fn messages_of_a_source() -> Vec<(&'static str, Message)> {
         ("Ping", Message::Ping(1)),
         ("Rehearse", Message::Rehearse(Rehearse)),
     ]
+}
+
+pub(super) fn hand_over() -> HandOver {
+    HandOver { description: vec![1], regions: regions() }
 }
 
 pub(super) fn hello() -> Hello {
@@ -269,11 +296,21 @@ pub(super) fn regions() -> Vec<Region> {
 }
 
 fn along(steps: usize, then: &[Event], on_timeout: OnTimeout) -> Stepped {
+    let events = way().into_iter().take(steps).map(|(_, event)| event).chain(then.iter().cloned());
+    stepped(config(on_timeout), events)
+}
+
+fn along_local(steps: usize, then: &[Event], on_timeout: OnTimeout) -> Stepped {
+    let events = local_way().into_iter().take(steps).map(|(_, event)| event).chain(then.iter().cloned());
+    stepped(Config { memory: MemoryPath::HandedOver, ..config(on_timeout) }, events)
+}
+
+fn stepped(config: Config, events: impl Iterator<Item = Event>) -> Stepped {
     let layout = MemoryLayout::new(regions()).unwrap();
-    let core = Source::new(config(on_timeout), layout, Timestamp::default());
+    let core = Source::new(config, layout, Timestamp::default());
     let mut source = Stepped { core, now: Timestamp::default() };
     while source.core.poll_action().is_some() {}
-    for event in way().into_iter().take(steps).map(|(_, event)| event).chain(then.iter().cloned()) {
+    for event in events {
         source.take(event);
     }
     source
@@ -291,5 +328,26 @@ pub(super) fn table() -> String {
     let quick = [log(PAGES), Event::RoundSent(RoundSent::default()), fence(2)];
     text += &part("round 1 is being sent, on-timeout stop", || along(8, &[], OnTimeout::Stop), &timeout);
     text += &part("it rests, on-timeout stop", || along(10, &quick, OnTimeout::Stop), &timeout);
+    text
+}
+
+/// The source of a migration within one host.
+pub(super) fn table_of_local() -> String {
+    let mut text = String::new();
+    for (steps, (name, _)) in local_way().into_iter().enumerate().filter(|(steps, _)| *steps != 0) {
+        text += &part(name, || along_local(steps, &[], OnTimeout::Cancel), &events());
+    }
+    // A record that takes a second at the target can't fit any budget of 50 ms.
+    let slow = [Event::Message(Message::Ready(Ready { record_us: 1_000_000 }))];
+    let name = "it does not fit the budget, so it rests";
+    text += &part(name, || along_local(4, &slow, OnTimeout::Cancel), &events());
+    let measured_again = [
+        ("RecordWritten", Event::RecordWritten { took: MS }),
+        ("Pong", Event::Message(Message::Pong(1))),
+        ("Timeout", Event::Timeout),
+    ]
+    .map(|(name, event)| (name.to_owned(), event));
+    let again = [slow[0].clone(), Event::Timeout, Event::RecordWritten { took: MS }];
+    text += &part("it measures again", || along_local(4, &again, OnTimeout::Cancel), &measured_again);
     text
 }

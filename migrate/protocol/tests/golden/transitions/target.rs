@@ -13,7 +13,7 @@ use ferry_protocol::{
     Epoch, MemoryDigest, Message, MigrationId, PAGE_BYTES, PageDigest, Region, StreamIndex, Timestamp, VmId,
 };
 
-use super::source::{at, hello, regions};
+use super::source::{at, hand_over, hello, regions};
 use super::{Core, part};
 
 const MS: Duration = Duration::from_millis(1);
@@ -50,6 +50,7 @@ fn word(action: &Action) -> String {
         Action::Send(Message::Abort(abort)) => format!("Send Abort {:?}", abort.code),
         Action::Send(message) => format!("Send {:?}", message.message_type()),
         Action::WriteRecord(record) => format!("WriteRecord {} {}", record.standing.word(), record.epoch),
+        Action::AdoptMemory { .. } => "AdoptMemory".to_owned(),
         Action::RehearseRecord(record) => {
             format!("RehearseRecord {} {}", record.standing.word(), record.epoch)
         }
@@ -128,6 +129,21 @@ fn way() -> Vec<(&'static str, Event)> {
     ]
 }
 
+/// The way of a migration within one host, as far as it differs.
+fn local_way() -> Vec<(&'static str, Event)> {
+    let features = Features::ours_on(true);
+    vec![
+        ("no record of the VM, descriptors can come", greeting(Hello { features, ..hello() })),
+        ("Welcome is sent", Event::Message(Message::HandOver(hand_over()))),
+        ("the record is being written", Event::RecordWritten { took: MS }),
+        ("the machine is being built on the source's memory", Event::MachineBuilt),
+        ("the state is awaited", state(true)),
+        ("the state is here, Prepare is awaited", prepare(2, 0, MemoryDigest::ZERO)),
+        ("the state is being restored", Event::StateRestored { took: MS }),
+        ("", commit(2)),
+    ]
+}
+
 fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
     let lost = || Event::Disconnected("reset".to_owned());
     vec![
@@ -154,6 +170,7 @@ fn events() -> Vec<(String, Event)> {
         ("Stopping", Event::Message(Message::Stopping(at(1)))),
         ("State", state(true)),
         ("State(paused by its operator)", state(false)),
+        ("Prepare(2, no fence)", prepare(2, 0, MemoryDigest::ZERO)),
         ("Prepare(2)", prepare(2, 1, MemoryDigest::ZERO)),
         ("Prepare(2, other digest)", prepare(2, 1, digest())),
         ("Prepare(9)", prepare(9, 1, MemoryDigest::ZERO)),
@@ -215,10 +232,19 @@ fn record(vm: VmId, epoch: u64, standing: Standing, migration: MigrationId) -> R
 }
 
 fn along(steps: usize, then: &[Event], record: Option<Record>) -> Stepped {
+    let events = way().into_iter().take(steps).map(|(_, event)| event).chain(then.iter().cloned());
+    stepped(false, events, record)
+}
+
+fn stepped(
+    carries_descriptors: bool,
+    events: impl Iterator<Item = Event>,
+    record: Option<Record>,
+) -> Stepped {
     let name = Some("web".parse().unwrap());
-    let config = Config { host: "b".to_owned(), source: "a:1".to_owned(), name, record };
+    let config = Config { host: "b".to_owned(), source: "a:1".to_owned(), carries_descriptors, name, record };
     let mut target = Stepped { core: Target::new(config, Timestamp::default()), now: Timestamp::default() };
-    for event in way().into_iter().take(steps).map(|(_, event)| event).chain(then.iter().cloned()) {
+    for event in events {
         target.take(event);
     }
     target
@@ -231,6 +257,16 @@ pub(super) fn table() -> String {
     }
     for (steps, then, name) in side_ways() {
         text += &part(name, || along(steps, &then, None), &events());
+    }
+    text
+}
+
+/// The target of a migration within one host.
+pub(super) fn table_of_local() -> String {
+    let mut text = String::new();
+    let along = |steps| stepped(true, local_way().into_iter().take(steps).map(|(_, event)| event), None);
+    for (steps, (name, _)) in local_way().into_iter().enumerate() {
+        text += &part(name, || along(steps), &events());
     }
     text
 }

@@ -50,7 +50,7 @@ impl Ferry {
             compression,
             bandwidth_mbit_s: _,
             verify: _,
-            memory: _,
+            memory,
             local,
         } = setting;
         let lacks =
@@ -61,8 +61,8 @@ impl Ferry {
             Strategy::PostCopy => return Err(lacks("it has no post-copy")),
         }
         words::packing(*compression).map_err(lacks)?;
-        if *local {
-            return Err(lacks("it does not hand memory over within a host"));
+        if *local && *memory != MemoryBacking::Shared {
+            return Err(lacks("it hands only shared memory over within a host (memory = \"shared\")"));
         }
         Ok(streams.fixed())
     }
@@ -91,7 +91,12 @@ impl Engine for Ferry {
             Worker::start((&self.info.name, "ferry", "source"), &order.source, order, &source_order)?;
         source.expect(UP_TIMEOUT, |said| matches!(said, Said::Up).then_some(()))?;
         let target_order = TargetOrder {
-            listen: SocketAddr::new(order.target.address, 0),
+            listen: if order.setting.local {
+                // The two hosts share the file system.
+                format!("unix:{}", order.folder.join("target.socket").display())
+            } else {
+                SocketAddr::new(order.target.address, 0).to_string()
+            },
             tap: order.target.net.map(|(tap, _)| tap.to_owned()),
             folder: order.folder.join("target"),
         };
@@ -110,7 +115,7 @@ impl Engine for Ferry {
         })?;
         let order_backing = order.setting.memory;
         let order = MoveOrder {
-            target: address.to_string(),
+            target: address,
             streams,
             compression: order.setting.compression,
             verify: order.setting.verify,

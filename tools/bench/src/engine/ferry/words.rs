@@ -1,6 +1,5 @@
 //! What the harness and its ferry workers say to each other: one JSON object a line.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use ferry_migrate::protocol::page;
@@ -66,8 +65,8 @@ pub struct SourceOrder {
 /// What a target is to wait for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TargetOrder {
-    /// Where to listen; port 0 takes a free one.
-    pub listen: SocketAddr,
+    /// Where to listen, as `IP:PORT`, where port 0 takes a free one, or as `unix:/PATH`.
+    pub listen: String,
     /// The tap for the guest that comes.
     pub tap: Option<String>,
     /// Where its record is kept.
@@ -77,7 +76,7 @@ pub struct TargetOrder {
 /// The order to migrate.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MoveOrder {
-    /// `host:port` of the target.
+    /// `host:port` of the target, or `unix:/PATH` to hand memory over.
     pub target: String,
     /// Data streams; as many as pay without a number.
     pub streams: Option<u16>,
@@ -101,8 +100,8 @@ pub enum Said {
     Up,
     /// The target listens.
     Listening {
-        /// Where.
-        address: SocketAddr,
+        /// Where, as a source takes it.
+        address: String,
     },
     /// A round begins.
     RoundStarted {

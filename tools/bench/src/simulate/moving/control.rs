@@ -88,6 +88,7 @@ impl Moving {
             let config = target_core::Config {
                 host: "target".to_owned(),
                 source: "source".to_owned(),
+                carries_descriptors: false,
                 name: None,
                 record: None,
             };
