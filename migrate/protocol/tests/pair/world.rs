@@ -379,16 +379,18 @@ impl Pair {
         assert!(!self.source_guest.runs || self.source.may_run(), "the source runs what it gave away");
     }
 
+    fn reconnect(&mut self, delay: Duration) {
+        self.connect_delays.push(delay);
+        if let Some(number) = self.connection.take() {
+            self.after(LATENCY, Due::LostAtTarget(number));
+        }
+        self.after(delay + LATENCY, Due::Connect);
+    }
+
     fn perform_source(&mut self, action: source::Action) {
         use source::{Action, Event};
         match action {
-            Action::Connect { delay } => {
-                self.connect_delays.push(delay);
-                if let Some(number) = self.connection.take() {
-                    self.after(LATENCY, Due::LostAtTarget(number));
-                }
-                self.after(delay + LATENCY, Due::Connect);
-            }
+            Action::Connect { delay } => self.reconnect(delay),
             Action::Send(message) => self.deliver_to_target(message),
             Action::SendMemory(message) => {
                 assert!(self.source_guest.exists, "what was released can't be handed over");
