@@ -50,6 +50,9 @@ pub struct Watched {
     pub memory_mib: u32,
     /// Where it comes from.
     pub source_pid: u32,
+    /// Whether source and target map the same memory, so that each shows the heart of a guest that runs on the other. The
+    /// source's then counts only as long as it has vCPU threads.
+    pub shared_memory: bool,
     /// The source's vCPU threads; they may end before anybody else can ask what they used.
     pub vcpus: Vec<ThreadClock>,
 }
@@ -170,7 +173,9 @@ impl Samples {
     fn look_at_guest(&mut self, watched: &Watched, target: &mut Option<GuestWindow>, clock: LabClock) {
         let Some(source) = &watched.source else { return };
         let before = self.last_source.as_ref().map_or(0, |report| report.heartbeat_count);
+        let elsewhere = watched.shared_memory && watched.vcpus.iter().all(|vcpu| vcpu.cpu().is_none());
         if self.last_target.is_none()
+            && !elsewhere
             && let Some(report) = source.report().filter(|report| report.heartbeat_count > before)
         {
             self.take(&report, clock.now());

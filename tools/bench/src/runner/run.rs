@@ -126,6 +126,7 @@ impl Attempt<'_> {
             vcpus: vcpus(&*pair)?,
             target_pid: pair.target_pid(),
             memory_mib: self.scenario.memory_mib,
+            shared_memory: self.setting.local,
         };
         let sampler = Sampler::start(watched, self.clock)?;
         let watch = Duration::from_millis(self.scenario.watch_ms);
