@@ -1,7 +1,7 @@
 //! The pages that devices of this program wrote, a bit each.
 //!
 //! What differs from `vm-memory`'s own bitmap is how it is taken: a word is only exchanged where a bit is set. Exchanging
-//! every word of a large guest costs some twenty times as much as looking at it, and few are ever set.
+//! every word of a large guest costs far more than looking at it, and few are ever set.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
