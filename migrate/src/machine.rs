@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ferry_protocol::bitmap::CHUNK_PAGES;
 use ferry_protocol::layout::Region;
@@ -19,6 +19,8 @@ use crate::ports::{BuildRefusal, GuestPages, PortError, SavedState, SourceVm, Ta
 pub struct MachinePages {
     ram: GuestRam,
     layout: MemoryLayout,
+    /// The source, whose dirty log is asked. It may be gone while its memory is still being read.
+    source: Option<Weak<Machine>>,
 }
 
 impl MachinePages {
@@ -30,7 +32,13 @@ impl MachinePages {
     pub fn new(ram: GuestRam) -> Self {
         let regions = ram.regions().iter().map(|region| Region { gpa: region.gpa, bytes: region.bytes });
         let layout = MemoryLayout::new(regions.collect()).expect("a machine's own regions are in order");
-        Self { ram, layout }
+        Self { ram, layout, source: None }
+    }
+
+    /// The memory of a source: what its dirty log is still to report for the first time counts as untouched until then.
+    #[must_use]
+    pub fn of_source(machine: &Arc<Machine>) -> Self {
+        Self { source: Some(Arc::downgrade(machine)), ..Self::new(machine.ram()) }
     }
 }
 
@@ -72,6 +80,10 @@ impl GuestPages for MachinePages {
         let first = chunk.first_page();
         let count = CHUNK_PAGES.min(self.layout.page_count() - first);
         let mut mask = PageMask::EMPTY;
+        let source = self.source.as_ref().and_then(Weak::upgrade);
+        if source.is_some_and(|source| source.is_report_due(first)) {
+            return mask;
+        }
         let insert = |from: u64, count: u64| (from..from + count).for_each(|page| mask.insert(page - first));
         self.ram.touched(first, count, insert).expect(IN_LAYOUT);
         mask
@@ -126,7 +138,7 @@ impl SourceVm for MigratableMachine {
     }
 
     fn pages(&self) -> Arc<dyn GuestPages> {
-        Arc::new(MachinePages::new(self.machine.ram()))
+        Arc::new(MachinePages::of_source(&self.machine))
     }
 
     fn memory_descriptor(&self) -> Result<OwnedFd, PortError> {

@@ -333,12 +333,14 @@ async fn move_to(
     let mut options = guest.options(target.address.clone());
     change(&mut options);
     let never = watch::channel(false);
-    let (outcome, received) =
-        tokio::join!(source(&guest, options, never.1.clone()), target.receiver.receive(never.1.clone()));
-    let summary = match outcome {
-        Outcome::Moved(summary) => *summary,
-        Outcome::Stayed { failure, .. } => panic!("the guest was not moved: {failure}"),
+    let moving = async {
+        match source(&guest, options, never.1.clone()).await {
+            Outcome::Moved(summary) => *summary,
+            // Said here and now: a target whose source has gone silently would be waited for without a word.
+            Outcome::Stayed { failure, .. } => panic!("the guest was not moved: {failure}"),
+        }
     };
+    let (summary, received) = tokio::join!(moving, target.receiver.receive(never.1.clone()));
     received.expect("threads").expect("a guest");
     assert_eq!(summary.digest, summary.target_digest);
     let machine = target.built.lock().unwrap_or_else(PoisonError::into_inner).take().expect("it was built");

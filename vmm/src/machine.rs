@@ -268,6 +268,14 @@ impl Machine {
         self.dirty_log.collect(&self.vm, &self.ram, into)
     }
 
+    /// Whether the 2 MiB from page `first` on were untouched at every [`Machine::collect_dirty`] so far, so that what is
+    /// touched there by the next one will be reported by it, whenever it was written. Copying any of it before would be
+    /// wrong: the host may take back a page that has become zero again, and it is not reported then.
+    #[must_use]
+    pub fn is_report_due(&self, first: u64) -> bool {
+        self.dirty_log.is_uncleared(first)
+    }
+
     /// Stops logging.
     ///
     /// # Errors

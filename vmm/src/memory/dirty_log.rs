@@ -41,7 +41,7 @@
 //!   be found out, more is cleared and reported, never less.
 //! - **What is touched may become untouched** if the kernel finds it zero and takes it back (splitting huge pages, merging
 //!   equal ones). In an uncleared chunk such a page was never reported, so whoever copies only what is reported has zeroes
-//!   for it, too; in another chunk the log alone decides.
+//!   for it, too ([`DirtyLog::is_uncleared`] tells those who would copy more); in another chunk the log alone decides.
 //! - **A call that fails** leaves its chunks uncleared, so that the next collect reports all that is touched in them.
 //!
 //! `start` begins anew: KVM makes a log with every bit set, every chunk is uncleared, and the devices' bitmap is empty;
@@ -157,7 +157,7 @@ impl DirtyLog {
             State::Off => {}
         }
         for region in ram.tracked().iter() {
-            (**region).bitmap().reset();
+            (**region).bitmap().take(|_, _| {});
         }
         if let Err(error) = set_slots(vm, ram, KVM_MEM_LOG_DIRTY_PAGES) {
             // Some slots may log by now; without the log they must not.
@@ -182,6 +182,20 @@ impl DirtyLog {
         set_slots(vm, ram, 0)?;
         *state = State::Off;
         Ok(())
+    }
+
+    /// Whether the chunk that begins at page `first` is uncleared: none of its pages has been reported, and each one that
+    /// is touched by the next call of `collect` will be.
+    pub(crate) fn is_uncleared(&self, first: u64) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*state {
+            State::Off => false,
+            // Only the last region can end inside a chunk, so that chunks are counted through.
+            State::On(reading) => {
+                let chunk = usize::try_from(first).expect("a page's index") / CHUNK_PAGES;
+                reading.uncleared.iter().flatten().nth(chunk).is_some_and(|uncleared| *uncleared)
+            }
+        }
     }
 
     /// Sets the bit of every page that changed since the last call, and returns how many bits were not
@@ -230,7 +244,7 @@ impl DirtyLog {
                 slot.clear(scratch)?;
             }
             newly_set += slot.clear_touched(uncleared, part, scratch, asked)?;
-            newly_set += merge(part, &(**region).bitmap().get_and_reset());
+            (**region).bitmap().take(|index, bits| newly_set += merge(&mut part[index..=index], &[bits]));
             if *report_touched {
                 newly_set += slot.report_touched(0..words.div_ceil(CHUNK_WORDS), part);
             }

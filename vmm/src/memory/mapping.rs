@@ -12,12 +12,13 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr;
 
-use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::{FileOffset, MmapRegion, mmap::MmapRegionBuilder};
 
 use super::MemoryError;
 use super::available::numbers_in;
 use super::ram::HUGE_PAGE_BYTES;
+use super::written::WrittenPages;
 use crate::config::{Backing, HugePages, MemoryConfig};
 
 /// From the kernel's include/uapi/linux/mempolicy.h.
@@ -88,8 +89,8 @@ impl Mapping {
         &self,
         file: Option<FileOffset>,
         config: &MemoryConfig,
-    ) -> Result<MmapRegion<AtomicBitmap>, MemoryError> {
-        let mut builder = MmapRegionBuilder::new_with_bitmap(self.bytes, AtomicBitmap::with_len(self.bytes))
+    ) -> Result<MmapRegion<WrittenPages>, MemoryError> {
+        let mut builder = MmapRegionBuilder::new_with_bitmap(self.bytes, WrittenPages::with_len(self.bytes))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(mmap_flags(config));
         if let Some(file) = file {

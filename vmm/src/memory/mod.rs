@@ -21,6 +21,7 @@ mod ram;
 mod test_memory;
 mod touched;
 mod transfer;
+mod written;
 mod zero;
 
 use std::fs::File;
@@ -30,7 +31,6 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 pub use available::check_available;
@@ -41,6 +41,7 @@ pub use ram::{GuestRam, HUGE_PAGE_BYTES, RamError, RamRegion};
 
 use available::{Pool, huge_page_pool};
 use mapping::Mapping;
+use written::WrittenPages;
 
 use crate::config::{Backing, HugePages, MemoryConfig};
 
@@ -59,11 +60,11 @@ pub(crate) const LOW_MEMORY_END: u64 = 3 << 30;
 /// Where memory goes on behind the hole.
 pub(crate) const HIGH_MEMORY_START: u64 = 4 << 30;
 
-// The second region starts at a word boundary of every dirty bitmap.
-const _: () = assert!((LOW_MEMORY_END / PAGE_BYTES as u64).is_multiple_of(64));
+// The second region starts at a huge page, and so at a word boundary of every dirty bitmap.
+const _: () = assert!(LOW_MEMORY_END.is_multiple_of(HUGE_PAGE_BYTES as u64));
 
 /// Guest memory whose writes by devices are tracked by page.
-pub(crate) type TrackedMemory = GuestMemoryMmap<AtomicBitmap>;
+pub(crate) type TrackedMemory = GuestMemoryMmap<WrittenPages>;
 
 /// Why guest memory can't be had.
 #[derive(Debug, thiserror::Error)]

@@ -184,7 +184,7 @@ impl PreCopy {
                     context.costs.round_trip.add(now.since(sent_at));
                 }
             }
-            // The first log of all names everything; reading it is no measure for the last one.
+            // The first log of all is only reset: reading it is no measure for the last one.
             Event::DirtyLogRead { took, .. } if matches!(self.step, Step::Reading { last: Some(_) }) => {
                 context.costs.dirty_log.add(*took);
             }

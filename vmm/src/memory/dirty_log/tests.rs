@@ -125,11 +125,16 @@ fn writes_between_the_question_and_the_clearing_are_reported() {
     let Some(kvm) = kvm() else { return };
     let logged = Logged::new(&kvm, Backing::PrivateAnonymous, true);
     logged.touch(1000);
+    let uncleared = || [512, 1024, 2048, LOW_PAGES].map(|first| logged.log.is_uncleared(first));
+    assert_eq!(uncleared(), [false; 4], "the log is off");
     logged.start();
     // One in the chunk that is about to be cleared, and one in a chunk that is not.
     let found = logged.collect_and(&mut || [1001, 2048].iter().for_each(|page| logged.touch(*page)));
     assert_eq!(found, [1000, 1001]);
-    assert_eq!(logged.collect(), [2048]);
+    assert_eq!(uncleared(), [false, true, true, true]);
+    logged.touch(LOW_PAGES + 9);
+    assert_eq!(logged.collect(), [2048, LOW_PAGES + 9]);
+    assert_eq!(uncleared(), [false, true, false, false]);
     assert_eq!(logged.collect(), NONE);
 }
 

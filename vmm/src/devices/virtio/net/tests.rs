@@ -257,7 +257,7 @@ fn frames_travel_both_ways_and_addresses_are_observed() {
         assert!(observed.try_recv().is_err(), "only frames about addresses are observed");
 
         for region in driver.memory.tracked().iter() {
-            (**region).bitmap().reset();
+            (**region).bitmap().take(|_, _| {});
         }
         driver.offer_buffer(0);
         peer_writes(&peer, &to_guest(5));
