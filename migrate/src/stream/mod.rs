@@ -1,6 +1,7 @@
 //! The data streams: one thread and one socket each, pages straight from and into guest memory.
 
 mod encoders;
+mod prefault;
 mod receive;
 mod send;
 mod sender;
