@@ -48,7 +48,7 @@ fn a_vm_goes_from_process_to_process_and_back() {
     let events = said.json_lines();
     let report = events.last().expect("events");
     assert_eq!((&report["event"], &report["kind"]), (&"moved".into(), &"local".into()), "{report}");
-    assert_eq!((&report["digest"], &report["wire_bytes"]), (&"".into(), &0.into()), "{report}");
+    assert_eq!((&report["digest"], &report["wire_bytes"]), (&serde_json::Value::Null, &0.into()), "{report}");
     assert_eq!(report["rounds"].as_array().map(Vec::len), Some(0), "{report}");
     new.until_state("web", "running");
     assert!(new.heartbeats("web") >= beats, "the guest's counters go on");

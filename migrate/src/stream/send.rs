@@ -26,7 +26,7 @@ use crate::transport::tcp;
 pub(super) const STALL_MAX: Duration = Duration::from_secs(10);
 
 /// How long a stream that is not to work sleeps before it asks again.
-const IDLE_FOR: Duration = Duration::from_millis(5);
+const IDLE_FOR: Duration = Duration::from_millis(1);
 
 /// What all streams of a migration share.
 pub(crate) struct SenderOptions {
@@ -172,6 +172,11 @@ impl Round {
         let page_count = self.pages.page_count();
         loop {
             if !options.works(stream) {
+                // Only the first round is long enough to change one's mind in it. In any other a stream that waits would
+                // only keep the rest waiting for its fence.
+                if self.fence > 1 || self.paused {
+                    return None;
+                }
                 ChunkIndex::new(self.next.load(Ordering::Relaxed), page_count)?;
                 thread::sleep(IDLE_FOR);
                 continue;

@@ -175,8 +175,9 @@ impl Sender {
             }
         }
         while self.under_way > 0 {
-            let done = self.ready.recv().expect("this thread holds a sender of its own");
-            self.write_done(&done)?;
+            // A group takes milliseconds: one that does not come is lost with its thread.
+            let done = self.ready.recv_timeout(STALL_MAX);
+            self.write_done(&done.map_err(|_| io::Error::other("a packing thread has ended"))?)?;
         }
         self.write(&Frame::Fence(round.fence).encode(), &[])?;
         self.round.digest = self.digest;

@@ -250,9 +250,9 @@ mod tests {
         assert_eq!(wire_bytes, raw_pages * 4096 + (80 + 32 + 2) * 84);
         let packed = work(&guest, 2, Compression::Lz4).sent;
         assert_eq!((packed.raw_pages, packed.zero_pages, packed.packed_pages), (4096, 4096, 12_288));
-        // Groups of 64 pages now; of 12,288 pages in them, 8,192 shrink.
+        // Groups of 128 pages now; of 12,288 pages in them, 8,192 shrink.
         let pages = 8192.0 / Hardware::default().pack_ratio + 4096.0 + 4096.0;
-        let expected = pages * 4096.0 + f64::from((40 * 8 + 32 + 2) * 84);
+        let expected = pages * 4096.0 + f64::from((40 * 4 + 32 + 2) * 84);
         assert!((float(packed.wire_bytes) - expected).abs() < 1.0, "{packed:?}, not {expected}");
     }
 
