@@ -1,6 +1,6 @@
 //! Migrations of a real guest over loopback, beside what loopback TCP takes in the same run.
 //!
-//! `cargo bench -p ferry-benches --bench loopback [-- runs=7 streams=1 mib=1024 compress=none cold=0]` interleaves one TCP
+//! `cargo bench -p ferry-benches --bench loopback [-- runs=7 streams=1 mib=1024 compress=none]` interleaves one TCP
 //! transfer (over as many connections) and one migration of a guest with so many MiB of random pages that is otherwise
 //! idle, and prints medians with their spread. Nothing is asserted: machines are noisy, ratios within one run are what
 //! counts.
@@ -22,7 +22,6 @@ struct Order {
     streams: u16,
     mib: u64,
     compression: Compression,
-    cold: bool,
 }
 
 impl Order {
@@ -38,7 +37,6 @@ impl Order {
             runs: number("runs", 7),
             streams: u16::try_from(number("streams", 1)).expect("few streams"),
             mib: number("mib", 1024).into(),
-            cold: number("cold", 0) == 1,
             compression: value("compress")
                 .map_or(Compression::None, |value| value.parse().expect("a packing")),
         }
@@ -60,10 +58,9 @@ fn main() {
         .enable_all()
         .build()
         .expect("a runtime");
-    let Order { runs, streams, mib, compression, cold } = order;
-    let cold = if cold { ", target's memory as cold as it is" } else { "" };
+    let Order { runs, streams, mib, compression } = order;
     println!(
-        "{mib} MiB of random pages, idle guest, loopback, streams {streams}, packing {compression}{cold}; {runs} runs"
+        "{mib} MiB of random pages, idle guest, loopback, streams {streams}, packing {compression}; {runs} runs"
     );
     let mut guest = boot(&format!("fill mib={mib} random=100 verify=0"), &order.guest());
     // The first ones touch memory that the machine may not have used before.
@@ -74,9 +71,7 @@ fn main() {
     let (mut downtime, mut gap) = (vec![], vec![]);
     for _ in 0..runs {
         let raw = raw_tcp(order);
-        if !order.cold {
-            warm(order);
-        }
+        warm(order);
         let seen = measure(&runtime, guest, order);
         guest = seen.guest;
         tcp.push(raw);

@@ -318,7 +318,7 @@ impl Attempt {
                 }
                 let joined = vec![false; usize::from(count)];
                 let (sockets, threads) = (Vec::new(), Vec::new());
-                let received = Arc::new(ReceivedMemory::new(vm.pages(), Arc::clone(&self.clock)));
+                let received = Arc::new(ReceivedMemory::new(vm.pages().layout().page_count()));
                 self.streams = Some(Streams { vm, count, verify, received, joined, sockets, threads });
                 Some(Event::MachineBuilt)
             }

@@ -1,7 +1,6 @@
 //! The data streams: one thread and one socket each, pages straight from and into guest memory.
 
 mod encoders;
-mod prefault;
 mod receive;
 mod send;
 mod sender;

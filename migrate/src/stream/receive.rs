@@ -16,8 +16,7 @@ use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, FrameError};
 use ferry_protocol::message::AbortCode;
 use ferry_protocol::{ChunkIndex, MemoryDigest, PageDigest, PageMask, PageRange};
 
-use super::prefault::Prefaulter;
-use crate::ports::{Clock, GuestPages};
+use crate::ports::GuestPages;
 
 /// What a receiving stream reports.
 #[derive(Debug)]
@@ -78,14 +77,11 @@ pub(crate) fn receive_stream(
 #[derive(Debug)]
 pub(crate) struct ReceivedMemory {
     chunks: Vec<Mutex<ReceivedChunk>>,
-    prefaulter: Prefaulter,
 }
 
 impl ReceivedMemory {
-    pub(crate) fn new(pages: Arc<dyn GuestPages>, clock: Arc<dyn Clock>) -> Self {
-        let chunks = pages.layout().page_count().div_ceil(CHUNK_PAGES);
-        let chunks = (0..chunks).map(|_| Mutex::default()).collect();
-        Self { chunks, prefaulter: Prefaulter::start(pages, clock) }
+    pub(crate) fn new(page_count: u64) -> Self {
+        Self { chunks: (0..page_count.div_ceil(CHUNK_PAGES)).map(|_| Mutex::default()).collect() }
     }
 
     /// A chunk, for the stream that has a frame of it.
@@ -134,7 +130,6 @@ impl Receiver {
     }
 
     fn raw(&mut self, chunk: ChunkIndex, mask: &PageMask) -> Result<(), StreamError> {
-        self.received.prefaulter.arrives(chunk, mask);
         let ranges: Vec<PageRange> = chunk.ranges(mask).collect();
         self.pages.receive(self.socket.as_fd(), &ranges)?;
         self.take_digests(chunk, mask);
