@@ -88,10 +88,6 @@ impl GuestPages for MachinePages {
         self.ram.touched(first, count, insert).expect(IN_LAYOUT);
         mask
     }
-
-    fn prefault(&self, range: PageRange) -> io::Result<()> {
-        self.ram.prefault(range.first(), range.count())
-    }
 }
 
 /// A machine that can be migrated, with the addresses its guest has been seen to use.

@@ -59,12 +59,6 @@ pub trait GuestPages: Send + Sync {
     /// runs, a page that is left out is only known to be zero if its dirty log was reset before this call: what is
     /// written later is then dirty again.
     fn touched(&self, chunk: ChunkIndex) -> PageMask;
-
-    /// Has the host provide memory for the pages of `range` now, ahead of what will arrive for them. Changes no byte.
-    ///
-    /// # Errors
-    /// If the host has no memory left.
-    fn prefault(&self, range: PageRange) -> io::Result<()>;
 }
 
 /// The state of a paused guest.

@@ -268,6 +268,7 @@ impl Sender {
                     match self.ready.recv_timeout(self.until_dry()) {
                         Ok(done) => self.write_done(&done)?,
                         Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                            self.packing.filled_pages += mask.count();
                             return Ok(unpacked);
                         }
                     }
