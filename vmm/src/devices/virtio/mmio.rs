@@ -25,6 +25,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::in_flight::InFlight;
 use crate::memory::TrackedMemory;
 use crate::saved::StateError;
 use crate::saved::sections::{VirtioMmio as SavedTransport, Virtqueue as SavedQueue};
@@ -68,6 +69,7 @@ pub(crate) struct MmioTransport {
     interrupt: EventFd,
     /// One a queue, in KVM's hands; written here when the driver became ready.
     notify: Vec<EventFd>,
+    in_flight: InFlight,
     /// Whether the log has told of a broken queue.
     warned: AtomicBool,
 }
@@ -109,6 +111,7 @@ impl MmioTransport {
             interrupt_status: AtomicU32::new(0),
             interrupt,
             notify,
+            in_flight: InFlight::default(),
             warned: AtomicBool::new(false),
         }
     }
@@ -125,6 +128,11 @@ impl MmioTransport {
 
     pub(crate) fn notifiers(&self) -> &[EventFd] {
         &self.notify
+    }
+
+    /// What the device works on without holding its registers.
+    pub(crate) fn in_flight(&self) -> &InFlight {
+        &self.in_flight
     }
 
     /// The registers and queues, for the worker.
@@ -235,6 +243,9 @@ impl MmioTransport {
         if value == 0 {
             registers.reset();
             self.interrupt_status.store(0, Ordering::SeqCst);
+            drop(registers);
+            // The driver may use its memory for other things as soon as it has done this write.
+            self.in_flight.wait_until_none();
             return;
         }
         let set = value & !registers.status;
@@ -330,6 +341,11 @@ impl Registers {
     pub(crate) fn is_live(&self) -> bool {
         let stopped = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
         self.status & (VIRTIO_CONFIG_S_DRIVER_OK | stopped) == VIRTIO_CONFIG_S_DRIVER_OK
+    }
+
+    /// Whether the driver has accepted a feature.
+    pub(crate) fn has_feature(&self, bit: u32) -> bool {
+        self.driver_features >> bit & 1 == 1
     }
 
     fn selected(&self) -> Option<&Queue> {

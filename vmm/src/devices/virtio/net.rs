@@ -16,14 +16,13 @@ use std::thread::{self, JoinHandle};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP};
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
-use virtio_queue::desc::split::Descriptor;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::mmio::{BrokenQueue, DeviceKind, MmioTransport};
+use super::ring::{refuse_indirect, wants_interrupt};
 use crate::memory::{GuestRam, TrackedMemory};
 use crate::parking::{Control, Kick, PanicGuard};
 use crate::tap::{Tap, VNET_HEADER_BYTES};
@@ -49,8 +48,6 @@ const WAIT_RETRY_MS: i32 = 100;
 
 /// Frames thrown away at most: more than a tap's queue holds.
 const STALE_FRAMES_MAX: usize = 65_536;
-
-const DESCRIPTOR_BYTES: u64 = size_of::<Descriptor>() as u64;
 
 const ETHERNET_HEADER_BYTES: usize = 14;
 const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
@@ -357,14 +354,7 @@ impl Net {
     }
 
     fn interrupt_if_wanted(&self, queue: &mut Queue, memory: &TrackedMemory) -> Result<(), BrokenQueue> {
-        let wanted = if queue.event_idx_enabled() {
-            queue.needs_notification(memory)?
-        } else {
-            let flags = memory.read_obj::<u16>(GuestAddress(queue.avail_ring()));
-            let flags = flags.map_err(virtio_queue::Error::GuestMemory)?;
-            u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
-        };
-        if wanted {
+        if wants_interrupt(queue, memory)? {
             self.transport.interrupt_for_queue();
         }
         Ok(())
@@ -444,30 +434,6 @@ fn place_frame(queue: &mut Queue, memory: &TrackedMemory, frame: &[u8]) -> Resul
     let length = u32::try_from(frame.len()).expect("FRAME_BYTES_MAX fits");
     queue.add_used(memory, head, length)?;
     Ok(true)
-}
-
-/// Breaks the queue if a chain uses indirect descriptors: they are not offered, and virtio-queue would
-/// follow them to chains far longer than a queue.
-fn refuse_indirect(queue: &Queue, memory: &TrackedMemory, head: u16) -> Result<(), BrokenQueue> {
-    if head >= queue.size() {
-        return Err(BrokenQueue(virtio_queue::Error::InvalidDescriptorIndex));
-    }
-    let mut index = head;
-    for _ in 0..queue.size() {
-        let place = DESCRIPTOR_BYTES * u64::from(index);
-        let address = queue.desc_table().checked_add(place).ok_or(virtio_queue::Error::AddressOverflow)?;
-        let descriptor = memory.read_obj::<Descriptor>(GuestAddress(address));
-        let descriptor = descriptor.map_err(virtio_queue::Error::GuestMemory)?;
-        if descriptor.refers_to_indirect_table() {
-            return Err(BrokenQueue(virtio_queue::Error::InvalidIndirectDescriptor));
-        }
-        // A chain that leaves the table or bites its tail is cut off there, as by the iterator.
-        if !descriptor.has_next() || descriptor.next() >= queue.size() {
-            break;
-        }
-        index = descriptor.next();
-    }
-    Ok(())
 }
 
 fn config_space(mac: [u8; 6]) -> Vec<u8> {

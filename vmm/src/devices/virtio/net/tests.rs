@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, unshare};
 use proptest::prelude::*;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
 use crate::config::{Backing, MemoryConfig};
