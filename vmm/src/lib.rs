@@ -14,6 +14,7 @@ mod machine;
 mod memory;
 mod parking;
 mod saved;
+mod socket;
 pub mod tap;
 mod vcpu;
 
@@ -35,3 +36,4 @@ pub use memory::{
 };
 pub use parking::MachineEvent;
 pub use saved::{STATE_BYTES_MAX, StateError};
+pub use socket::tcp_busy_time;
