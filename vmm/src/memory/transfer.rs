@@ -221,9 +221,10 @@ mod tests {
         let expected = bytes.clone();
         let sender = thread::spawn(move || {
             // More than is gathered at once, a rest that is less, and later still something else.
-            for piece in [&bytes[..GATHER_BYTES + 5], &bytes[GATHER_BYTES + 5..], b"next"] {
+            let pieces = [(&bytes[..GATHER_BYTES + 5], 5), (&bytes[GATHER_BYTES + 5..], 50), (b"next", 0)];
+            for (piece, pause_ms) in pieces {
                 from.write_all(piece).unwrap();
-                thread::sleep(Duration::from_millis(50));
+                thread::sleep(Duration::from_millis(pause_ms));
             }
             // Open until the other side is done: its end would wake a reader that nothing else does.
             from
