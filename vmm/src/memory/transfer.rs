@@ -211,6 +211,23 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 
+    fn low_water_bytes(socket: &TcpStream) -> libc::c_int {
+        let mut value = 0;
+        let mut bytes = libc::socklen_t::try_from(size_of_val(&value)).unwrap();
+        // SAFETY: the kernel writes one int, which `value` is.
+        let done = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_RCVLOWAT,
+                (&raw mut value).cast(),
+                &raw mut bytes,
+            )
+        };
+        assert_eq!(done, 0);
+        value
+    }
+
     #[test]
     fn what_comes_in_pieces_is_taken_whole_and_leaves_the_socket_as_it_was() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -231,6 +248,7 @@ mod tests {
         });
         let ram = ram(4 << 20);
         ram.receive_pages(to.as_fd(), &[(3, 100)]).unwrap();
+        assert_eq!(low_water_bytes(&to), 1);
         let mut next = [0; 4];
         to.read_exact(&mut next).unwrap();
         assert_eq!(&next, b"next");
