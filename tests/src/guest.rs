@@ -11,7 +11,7 @@ use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::{BuildRefusal, RecordStore, SystemClock, TargetHost, TargetVm};
 use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::protocol::record::{Record, Standing};
-use ferry_migrate::protocol::source::{OnTimeout, Outcome, Summary};
+use ferry_migrate::protocol::source::{Failure, OnTimeout, Outcome, Summary};
 use ferry_migrate::protocol::{Epoch, MemoryLayout, MigrationId, PAGE_BYTES, VmId};
 use ferry_migrate::{
     BandwidthCap, FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate,
@@ -51,6 +51,36 @@ pub struct Guest {
 impl Drop for Guest {
     fn drop(&mut self) {
         self.machine.machine().stop();
+    }
+}
+
+/// What migrations within a test run on.
+///
+/// # Panics
+/// If the system has no threads left.
+#[must_use]
+pub fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime")
+}
+
+/// A migration that nobody cancels.
+#[must_use]
+pub fn never() -> watch::Receiver<bool> {
+    watch::channel(false).1
+}
+
+/// The reason of an attempt after which the guest goes on here.
+///
+/// # Panics
+/// If the guest was moved, or does not go on.
+#[must_use]
+pub fn stayed(guest: &Guest, outcome: Outcome) -> Failure {
+    match outcome {
+        Outcome::Stayed { failure, .. } => {
+            guest.goes_on();
+            failure
+        }
+        Outcome::Moved(_) => panic!("the guest was moved"),
     }
 }
 
