@@ -1,5 +1,6 @@
 //! Machines on this host's KVM, with guests of a few instructions.
 
+mod boot;
 mod life;
 #[path = "../support/mod.rs"]
 mod support;

@@ -216,7 +216,7 @@ fn a_state_comes_back_from_kvm_as_it_went_in() {
     let kernel = directory.path().join("kernel");
     std::fs::write(&kernel, elf(HALTING)).unwrap();
     let source = Machine::build(&config()).unwrap();
-    let boot = BootSource { kernel: Kernel::File(kernel), initrd: None, cmdline: String::new() };
+    let boot = BootSource { kernel: Kernel::File(kernel), initrd: None, cmdline: String::new(), acpi: false };
     source.load(&boot).unwrap();
     set_what_no_guest_here_can(&source);
     source.run().unwrap();
