@@ -173,6 +173,10 @@ impl Machine {
     /// It does not run, or the guest ended itself before it was paused.
     pub fn pause(&self) -> Result<(), RunError> {
         let _operation = self.operate();
+        // First, for a guest that ended itself and was then stopped: how it ended is what its owner wants to know.
+        if let Some(event) = self.control.ended() {
+            return Err(RunError::Ended { action: "pause", how: describe(&event) });
+        }
         let phase = self.phase();
         if phase != Phase::Running {
             return Err(RunError::WrongStatus { action: "pause", status: phase.name() });

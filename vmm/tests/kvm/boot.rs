@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use crate::support::bzimage::{bzimage, elf_without_note};
 use crate::support::*;
+use crate::tiny_linux::{bzimage, elf_without_note};
 use ferry_vmm::{BootSource, Kernel, Machine, MachineConfig, MachineEvent, MachineStatus, RunError};
 
 const MEMORY_BYTES: u64 = 16 << 20;

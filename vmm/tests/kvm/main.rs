@@ -5,3 +5,7 @@ mod life;
 #[path = "../support/mod.rs"]
 mod support;
 mod taps;
+#[path = "../support/bzimage.rs"]
+mod tiny_linux;
+
+use support::elf as tiny_kernel;

@@ -1,7 +1,7 @@
 //! What the tests on real KVM share: tiny guests, machines around them, and the rule for hosts without
 //! KVM.
 
-mod elf;
+pub(crate) mod elf;
 
 use std::fs::File;
 use std::io::Write;
