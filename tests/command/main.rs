@@ -7,7 +7,10 @@ mod control;
 mod local;
 mod machines;
 mod names;
+mod shutdown;
 mod targets;
+#[path = "../../vmm/tests/support/elf.rs"]
+mod tiny_kernel;
 mod under_way;
 
 /// The program under test.

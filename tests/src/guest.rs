@@ -117,6 +117,8 @@ pub fn boot_logging_gaps(workload: &str, config: &MachineConfig, gap_log_us: u64
             kernel: Kernel::Image { name: "workload guest", bytes: ferry_guest_image::WORKLOAD_GUEST },
             initrd: None,
             cmdline: format!("gap_log_us={gap_log_us} workload {workload}"),
+            // The workload guest has none.
+            acpi: false,
         })
         .expect("it boots");
     machine.run().expect("it runs");

@@ -93,15 +93,20 @@ pub enum SerialTarget {
 /// What a machine starts with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BootSource {
-    /// The kernel, a 64-bit ELF file with a PVH entry note.
+    /// The kernel: a bzImage, or a 64-bit ELF image (with a PVH entry note, or else entered by Linux's 64-bit boot
+    /// protocol).
     pub kernel: Kernel,
     /// An initial RAM disk.
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line; the machine appends its virtio-mmio devices.
+    /// The kernel's command line; without ACPI the machine appends its virtio-mmio devices.
     pub cmdline: String,
+    /// Whether ACPI tables tell the kernel of processors, devices and the power button. A kernel without ACPI looks for
+    /// neither, and finds processors by the MP table, which is always there, and devices on its command line. Never
+    /// both: a kernel that read both would find each device twice.
+    pub acpi: bool,
 }
 
-/// Where the kernel's ELF image is.
+/// Where the kernel's image is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kernel {
     /// In a file.
@@ -110,7 +115,7 @@ pub enum Kernel {
     Image {
         /// What to call it in messages.
         name: &'static str,
-        /// The ELF image.
+        /// The image.
         bytes: &'static [u8],
     },
 }

@@ -21,6 +21,9 @@ mod vcpu;
 #[cfg(test)]
 #[path = "../tests/support/elf.rs"]
 mod tiny_kernel;
+#[cfg(test)]
+#[path = "../tests/support/bzimage.rs"]
+mod tiny_linux;
 
 pub use boot::{BootError, CMDLINE_BYTES_MAX};
 pub use capability::{KvmCallError, KvmError};

@@ -23,13 +23,13 @@ use kvm_ioctls::VmFd;
 
 pub use build::BuildError;
 
-use crate::boot::{self, BootError};
+use crate::boot::{self, BootError, VirtioWindow};
 use crate::capability::Capabilities;
 use crate::config::{BootSource, HugePages, MachineConfig};
 use crate::devices::virtio::mmio::WINDOW_BYTES;
 pub use crate::devices::virtio::net::FrameObserver;
 use crate::devices::virtio::net::Net;
-use crate::devices::{Bus, MMIO_INTERRUPT_FIRST, MMIO_START};
+use crate::devices::{Bus, MMIO_START, mmio_interrupt};
 use crate::memory::dirty_log::DirtyLog;
 use crate::memory::{DirtyLogError, GuestRam};
 use crate::parking::{Control, MachineEvent};
@@ -69,6 +69,12 @@ pub enum RunError {
         /// What it is.
         status: &'static str,
     },
+    /// The guest does not listen to the power button.
+    #[error(
+        "can't shut down the machine: its guest does not listen to the power button (it has no ACPI driver for it, or \
+         has not got so far); stop the machine instead"
+    )]
+    NoPowerButton,
     /// The guest has ended itself.
     #[error("can't {action} the machine: {how}")]
     Ended {
@@ -103,7 +109,7 @@ pub struct Machine {
     control: Arc<Control>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     dirty_log: DirtyLog,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     ram: GuestRam,
     phase: Mutex<Phase>,
     /// Held by calls that change the phase, so that `status` never waits for them.
@@ -121,7 +127,7 @@ impl Machine {
         if phase != Phase::Created {
             return Err(BootError::WrongStatus { status: phase.name() });
         }
-        let entry = boot::load(&self.ram, self.config.cpus, boot, &self.device_parameters())?;
+        let entry = boot::load(&self.ram, self.config.cpus, boot, &self.virtio_windows())?;
         for vcpu in &self.vcpus {
             let Capabilities { cpuid, tsc_deadline_timer, .. } = &self.capabilities;
             vcpu.set_cpuid(&cpuid_for_vcpu(cpuid, vcpu.index, self.config.cpus, *tsc_deadline_timer))?;
@@ -167,6 +173,10 @@ impl Machine {
     /// It does not run, or the guest ended itself before it was paused.
     pub fn pause(&self) -> Result<(), RunError> {
         let _operation = self.operate();
+        // First, for a guest that ended itself and was then stopped: how it ended is what its owner wants to know.
+        if let Some(event) = self.control.ended() {
+            return Err(RunError::Ended { action: "pause", how: describe(&event) });
+        }
         let phase = self.phase();
         if phase != Phase::Running {
             return Err(RunError::WrongStatus { action: "pause", status: phase.name() });
@@ -177,6 +187,24 @@ impl Machine {
         }
         self.set_phase(Phase::Paused);
         Ok(())
+    }
+
+    /// Presses the guest's power button, on which most guests shut down in their own time.
+    ///
+    /// # Errors
+    /// It does not run, has ended itself, or does not listen to the button.
+    pub fn press_power_button(&self) -> Result<(), RunError> {
+        let action = "shut down";
+        // Also keeps a pause from coming in between: what is pressed is saved.
+        let _operation = self.operate();
+        let phase = self.phase();
+        if phase != Phase::Running {
+            return Err(RunError::WrongStatus { action, status: phase.name() });
+        }
+        if let Some(event) = self.control.ended() {
+            return Err(RunError::Ended { action, how: describe(&event) });
+        }
+        if self.bus.power.press_button() { Ok(()) } else { Err(RunError::NoPowerButton) }
     }
 
     /// Ends every thread of the machine and lets go of its tap. Memory stays. Doing it again does
@@ -318,13 +346,11 @@ impl Machine {
         }
     }
 
-    /// Kernel parameters by which Linux finds the virtio-mmio windows.
-    fn device_parameters(&self) -> Vec<String> {
-        let windows = (MMIO_START..).step_by(usize::try_from(WINDOW_BYTES).expect("4096"));
-        let parameters = (MMIO_INTERRUPT_FIRST..).zip(windows);
-        let parameters =
-            parameters.map(|(line, address)| format!("virtio_mmio.device=4K@{address:#x}:{line}"));
-        parameters.take(self.bus.virtio.len()).collect()
+    /// Where the guest is to find its virtio devices.
+    fn virtio_windows(&self) -> Vec<VirtioWindow> {
+        let addresses = (MMIO_START..).step_by(usize::try_from(WINDOW_BYTES).expect("4096"));
+        let windows = (0..).map(mmio_interrupt).zip(addresses).take(self.bus.virtio.len());
+        windows.map(|(interrupt, address)| VirtioWindow { address, interrupt }).collect()
     }
 
     fn operate(&self) -> MutexGuard<'_, ()> {

@@ -10,6 +10,7 @@ pub(crate) const VM: &str = "/api/v1/vm";
 pub(crate) const PAUSE: &str = "/api/v1/vm/pause";
 pub(crate) const RESUME: &str = "/api/v1/vm/resume";
 pub(crate) const STOP: &str = "/api/v1/vm/stop";
+pub(crate) const POWER_BUTTON: &str = "/api/v1/vm/power-button";
 pub(crate) const GUEST: &str = "/api/v1/guest";
 pub(crate) const MIGRATION: &str = "/api/v1/migration";
 pub(crate) const MIGRATION_BANDWIDTH: &str = "/api/v1/migration/bandwidth";

@@ -39,7 +39,9 @@ pub(crate) enum Command {
     Pause(NameArgs),
     /// Resume a paused VM
     Resume(NameArgs),
-    /// Stop a VM, or a waiting 'ferry receive'
+    /// Press a VM's power button: its guest shuts down in its own time
+    Shutdown(NameArgs),
+    /// Stop a VM at once, or a waiting 'ferry receive'
     Stop(NameArgs),
     /// Show a live migration from start to end: two hosts, a loaded web server, one command
     Demo(DemoArgs),
@@ -71,7 +73,7 @@ pub(crate) struct RunArgs {
     /// The VM's name on this host
     #[arg(long)]
     pub(crate) name: VmName,
-    /// Kernel to boot: an ELF with a PVH entry
+    /// Kernel to boot: a bzImage, or a 64-bit ELF such as vmlinux (entered by PVH where it has the note)
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
     /// Boot the built-in workload guest: 'idle', 'dirty rate=500 set=256', 'fill mib=512 zero=25 text=50',
@@ -84,6 +86,10 @@ pub(crate) struct RunArgs {
     /// Kernel command line
     #[arg(long, value_name = "STR", default_value = "")]
     pub(crate) cmdline: String,
+    /// Tell the kernel of processors, devices and the power button by ACPI; with 'off', virtio devices are appended to
+    /// the command line instead, for a kernel built without ACPI
+    #[arg(long, value_enum, default_value_t = SwitchArg::On, value_name = "on|off", conflicts_with = "guest")]
+    pub(crate) acpi: SwitchArg,
     /// Guest memory: '1G', or 'size=1G' with any of shared=on (a memfd), hugepages=off (4 KiB pages only),
     /// hugepages=2M (from the host's pool), node=N (from one NUMA node)
     #[arg(long, default_value = "1G", value_parser = memory, value_name = "SIZE|size=SIZE[,..]")]

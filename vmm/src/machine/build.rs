@@ -11,9 +11,12 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Machine, Phase};
 use crate::capability::{self, Capabilities, KvmCallError, KvmError};
 use crate::config::{ConfigError, MachineConfig, MemoryConfig, NetConfig};
+use crate::devices::power::{InterruptLevel, Power};
 use crate::devices::virtio::mmio::{NOTIFY_OFFSET, WINDOW_BYTES};
 use crate::devices::virtio::net::Net;
-use crate::devices::{Bus, MMIO_INTERRUPT_FIRST, MMIO_START, SERIAL_INTERRUPT, SerialError, SerialPort};
+use crate::devices::{
+    ACPI_INTERRUPT, Bus, MMIO_START, SERIAL_INTERRUPT, SerialError, SerialPort, mmio_interrupt,
+};
 use crate::memory::dirty_log::DirtyLog;
 use crate::memory::{self, GuestRam, MemoryError};
 use crate::parking::{Control, Kick};
@@ -98,14 +101,15 @@ impl Machine {
         }
         install_signal_handler().map_err(KvmCallError::new("have its vCPUs interrupted by a signal"))?;
         let ram = memory(&config.memory)?;
-        let vm = kvm.create_vm().map_err(KvmCallError::new("create a machine"))?;
+        let vm = Arc::new(kvm.create_vm().map_err(KvmCallError::new("create a machine"))?);
         create_interrupt_controllers(&vm, &capabilities)?;
         let dirty_log = DirtyLog::register(&vm, &ram, capability::enable_dirty_log_modes(&vm))?;
         let vcpus = (0..config.cpus).map(|index| Vcpu::create(&vm, index).map(Arc::new));
         let vcpus: Vec<_> = vcpus.collect::<Result<_, _>>()?;
         let net = config.net.as_ref().map(|net| open_net(net, &ram)).transpose()?.map(Arc::new);
         let virtio = net.iter().map(|net| Arc::clone(net.transport())).collect();
-        let bus = Bus { serial: SerialPort::open(&config.serial)?, virtio };
+        let power = Power::new(Box::new(AcpiInterrupt { vm: Arc::clone(&vm) }));
+        let bus = Bus { serial: SerialPort::open(&config.serial)?, power, virtio };
         connect(&vm, &bus)?;
 
         let control = Arc::new(Control::new());
@@ -148,6 +152,20 @@ impl Machine {
     }
 }
 
+/// The interrupt of ACPI's fixed hardware. It has a level, so no eventfd will do.
+#[derive(Debug)]
+struct AcpiInterrupt {
+    vm: Arc<VmFd>,
+}
+
+impl InterruptLevel for AcpiInterrupt {
+    fn set(&self, asserted: bool) {
+        if let Err(error) = self.vm.set_irq_line(ACPI_INTERRUPT, asserted) {
+            tracing::debug!(%error, asserted, "KVM does not take the level of the power button's interrupt");
+        }
+    }
+}
+
 fn create_interrupt_controllers(vm: &VmFd, capabilities: &Capabilities) -> Result<(), KvmCallError> {
     vm.set_tss_address(TSS_ADDRESS).map_err(KvmCallError::new("set its task segment's address"))?;
     if capabilities.identity_map_address {
@@ -173,8 +191,8 @@ fn connect(vm: &VmFd, bus: &Bus) -> Result<(), KvmCallError> {
     };
     interrupt(bus.serial.interrupt(), SERIAL_INTERRUPT)?;
     let mut address = MMIO_START;
-    for (line, transport) in (MMIO_INTERRUPT_FIRST..).zip(&bus.virtio) {
-        interrupt(transport.interrupt(), line)?;
+    for (window, transport) in (0_u32..).zip(&bus.virtio) {
+        interrupt(transport.interrupt(), mmio_interrupt(window))?;
         for (queue, notify) in (0_u32..).zip(transport.notifiers()) {
             vm.register_ioevent(notify, &IoEventAddress::Mmio(address + NOTIFY_OFFSET), queue)
                 .map_err(KvmCallError::new("connect a queue's notification"))?;

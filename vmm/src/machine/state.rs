@@ -16,8 +16,8 @@ use crate::config::{
     Backing, HugePages, LocalChoices, MachineConfig, MemoryChoices, MemoryConfig, NetConfig,
 };
 use crate::saved::sections::{
-    Clock, HostInstant, Irqchip, MachineShape, MemoryPages, Pit, Serial as SavedSerial, Vcpu as SavedVcpu,
-    VirtioMmio as SavedVirtio,
+    Clock, HostInstant, Irqchip, MachineShape, MemoryPages, Pit, Power as SavedPower, Serial as SavedSerial,
+    Vcpu as SavedVcpu, VirtioMmio as SavedVirtio,
 };
 use crate::saved::{Reader, StateError, Writer, from_abi_bytes, to_abi_bytes};
 use crate::vcpu::{self, StateContext, TscPlan};
@@ -33,6 +33,7 @@ struct Saved {
     clock: Clock,
     vcpus: Vec<SavedVcpu>,
     serial: SavedSerial,
+    power: Option<SavedPower>,
     virtio: Vec<SavedVirtio>,
 }
 
@@ -119,6 +120,9 @@ impl Machine {
             writer.add(&saved)?;
         }
         writer.add(&self.bus.serial.save())?;
+        if let Some(power) = self.bus.power.save() {
+            writer.add(&power)?;
+        }
         for transport in &self.bus.virtio {
             writer.add(&transport.save())?;
         }
@@ -138,7 +142,7 @@ impl Machine {
             let action = "restore a state";
             return Err(StateError::WrongStatus { action, status: phase.name(), needed: "just built" });
         }
-        let Saved { irqchip, pit, clock, vcpus, serial, virtio } = self.decode(bytes)?;
+        let Saved { irqchip, pit, clock, vcpus, serial, power, virtio } = self.decode(bytes)?;
         let Pit { state } = pit;
         let pit = from_abi_bytes("pit", &state)?;
         let tsc = self.restore_clock(&clock, vcpus[0].tsc_khz)?;
@@ -148,6 +152,7 @@ impl Machine {
         }
         self.restore_irqchip(&irqchip)?;
         self.bus.serial.restore(&serial)?;
+        self.bus.power.restore(power.as_ref())?;
         for (transport, saved) in self.bus.virtio.iter().zip(&virtio) {
             transport.restore(saved, self.ram.tracked())?;
         }
@@ -186,6 +191,7 @@ impl Machine {
             clock: reader.one()?,
             vcpus,
             serial: reader.one()?,
+            power: reader.one_at_most()?,
             virtio,
         })
     }

@@ -274,6 +274,15 @@ impl<'a> Reader<'a> {
         of_kind.filter(|section| section.version == S::VERSION).map(RawSection::decode).next().transpose()
     }
 
+    /// The section of a type that not every state has.
+    pub(crate) fn one_at_most<S: Section>(&self) -> Result<Option<S>, StateError> {
+        let mut all = self.all::<S>()?;
+        match (all.pop(), all.len()) {
+            (last, 0) => Ok(last),
+            (_, others) => Err(StateError::SectionCount { section: S::NAME, found: others + 1, expected: 1 }),
+        }
+    }
+
     /// The one section of a type.
     pub(crate) fn one<S: Section>(&self) -> Result<S, StateError> {
         let mut all = self.all::<S>()?;

@@ -125,6 +125,14 @@ pub(crate) struct Virtqueue {
     pub(crate) used: u64,
 }
 
+/// ACPI's fixed hardware: the PM1 registers. Only there if a guest has touched them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Power {
+    pub(crate) status: u16,
+    pub(crate) enable: u16,
+    pub(crate) control: u16,
+}
+
 macro_rules! sections {
     ($($type:ty = $kind:literal, version $version:literal, $name:literal;)*) => {
         $(impl Section for $type {
@@ -151,6 +159,7 @@ sections! {
     Clock = 19, version 2, "clock";
     Serial = 32, version 1, "serial";
     VirtioMmio = 33, version 1, "virtio-mmio";
+    Power = 40, version 1, "power";
 }
 
 pub(super) fn is_known(kind: u16) -> bool {

@@ -76,7 +76,7 @@ async fn run_source(order: SourceOrder) -> anyhow::Result<ExitCode> {
         serial: SerialTarget::File(serial),
     };
     let machine = Arc::new(Machine::build(&config)?);
-    machine.load(&BootSource { kernel: Kernel::File(kernel), initrd, cmdline })?;
+    machine.load(&BootSource { kernel: Kernel::File(kernel), initrd, cmdline, acpi: false })?;
     machine.run()?;
     let records = records(&folder)?;
     let vm = VmId(random_id()?);

@@ -14,7 +14,7 @@ use ferry_migrate::protocol::{Epoch, VmId};
 use ferry_vmm::{BootSource, Kernel, Machine, MachineConfig, NetConfig};
 
 use super::{Signals, err, exit_with_stdin, out, stay};
-use crate::cli::{NetArg, RunArgs};
+use crate::cli::{NetArg, RunArgs, SwitchArg};
 use crate::host::migration::random_id;
 use crate::host::{Here, Life, VmHost, server};
 use crate::quantity::show_bytes;
@@ -96,7 +96,9 @@ fn boot_source(args: &RunArgs) -> anyhow::Result<BootSource> {
         }
         (None, None) => bail!("one of --kernel and --guest is needed"),
     };
-    Ok(BootSource { kernel, initrd: args.initrd.clone(), cmdline })
+    // The workload guest has no ACPI, and finds its devices on its command line.
+    let acpi = args.kernel.is_some() && args.acpi == SwitchArg::On;
+    Ok(BootSource { kernel, initrd: args.initrd.clone(), cmdline, acpi })
 }
 
 fn addresses(net: Option<&NetArg>) -> (Vec<std::net::Ipv4Addr>, Vec<std::net::Ipv6Addr>) {

@@ -201,6 +201,12 @@ impl VmHost {
         here.machine.machine().run().map_err(|error| Refused(format!("it can't be resumed: {error}")))
     }
 
+    /// Presses the VM's power button. During a migration too: the guest takes the press along.
+    pub(crate) fn press_power_button(&self) -> Result<(), Refused> {
+        let here = self.here()?;
+        here.machine.machine().press_power_button().map_err(|error| Refused(error.to_string()))
+    }
+
     fn not_migrating(&self, what: &str) -> Result<Here, Refused> {
         let here = self.here()?;
         match &here.migration {

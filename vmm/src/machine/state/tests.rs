@@ -216,7 +216,7 @@ fn a_state_comes_back_from_kvm_as_it_went_in() {
     let kernel = directory.path().join("kernel");
     std::fs::write(&kernel, elf(HALTING)).unwrap();
     let source = Machine::build(&config()).unwrap();
-    let boot = BootSource { kernel: Kernel::File(kernel), initrd: None, cmdline: String::new() };
+    let boot = BootSource { kernel: Kernel::File(kernel), initrd: None, cmdline: String::new(), acpi: false };
     source.load(&boot).unwrap();
     set_what_no_guest_here_can(&source);
     source.run().unwrap();
@@ -282,4 +282,41 @@ fn assert_same_vcpu(mut first: SavedVcpu, mut second: SavedVcpu) {
     }
     assert!(first.msrs.len() > 10, "only {} MSRs were saved", first.msrs.len());
     assert_eq!(first, second);
+}
+
+/// Whether ACPI's interrupt is asserted at the I/O APIC.
+fn is_acpi_interrupt_asserted(machine: &Machine) -> bool {
+    let chip: kvm_irqchip = from_abi_bytes("irqchip", &machine.save_irqchip().unwrap().ioapic).unwrap();
+    // Base address (8), register select, id, and then the interrupt requests.
+    let bytes = to_abi_bytes(&chip);
+    let at = std::mem::offset_of!(kvm_irqchip, chip) + 16;
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) & (1 << crate::devices::ACPI_INTERRUPT) != 0
+}
+
+#[test]
+fn a_press_of_the_power_button_that_nobody_has_seen_yet_moves_with_the_machine() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = directory.path().join("kernel");
+    std::fs::write(&kernel, elf(HALTING)).unwrap();
+    let source = Machine::build(&config()).unwrap();
+    let boot = BootSource { kernel: Kernel::File(kernel), initrd: None, cmdline: String::new(), acpi: true };
+    source.load(&boot).unwrap();
+    source.bus.port_write(0x602, &[0, 1]);
+    source.run().unwrap();
+    assert!(!is_acpi_interrupt_asserted(&source));
+    source.press_power_button().unwrap();
+    assert!(is_acpi_interrupt_asserted(&source));
+    source.pause().unwrap();
+    let state = source.save_state().unwrap();
+    let target = Machine::build(&config()).unwrap();
+    target.restore_state(&state).unwrap();
+    assert!(is_acpi_interrupt_asserted(&target));
+    // The target's driver acknowledges.
+    target.bus.port_write(0x600, &[0, 1]);
+    assert!(!is_acpi_interrupt_asserted(&target), "the line stays asserted");
+    let without = Machine::build(&config()).unwrap();
+    assert!(without.decode(&state).unwrap().power.is_some());
 }
