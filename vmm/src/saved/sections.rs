@@ -28,6 +28,13 @@ impl MemoryPages {
     pub(crate) const POOL_2_MIB: u8 = 2;
 }
 
+/// The features of the network interface that the guest's driver uses. Only a description has it, and only if some
+/// target may lack one of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NetworkFeatures {
+    pub(crate) used: u64,
+}
+
 /// One vCPU. Byte vectors are kernel structures of the name; see [`super::abi`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Vcpu {
@@ -151,6 +158,7 @@ sections! {
     Clock = 19, version 2, "clock";
     Serial = 32, version 1, "serial";
     VirtioMmio = 33, version 1, "virtio-mmio";
+    NetworkFeatures = 48, version 1, "network-features";
 }
 
 pub(super) fn is_known(kind: u16) -> bool {
