@@ -234,6 +234,7 @@ impl MachineHost {
             let code = if no_memory { AbortCode::NoMemory } else { AbortCode::CannotBuild };
             BuildRefusal { code, cause: error.into() }
         })?;
+        machine.check_network(description).map_err(|error| cannot_build(error.into()))?;
         Ok(MigratableMachine::new(Arc::new(machine), Vec::new(), Vec::new()))
     }
 }

@@ -19,7 +19,7 @@ pub struct MachineConfig {
     pub cpus: u8,
     /// The network interface, if there is one.
     pub net: Option<NetConfig>,
-    /// Where the first serial port's output goes. It is local to a host and never migrates.
+    /// Where the first serial port goes. It is local to a host and never migrates.
     pub serial: SerialTarget,
 }
 
@@ -79,14 +79,22 @@ pub struct NetConfig {
     pub mac: [u8; 6],
 }
 
-/// Where the first serial port's output goes.
+/// Where the first serial port's output goes, and where its input comes from. Consoles can be attached beside it
+/// ([`Machine::serve_console`](crate::Machine::serve_console)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SerialTarget {
     /// Nowhere.
     Null,
-    /// This process's standard output.
+    /// This process's standard output and input. Input is only read while the machine runs.
     Stdio,
-    /// A file, which is created, or appended to.
+    /// This process's standard output; no input.
+    Stdout,
+    /// A new pseudo terminal ([`Machine::terminal`](crate::Machine::terminal)), both ways.
+    Pty,
+    /// A Unix socket that is made at this path for this user, both ways, for several connections one after the other
+    /// or together.
+    Socket(PathBuf),
+    /// A file, which is created, or appended to; no input.
     File(PathBuf),
 }
 
@@ -125,7 +133,7 @@ pub enum Kernel {
 pub struct LocalChoices {
     /// The tap for the machine's network interface; needed if it has one.
     pub tap: Option<String>,
-    /// Where the serial output goes on this host.
+    /// Where the serial port goes on this host.
     pub serial: SerialTarget,
     /// What holds the machine's memory on this host.
     pub memory: MemoryChoices,

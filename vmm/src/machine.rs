@@ -12,9 +12,12 @@
 //! source keeps it until the target runs.
 
 mod build;
+mod network;
 mod state;
 
 use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -344,6 +347,21 @@ impl Machine {
         {
             net.drop_queued_frames();
         }
+    }
+
+    /// Takes in consoles of the serial port from `listener`, while the machine runs: each gets what the guest said last
+    /// and all that it says, and what is typed there reaches the guest. They are let go of when the machine is stopped.
+    ///
+    /// # Errors
+    /// The listener can't be made non-blocking, or the port has enough of them.
+    pub fn serve_console(&self, listener: UnixListener) -> io::Result<()> {
+        self.bus.serial.serve_console(listener)
+    }
+
+    /// The pseudo terminal of the serial port, if it was to have one.
+    #[must_use]
+    pub fn terminal(&self) -> Option<&Path> {
+        self.bus.serial.terminal()
     }
 
     /// Where the guest is to find its virtio devices.

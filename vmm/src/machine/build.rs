@@ -114,7 +114,8 @@ impl Machine {
 
         let control = Arc::new(Control::new());
         let kicks = vcpus.iter().map(|vcpu| Arc::clone(&vcpu.kick) as Arc<dyn Kick>);
-        control.set_kicks(kicks.chain(net.iter().map(|net| net.kick())).collect());
+        let devices = net.iter().map(|net| net.kick()).chain([bus.serial.kick()]);
+        control.set_kicks(kicks.chain(devices).collect());
         let tsc_khz = vcpus[0].lock().get_tsc_khz().ok();
         let machine = Self {
             config: config.clone(),
@@ -148,6 +149,8 @@ impl Machine {
             let thread = Arc::clone(net).spawn(Arc::clone(&self.control));
             threads.push(thread.map_err(error("the network interface's thread"))?);
         }
+        let thread = SerialPort::spawn(Arc::clone(&self.bus), Arc::clone(&self.control));
+        threads.push(thread.map_err(error("the serial port's thread"))?);
         Ok(())
     }
 }

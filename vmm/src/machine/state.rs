@@ -52,6 +52,9 @@ impl Machine {
         if huge_pages != MemoryPages::TRANSPARENT {
             written = written.and_then(|()| writer.add(&MemoryPages { huge_pages }));
         }
+        if let Some(features) = self.network_features() {
+            written = written.and_then(|()| writer.add(&features));
+        }
         written.and_then(|()| writer.finish()).expect("a machine's shape is a few bytes of plain values")
     }
 
@@ -155,6 +158,9 @@ impl Machine {
         self.bus.power.restore(power.as_ref())?;
         for (transport, saved) in self.bus.virtio.iter().zip(&virtio) {
             transport.restore(saved, self.ram.tracked())?;
+        }
+        if let Some(net) = &self.net {
+            net.ask_for_announcement();
         }
         self.vm.set_pit2(&pit).map_err(KvmCallError::new("set the timer's state"))?;
         self.set_phase(Phase::Ready);

@@ -137,6 +137,15 @@ pub enum StateError {
         /// The tap that was given.
         tap: String,
     },
+    /// The guest uses features of its network interface that this host can't give it.
+    #[error(
+        "the guest's driver uses what the network interface can't do on this host: {missing}; give it a host whose \
+         kernel has these offloads for taps"
+    )]
+    NetworkFeatures {
+        /// Which, in words.
+        missing: String,
+    },
     /// KVM refused a call.
     #[error(transparent)]
     Kvm(#[from] KvmCallError),

@@ -28,6 +28,13 @@ impl MemoryPages {
     pub(crate) const POOL_2_MIB: u8 = 2;
 }
 
+/// The features of the network interface that the guest's driver uses. Only a description has it, and only if some
+/// target may lack one of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NetworkFeatures {
+    pub(crate) used: u64,
+}
+
 /// One vCPU. Byte vectors are kernel structures of the name; see [`super::abi`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Vcpu {
@@ -160,6 +167,7 @@ sections! {
     Serial = 32, version 1, "serial";
     VirtioMmio = 33, version 1, "virtio-mmio";
     Power = 40, version 1, "power";
+    NetworkFeatures = 48, version 1, "network-features";
 }
 
 pub(super) fn is_known(kind: u16) -> bool {
