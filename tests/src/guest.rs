@@ -91,6 +91,8 @@ pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
         memory: MemoryConfig::new(memory_mib << 20, backing),
         cpus,
         net: None,
+        disks: Vec::new(),
+        rng: false,
         serial: SerialTarget::Null,
     }
 }
@@ -290,7 +292,7 @@ pub fn local_target_for(guest: &Guest) -> Target {
 
 fn target_at(guest: &Guest, listen: ListenAddress, memory: MemoryChoices) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
-    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory };
+    let local = LocalChoices { tap: None, disks: Vec::new(), serial: SerialTarget::Null, memory };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
     let options = ReceiveOptions { listen, host: "target".into(), name: None };

@@ -2,7 +2,11 @@
 //!
 //! Nothing here opens a file or a device.
 
+mod disk;
+
 use std::path::PathBuf;
+
+pub use disk::{DISK_SERIAL_BYTES_MAX, DISKS_MAX, DiskChoice, DiskConfig, SourceDisk};
 
 use crate::memory::{HUGE_PAGE_BYTES, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, PAGE_BYTES};
 
@@ -19,6 +23,10 @@ pub struct MachineConfig {
     pub cpus: u8,
     /// The network interface, if there is one.
     pub net: Option<NetConfig>,
+    /// Its disks, at most [`DISKS_MAX`], in the guest's order.
+    pub disks: Vec<DiskConfig>,
+    /// Whether it has a device that gives the guest random bytes.
+    pub rng: bool,
     /// Where the first serial port goes. It is local to a host and never migrates.
     pub serial: SerialTarget,
 }
@@ -133,6 +141,8 @@ pub enum Kernel {
 pub struct LocalChoices {
     /// The tap for the machine's network interface; needed if it has one.
     pub tap: Option<String>,
+    /// Where its disks are on this host, one for each; where they are at the source if empty.
+    pub disks: Vec<DiskChoice>,
     /// Where the serial port goes on this host.
     pub serial: SerialTarget,
     /// What holds the machine's memory on this host.
@@ -184,6 +194,21 @@ pub enum ConfigError {
         /// What was asked for.
         mac: [u8; 6],
     },
+    /// There are too many disks.
+    #[error("a machine can't have {disks} disks; give {DISKS_MAX} at most")]
+    Disks {
+        /// How many were asked for.
+        disks: usize,
+    },
+    /// A disk's serial number is too long, or has other characters than printable ASCII.
+    #[error(
+        "'{}' can't be a disk's serial number; give at most {DISK_SERIAL_BYTES_MAX} printable ASCII characters without \
+         space", serial.escape_default()
+    )]
+    DiskSerial {
+        /// What was asked for.
+        serial: String,
+    },
 }
 
 impl MachineConfig {
@@ -192,7 +217,7 @@ impl MachineConfig {
     /// # Errors
     /// Names the first field that can't be.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let Self { memory, cpus, net, serial: _ } = self;
+        let Self { memory, cpus, net, disks, rng: _, serial: _ } = self;
         let MemoryConfig { size_bytes, backing: _, huge_pages, node: _ } = memory;
         let page_bytes = PAGE_BYTES as u64;
         if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(size_bytes) || size_bytes % page_bytes != 0 {
@@ -209,7 +234,13 @@ impl MachineConfig {
         {
             return Err(ConfigError::Mac { mac: *mac });
         }
-        Ok(())
+        if disks.len() > DISKS_MAX {
+            return Err(ConfigError::Disks { disks: disks.len() });
+        }
+        match disks.iter().filter_map(|disk| disk.serial.as_ref()).find(|serial| !disk::is_serial(serial)) {
+            Some(serial) => Err(ConfigError::DiskSerial { serial: serial.clone() }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -221,11 +252,18 @@ fn format_mac(mac: &[u8; 6]) -> String {
 mod tests {
     use super::*;
 
+    fn disk(serial: Option<&str>) -> DiskConfig {
+        let serial = serial.map(Into::into);
+        DiskConfig { path: "a.img".into(), read_only: false, serial, locked: true, taken_over: None }
+    }
+
     fn config() -> MachineConfig {
         MachineConfig {
             memory: MemoryConfig::new(64 << 20, Backing::PrivateAnonymous),
             cpus: 2,
             net: Some(NetConfig { tap: "tap0".into(), mac: [0x02, 0, 0, 0, 0, 1] }),
+            disks: vec![disk(None)],
+            rng: true,
             serial: SerialTarget::Null,
         }
     }
@@ -248,6 +286,16 @@ mod tests {
             bad.cpus = cpus;
             assert_eq!(bad.check(), Err(ConfigError::Cpus { cpus }));
         }
+        for serial in ["123456789012345678901", "a b", "\u{e4}", "a\n"] {
+            let mut bad = config();
+            bad.disks.push(disk(Some(serial)));
+            assert_eq!(bad.check(), Err(ConfigError::DiskSerial { serial: serial.into() }));
+        }
+        let mut bad = config();
+        bad.disks = vec![disk(Some("12345678901234567890")); DISKS_MAX];
+        assert_eq!(bad.check(), Ok(()));
+        bad.disks.push(disk(None));
+        assert_eq!(bad.check(), Err(ConfigError::Disks { disks: DISKS_MAX + 1 }));
         for mac in [[0; 6], [0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
             let mut bad = config();
             bad.net.as_mut().unwrap().mac = mac;

@@ -10,6 +10,7 @@ mod boot;
 mod capability;
 mod config;
 mod devices;
+mod disk;
 mod machine;
 mod memory;
 mod parking;
@@ -28,10 +29,12 @@ mod tiny_linux;
 pub use boot::{BootError, CMDLINE_BYTES_MAX};
 pub use capability::{KvmCallError, KvmError};
 pub use config::{
-    Backing, BootSource, CPUS_MAX, ConfigError, HugePages, Kernel, LocalChoices, MachineConfig,
-    MemoryChoices, MemoryConfig, NetConfig, SerialTarget,
+    Backing, BootSource, CPUS_MAX, ConfigError, DISK_SERIAL_BYTES_MAX, DISKS_MAX, DiskChoice, DiskConfig,
+    HugePages, Kernel, LocalChoices, MachineConfig, MemoryChoices, MemoryConfig, NetConfig, SerialTarget,
+    SourceDisk,
 };
 pub use devices::SerialError;
+pub use disk::DiskError;
 pub use machine::{BuildError, FrameObserver, Machine, MachineStatus, RunError};
 pub use memory::{
     DirtyLogError, GuestRam, HUGE_PAGE_BYTES, HandOverError, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryError,

@@ -12,6 +12,7 @@
 //! source keeps it until the target runs.
 
 mod build;
+mod disks;
 mod network;
 mod state;
 
@@ -29,10 +30,13 @@ pub use build::BuildError;
 use crate::boot::{self, BootError, VirtioWindow};
 use crate::capability::Capabilities;
 use crate::config::{BootSource, HugePages, MachineConfig};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::block::Block;
 use crate::devices::virtio::mmio::WINDOW_BYTES;
 pub use crate::devices::virtio::net::FrameObserver;
 use crate::devices::virtio::net::Net;
 use crate::devices::{Bus, MMIO_START, mmio_interrupt};
+use crate::disk::DiskError;
 use crate::memory::dirty_log::DirtyLog;
 use crate::memory::{DirtyLogError, GuestRam};
 use crate::parking::{Control, MachineEvent};
@@ -86,6 +90,9 @@ pub enum RunError {
         /// How it ended.
         how: String,
     },
+    /// A disk of the machine is another's now.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
 }
 
 /// Where a machine is in its life. Whether the guest ended itself is [`Control`]'s to know.
@@ -108,7 +115,10 @@ pub struct Machine {
     tsc_khz: Option<u32>,
     vcpus: Vec<Arc<Vcpu>>,
     bus: Arc<Bus>,
+    /// By window.
+    devices: Vec<Arc<dyn VirtioDevice>>,
     net: Option<Arc<Net>>,
+    disks: Vec<Arc<Block>>,
     control: Arc<Control>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     dirty_log: DirtyLog,
@@ -143,7 +153,7 @@ impl Machine {
     /// Runs the guest, for the first time or after a pause.
     ///
     /// # Errors
-    /// There is nothing to run, it runs already, or it has ended.
+    /// There is nothing to run, it runs already, it has ended, or another machine has one of its disks.
     pub fn run(&self) -> Result<(), RunError> {
         let _operation = self.operate();
         match self.phase() {
@@ -156,6 +166,7 @@ impl Machine {
         if let Some(event) = self.control.ended() {
             return Err(RunError::Ended { action: "run", how: describe(&event) });
         }
+        self.take_disks()?;
         for vcpu in &self.vcpus {
             vcpu.set_deferred();
             // Tells a guest with a paravirtual clock that it was stopped; KVM refuses it for others.
@@ -210,7 +221,7 @@ impl Machine {
         if self.bus.power.press_button() { Ok(()) } else { Err(RunError::NoPowerButton) }
     }
 
-    /// Ends every thread of the machine and lets go of its tap. Memory stays. Doing it again does
+    /// Ends every thread of the machine and lets go of its tap and disks. Memory stays. Doing it again does
     /// nothing.
     pub fn stop(&self) {
         let _operation = self.operate();
@@ -224,6 +235,7 @@ impl Machine {
         if let Some(net) = &self.net {
             net.close();
         }
+        self.close_disks();
         self.set_phase(Phase::Stopped);
     }
 

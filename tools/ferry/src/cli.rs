@@ -1,5 +1,7 @@
 //! The command line as clap reads it, and the small languages inside some of its values.
 
+mod disk;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,6 +14,7 @@ use ferry_migrate::protocol::page::Compression;
 use ferry_vmm::{Backing, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
 
 use crate::quantity;
+pub(crate) use disk::DiskArg;
 
 /// ferry moves a running virtual machine from one host to another, and proves that it did.
 #[derive(Debug, Parser)]
@@ -100,6 +103,13 @@ pub(crate) struct RunArgs {
     /// Network interface: its tap, and optionally its MAC address and any number of IP addresses to announce
     #[arg(long, value_parser = net, value_name = "tap=IF[,mac=..][,ip=..]")]
     pub(crate) net: Option<NetArg>,
+    /// A disk, as often as there are any: a raw image or a block device; 'ro' lets the guest only read it, 'serial' is what
+    /// the guest is told, 'lock=off' leaves it to you that nobody else uses it
+    #[arg(long = "disk", value_parser = disk::of_new, value_name = "path=FILE[,ro][,serial=ID][,lock=off]")]
+    pub(crate) disks: Vec<DiskArg>,
+    /// Whether the VM has a device that gives it random numbers
+    #[arg(long, value_enum, default_value_t = SwitchArg::Off, value_name = "on|off")]
+    pub(crate) rng: SwitchArg,
     /// Where the serial console goes
     #[arg(long, default_value = "stdio", value_parser = serial, value_name = "stdio|null|file=PATH")]
     pub(crate) serial: SerialTarget,
@@ -121,6 +131,10 @@ pub(crate) struct ReceiveArgs {
     /// The tap for the VM's network interface
     #[arg(long, value_parser = net, value_name = "tap=IF")]
     pub(crate) net: Option<NetArg>,
+    /// Where the VM's disks are here, one for each in its order, if not where they are at the source; 'ro' or 'rw' if it must
+    /// be so, 'lock=off' for storage that does not carry locks between hosts
+    #[arg(long = "disk", value_parser = disk::of_taken_over, value_name = "path=FILE[,ro|rw][,lock=off]")]
+    pub(crate) disks: Vec<DiskArg>,
     /// What holds the VM's memory here, instead of what did at the source: any of shared=on|off, hugepages=on|off|2M,
     /// node=N. By default the pool's 2M pages are taken where the source had them and this host has enough
     #[arg(long, value_parser = memory_choices, value_name = "KEY=VALUE[,..]")]

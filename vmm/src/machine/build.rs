@@ -10,13 +10,17 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Machine, Phase};
 use crate::capability::{self, Capabilities, KvmCallError, KvmError};
-use crate::config::{ConfigError, MachineConfig, MemoryConfig, NetConfig};
+use crate::config::{ConfigError, DiskConfig, MachineConfig, MemoryConfig, NetConfig};
 use crate::devices::power::{InterruptLevel, Power};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::block::Block;
 use crate::devices::virtio::mmio::{NOTIFY_OFFSET, WINDOW_BYTES};
 use crate::devices::virtio::net::Net;
+use crate::devices::virtio::rng::Rng;
 use crate::devices::{
     ACPI_INTERRUPT, Bus, MMIO_START, SERIAL_INTERRUPT, SerialError, SerialPort, mmio_interrupt,
 };
+use crate::disk::{Disk, DiskError};
 use crate::memory::dirty_log::DirtyLog;
 use crate::memory::{self, GuestRam, MemoryError};
 use crate::parking::{Control, Kick};
@@ -44,6 +48,9 @@ pub enum BuildError {
     /// Its tap can't be had.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A disk can't be had.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Its serial port can't be had.
     #[error(transparent)]
     Serial(#[from] SerialError),
@@ -106,16 +113,16 @@ impl Machine {
         let dirty_log = DirtyLog::register(&vm, &ram, capability::enable_dirty_log_modes(&vm))?;
         let vcpus = (0..config.cpus).map(|index| Vcpu::create(&vm, index).map(Arc::new));
         let vcpus: Vec<_> = vcpus.collect::<Result<_, _>>()?;
-        let net = config.net.as_ref().map(|net| open_net(net, &ram)).transpose()?.map(Arc::new);
-        let virtio = net.iter().map(|net| Arc::clone(net.transport())).collect();
+        let Devices { all: devices, net, disks } = Devices::open(config, &ram)?;
+        let virtio = devices.iter().map(|device| Arc::clone(device.transport())).collect();
         let power = Power::new(Box::new(AcpiInterrupt { vm: Arc::clone(&vm) }));
         let bus = Bus { serial: SerialPort::open(&config.serial)?, power, virtio };
         connect(&vm, &bus)?;
 
         let control = Arc::new(Control::new());
         let kicks = vcpus.iter().map(|vcpu| Arc::clone(&vcpu.kick) as Arc<dyn Kick>);
-        let devices = net.iter().map(|net| net.kick()).chain([bus.serial.kick()]);
-        control.set_kicks(kicks.chain(devices).collect());
+        let devices_kicks = devices.iter().map(|device| device.kick()).chain([bus.serial.kick()]);
+        control.set_kicks(kicks.chain(devices_kicks).collect());
         let tsc_khz = vcpus[0].lock().get_tsc_khz().ok();
         let machine = Self {
             config: config.clone(),
@@ -124,7 +131,9 @@ impl Machine {
             tsc_khz,
             vcpus,
             bus: Arc::new(bus),
+            devices,
             net,
+            disks,
             control,
             threads: Mutex::new(Vec::new()),
             dirty_log,
@@ -145,9 +154,8 @@ impl Machine {
             let thread = Arc::clone(vcpu).spawn(Arc::clone(&self.control), Arc::clone(&self.bus));
             threads.push(thread.map_err(error("a vCPU's thread"))?);
         }
-        if let Some(net) = &self.net {
-            let thread = Arc::clone(net).spawn(Arc::clone(&self.control));
-            threads.push(thread.map_err(error("the network interface's thread"))?);
+        for device in &self.devices {
+            Arc::clone(device).spawn(&self.control, &mut threads).map_err(error("a device's thread"))?;
         }
         let thread = SerialPort::spawn(Arc::clone(&self.bus), Arc::clone(&self.control));
         threads.push(thread.map_err(error("the serial port's thread"))?);
@@ -181,10 +189,43 @@ fn create_interrupt_controllers(vm: &VmFd, capabilities: &Capabilities) -> Resul
     vm.create_pit2(pit).map_err(KvmCallError::new("create the timer"))
 }
 
-fn open_net(config: &NetConfig, ram: &GuestRam) -> Result<Net, BuildError> {
-    let tap = Tap::attach(&config.tap)?;
-    Net::new(0, config.mac, tap, ram.clone())
-        .map_err(|source| BuildError::Resource { what: "the network interface's eventfds", source })
+/// The virtio devices: all of them by window, and again those that the machine deals with by what they are.
+struct Devices {
+    all: Vec<Arc<dyn VirtioDevice>>,
+    net: Option<Arc<Net>>,
+    disks: Vec<Arc<Block>>,
+}
+
+impl Devices {
+    /// Opens them. Their order is the guest's, so it must be the same on every host.
+    fn open(config: &MachineConfig, ram: &GuestRam) -> Result<Self, BuildError> {
+        let MachineConfig { memory: _, cpus: _, net, disks, rng, serial: _ } = config;
+        let error = |source| BuildError::Resource { what: "a device's eventfds", source };
+        let mut devices = Self { all: Vec::new(), net: None, disks: Vec::new() };
+        if let Some(NetConfig { tap, mac }) = net {
+            let tap = Tap::attach(tap)?;
+            let net = Arc::new(Net::new(devices.slot(), *mac, tap, ram.clone()).map_err(error)?);
+            devices.all.push(Arc::clone(&net) as _);
+            devices.net = Some(net);
+        }
+        for config in disks {
+            let DiskConfig { path: _, read_only: _, serial, locked: _, taken_over: _ } = config;
+            let disk = Disk::open(config)?;
+            let block = Block::new(devices.slot(), disk, serial.as_deref(), ram.clone());
+            let block = Arc::new(block.map_err(error)?);
+            devices.all.push(Arc::clone(&block) as _);
+            devices.disks.push(block);
+        }
+        if *rng {
+            devices.all.push(Arc::new(Rng::new(devices.slot(), ram.clone()).map_err(error)?));
+        }
+        Ok(devices)
+    }
+
+    /// The next free window.
+    fn slot(&self) -> u8 {
+        u8::try_from(self.all.len()).expect("a machine has few devices")
+    }
 }
 
 /// Connects interrupts and queue notifications with KVM.

@@ -4,6 +4,8 @@
 //! on; the vCPUs; the interrupt controllers, which hand what is pending to the vCPUs' local APICs as soon
 //! as they are set; the devices, which may raise an interrupt; and last the timer, which starts to count.
 
+mod devices;
+
 use kvm_bindings::{
     KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
@@ -55,6 +57,7 @@ impl Machine {
         if let Some(features) = self.network_features() {
             written = written.and_then(|()| writer.add(&features));
         }
+        written = written.and_then(|()| devices::describe(self, &mut writer));
         written.and_then(|()| writer.finish()).expect("a machine's shape is a few bytes of plain values")
     }
 
@@ -63,7 +66,7 @@ impl Machine {
     ///
     /// # Errors
     /// The bytes are damaged or of another version, the machine can't be built by anybody, or a
-    /// tap is missing.
+    /// tap is missing, or what was chosen for its disks doesn't fit.
     pub fn config_from_description(bytes: &[u8], local: LocalChoices) -> Result<MachineConfig, StateError> {
         let reader = Reader::new(bytes)?;
         let described = match reader.optional::<MemoryPages>()?.map(|MemoryPages { huge_pages }| huge_pages) {
@@ -74,7 +77,7 @@ impl Machine {
         };
         let shape: MachineShape = reader.one()?;
         let MachineShape { memory_bytes, shared_memory, cpus, net_mac } = shape;
-        let LocalChoices { tap, serial, memory: MemoryChoices { backing, huge_pages, node } } = local;
+        let LocalChoices { tap, disks, serial, memory: MemoryChoices { backing, huge_pages, node } } = local;
         let net = match (net_mac, tap) {
             (Some(mac), Some(tap)) => Some(NetConfig { tap, mac }),
             (Some(mac), None) => {
@@ -91,7 +94,8 @@ impl Machine {
             huge_pages: huge_pages.unwrap_or(described),
             node,
         };
-        let config = MachineConfig { memory, cpus, net, serial };
+        let (disks, rng) = devices::from_description(&reader, disks)?;
+        let config = MachineConfig { memory, cpus, net, disks, rng, serial };
         config.check()?;
         Ok(config)
     }
@@ -129,6 +133,7 @@ impl Machine {
         for transport in &self.bus.virtio {
             writer.add(&transport.save())?;
         }
+        devices::save(self, &mut writer)?;
         writer.finish()
     }
 
@@ -191,6 +196,7 @@ impl Machine {
             let (found, expected) = (virtio.len(), self.bus.virtio.len());
             return Err(StateError::SectionCount { section: "virtio-mmio", found, expected });
         }
+        devices::check(self, &reader)?;
         Ok(Saved {
             irqchip: reader.one()?,
             pit: reader.one()?,
@@ -203,7 +209,7 @@ impl Machine {
     }
 
     fn shape(&self) -> MachineShape {
-        let MachineConfig { memory, cpus, net, serial: _ } = &self.config;
+        let MachineConfig { memory, cpus, net, disks: _, rng: _, serial: _ } = &self.config;
         let MemoryConfig { size_bytes, backing, huge_pages: _, node: _ } = memory;
         MachineShape {
             memory_bytes: *size_bytes,

@@ -146,6 +146,27 @@ pub enum StateError {
         /// Which, in words.
         missing: String,
     },
+    /// The number of disks that were named is not that of the machine.
+    #[error(
+        "the machine has {disks} disks, and {given} were named here; name each with --disk path=.. in their order, or \
+         none to take them from where they are at the source"
+    )]
+    DiskChoices {
+        /// How many were named.
+        given: usize,
+        /// How many it has.
+        disks: usize,
+    },
+    /// A disk is read-only at one side and writable at the other.
+    #[error("disk '{}' is {at_source} at the source and was named as {here} here", path.display())]
+    DiskAccess {
+        /// Its path on this host.
+        path: std::path::PathBuf,
+        /// What it is at the source.
+        at_source: &'static str,
+        /// What was said here.
+        here: &'static str,
+    },
     /// KVM refused a call.
     #[error(transparent)]
     Kvm(#[from] KvmCallError),

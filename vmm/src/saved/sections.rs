@@ -35,6 +35,18 @@ pub(crate) struct NetworkFeatures {
     pub(crate) used: u64,
 }
 
+/// A disk of the machine, as a target has to know it before it builds. Only a description has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DescribedDisk {
+    /// Where it is at the source: the bytes of an absolute path.
+    pub(crate) path: Vec<u8>,
+    pub(crate) size_bytes: u64,
+    pub(crate) read_only: bool,
+    pub(crate) serial: Option<String>,
+    /// By what a target sees that it has opened the same file, if the source has locked it.
+    pub(crate) mark: Option<u64>,
+}
+
 /// One vCPU. Byte vectors are kernel structures of the name; see [`super::abi`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Vcpu {
@@ -140,6 +152,18 @@ pub(crate) struct Power {
     pub(crate) control: u16,
 }
 
+/// A disk, as its guest was told of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VirtioBlock {
+    pub(crate) size_bytes: u64,
+    pub(crate) read_only: bool,
+    pub(crate) serial: Option<String>,
+}
+
+/// That there is an entropy device: in a description and in a state. It keeps nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VirtioRng {}
+
 macro_rules! sections {
     ($($type:ty = $kind:literal, version $version:literal, $name:literal;)*) => {
         $(impl Section for $type {
@@ -166,6 +190,9 @@ sections! {
     Clock = 19, version 2, "clock";
     Serial = 32, version 1, "serial";
     VirtioMmio = 33, version 1, "virtio-mmio";
+    DescribedDisk = 36, version 1, "disk";
+    VirtioBlock = 37, version 1, "virtio-blk";
+    VirtioRng = 38, version 1, "virtio-rng";
     Power = 40, version 1, "power";
     NetworkFeatures = 48, version 1, "network-features";
 }

@@ -56,6 +56,8 @@ pub(crate) fn config(memory_bytes: u64) -> MachineConfig {
         memory: MemoryConfig::new(memory_bytes, Backing::PrivateAnonymous),
         cpus: 1,
         net: None,
+        disks: Vec::new(),
+        rng: false,
         serial: SerialTarget::Null,
     }
 }

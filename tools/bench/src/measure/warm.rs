@@ -33,6 +33,8 @@ impl WarmMemory {
             memory: MemoryConfig::new(wanted_mib.min(most_mib) << 20, Backing::PrivateAnonymous),
             cpus: 1,
             net: None,
+            disks: Vec::new(),
+            rng: false,
             serial: SerialTarget::Null,
         };
         let machine = Machine::build(&config).ok();

@@ -73,6 +73,8 @@ async fn run_source(order: SourceOrder) -> anyhow::Result<ExitCode> {
         memory: words::memory(u64::from(memory_mib) << 20, backing),
         cpus,
         net: net.map(|(tap, mac)| NetConfig { tap, mac }),
+        disks: Vec::new(),
+        rng: false,
         serial: SerialTarget::File(serial),
     };
     let machine = Arc::new(Machine::build(&config)?);
@@ -162,8 +164,12 @@ fn in_words(update: Update) -> Option<Said> {
 
 async fn run_target(order: TargetOrder) -> anyhow::Result<ExitCode> {
     let TargetOrder { listen, tap, folder } = order;
-    let host =
-        MachineHost::new(LocalChoices { tap, serial: SerialTarget::Null, memory: MemoryChoices::default() });
+    let host = MachineHost::new(LocalChoices {
+        tap,
+        disks: Vec::new(),
+        serial: SerialTarget::Null,
+        memory: MemoryChoices::default(),
+    });
     let options = ReceiveOptions { listen: listen.parse()?, host: "target".to_owned(), name: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());

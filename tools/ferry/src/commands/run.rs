@@ -14,7 +14,7 @@ use ferry_migrate::protocol::{Epoch, VmId};
 use ferry_vmm::{BootSource, Kernel, Machine, MachineConfig, NetConfig};
 
 use super::{Signals, err, exit_with_stdin, out, stay};
-use crate::cli::{NetArg, RunArgs, SwitchArg};
+use crate::cli::{DiskArg, NetArg, RunArgs, SwitchArg};
 use crate::host::migration::random_id;
 use crate::host::{Here, Life, VmHost, server};
 use crate::quantity::show_bytes;
@@ -81,7 +81,9 @@ fn config(args: &RunArgs, vm: VmId) -> MachineConfig {
         // Locally administered, and as good as unique by the VM's random identity.
         mac: net.mac.unwrap_or([0x02, 0xfe, vm.0[0], vm.0[1], vm.0[2], vm.0[3]]),
     });
-    MachineConfig { memory: args.memory, cpus: args.cpus, net, serial: args.serial.clone() }
+    let disks = args.disks.iter().map(DiskArg::config).collect();
+    let rng = args.rng == SwitchArg::On;
+    MachineConfig { memory: args.memory, cpus: args.cpus, net, disks, rng, serial: args.serial.clone() }
 }
 
 fn boot_source(args: &RunArgs) -> anyhow::Result<BootSource> {

@@ -25,6 +25,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::in_flight::InFlight;
 use crate::memory::TrackedMemory;
 use crate::saved::StateError;
 use crate::saved::sections::{VirtioMmio as SavedTransport, Virtqueue as SavedQueue};
@@ -72,6 +73,7 @@ pub(crate) struct MmioTransport {
     config: Mutex<Vec<u8>>,
     /// Features that the last queue is only there with; it always is if there are none.
     last_queue_needs: u64,
+    in_flight: InFlight,
     /// Whether the log has told of a broken queue.
     warned: AtomicBool,
 }
@@ -115,6 +117,7 @@ impl MmioTransport {
             interrupt,
             notify,
             last_queue_needs: 0,
+            in_flight: InFlight::default(),
             warned: AtomicBool::new(false),
         }
     }
@@ -138,6 +141,11 @@ impl MmioTransport {
 
     pub(crate) fn notifiers(&self) -> &[EventFd] {
         &self.notify
+    }
+
+    /// What the device works on without holding its registers.
+    pub(crate) fn in_flight(&self) -> &InFlight {
+        &self.in_flight
     }
 
     /// The registers and queues, for the worker.
@@ -268,6 +276,9 @@ impl MmioTransport {
             registers.reset();
             self.config().clone_from(&self.kind.config);
             self.interrupt_status.store(0, Ordering::SeqCst);
+            drop(registers);
+            // The driver may use its memory for other things as soon as it has done this write.
+            self.in_flight.wait_until_none();
             return;
         }
         let set = value & !registers.status;
@@ -379,6 +390,11 @@ impl Registers {
     /// The features that driver and device have agreed on; none before that.
     pub(crate) fn features(&self) -> u64 {
         if self.status & VIRTIO_CONFIG_S_FEATURES_OK == 0 { 0 } else { self.driver_features }
+    }
+
+    /// Whether the driver has accepted a feature.
+    pub(crate) fn has_feature(&self, bit: u32) -> bool {
+        self.driver_features >> bit & 1 == 1
     }
 
     fn selected(&self) -> Option<&Queue> {

@@ -25,8 +25,9 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use self::queue::{Interrupts, Placed, place_frame, refuse_indirect};
+use self::queue::{Interrupts, Placed, place_frame};
 use super::mmio::{BrokenQueue, DeviceKind, MmioTransport};
+use super::ring::refuse_indirect;
 use crate::memory::GuestRam;
 use crate::parking::{Control, Kick, PanicGuard};
 use crate::saved::StateError;

@@ -49,6 +49,8 @@ fn config() -> MachineConfig {
         memory: MemoryConfig::new(16 << 20, Backing::PrivateAnonymous),
         cpus: 2,
         net: None,
+        disks: Vec::new(),
+        rng: false,
         serial: SerialTarget::Null,
     }
 }
@@ -109,6 +111,7 @@ fn a_description_becomes_a_configuration_with_local_choices() {
     };
     let local = |tap: Option<&str>| LocalChoices {
         tap: tap.map(Into::into),
+        disks: Vec::new(),
         serial: SerialTarget::Stdio,
         memory: MemoryChoices::default(),
     };
@@ -120,6 +123,8 @@ fn a_description_becomes_a_configuration_with_local_choices() {
             memory: MemoryConfig::new(1 << 30, Backing::SharedMemfd),
             cpus: 3,
             net: Some(NetConfig { tap: "tap9".into(), mac: [2, 0, 0, 0, 0, 7] }),
+            disks: Vec::new(),
+            rng: false,
             serial: SerialTarget::Stdio,
         }
     );
@@ -152,7 +157,7 @@ fn a_description_carries_its_wish_for_pages_and_a_target_may_decide_otherwise() 
         bytes
     };
     let memory_of = |description: &[u8], memory| {
-        let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory };
+        let local = LocalChoices { tap: None, disks: Vec::new(), serial: SerialTarget::Null, memory };
         Machine::config_from_description(description, local).unwrap().memory
     };
     let wishes = [
@@ -202,7 +207,12 @@ fn a_machine_that_did_without_the_pool_goes_on_wishing() {
     config.memory.huge_pages = HugePages::PoolIfFree;
     let machine = Machine::build(&config).unwrap();
     assert!(machine.memory_kind().contains("too few"), "{}", machine.memory_kind());
-    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory: MemoryChoices::default() };
+    let local = LocalChoices {
+        tap: None,
+        disks: Vec::new(),
+        serial: SerialTarget::Null,
+        memory: MemoryChoices::default(),
+    };
     let next = Machine::config_from_description(&machine.description(), local).unwrap();
     assert_eq!(next.memory.huge_pages, HugePages::PoolIfFree);
 }

@@ -12,9 +12,10 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
-use super::queue::{Interrupts, refuse_indirect};
+use super::queue::Interrupts;
 use super::{Net, Turn, offload};
 use crate::devices::virtio::mmio::BrokenQueue;
+use crate::devices::virtio::ring::refuse_indirect;
 use crate::parking::Control;
 
 /// Where the status lies in the configuration space, behind the MAC address; both bits are in its first byte.

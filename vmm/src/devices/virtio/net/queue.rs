@@ -4,15 +4,14 @@ use std::io::Write;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::offload;
 use crate::devices::virtio::mmio::BrokenQueue;
+use crate::devices::virtio::ring::refuse_indirect;
 use crate::memory::TrackedMemory;
 
-const DESCRIPTOR_BYTES: u64 = size_of::<Descriptor>() as u64;
 const USED_ELEMENT_BYTES: u64 = 8;
 
 /// Flags and index, in front of the elements of both rings.
@@ -131,27 +130,4 @@ fn load(memory: &TrackedMemory, address: GuestAddress) -> Result<u16, BrokenQueu
 
 fn offset(start: u64, bytes: u64) -> Result<GuestAddress, BrokenQueue> {
     Ok(GuestAddress(start.checked_add(bytes).ok_or(virtio_queue::Error::AddressOverflow)?))
-}
-
-/// Breaks the queue if a chain uses indirect descriptors: they are not offered, and virtio-queue would
-/// follow them to chains far longer than a queue.
-pub(super) fn refuse_indirect(queue: &Queue, memory: &TrackedMemory, head: u16) -> Result<(), BrokenQueue> {
-    if head >= queue.size() {
-        return Err(BrokenQueue(virtio_queue::Error::InvalidDescriptorIndex));
-    }
-    let mut index = head;
-    for _ in 0..queue.size() {
-        let address = offset(queue.desc_table(), DESCRIPTOR_BYTES * u64::from(index))?;
-        let descriptor = memory.read_obj::<Descriptor>(address);
-        let descriptor = descriptor.map_err(virtio_queue::Error::GuestMemory)?;
-        if descriptor.refers_to_indirect_table() {
-            return Err(BrokenQueue(virtio_queue::Error::InvalidIndirectDescriptor));
-        }
-        // A chain that leaves the table or bites its tail is cut off there, as by the iterator.
-        if !descriptor.has_next() || descriptor.next() >= queue.size() {
-            break;
-        }
-        index = descriptor.next();
-    }
-    Ok(())
 }
