@@ -9,6 +9,7 @@
 mod boot;
 mod capability;
 mod config;
+mod cpu;
 mod devices;
 mod machine;
 mod memory;
@@ -24,8 +25,11 @@ mod tiny_kernel;
 pub use boot::{BootError, CMDLINE_BYTES_MAX};
 pub use capability::{KvmCallError, KvmError};
 pub use config::{
-    Backing, BootSource, CPUS_MAX, ConfigError, HugePages, Kernel, LocalChoices, MachineConfig,
+    Backing, BootSource, CPUS_MAX, ClockMode, ConfigError, HugePages, Kernel, LocalChoices, MachineConfig,
     MemoryChoices, MemoryConfig, NetConfig, SerialTarget,
+};
+pub use cpu::{
+    CPU_PROFILE_BYTES_MAX, CpuError, CpuModel, CpuProfile, CpuProfileError, MissingFeature, ShownCpu,
 };
 pub use devices::SerialError;
 pub use machine::{BuildError, FrameObserver, Machine, MachineStatus, RunError};

@@ -8,9 +8,11 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::processor::MachineCpu;
 use super::{Machine, Phase};
 use crate::capability::{self, Capabilities, KvmCallError, KvmError};
 use crate::config::{ConfigError, MachineConfig, MemoryConfig, NetConfig};
+use crate::cpu::{self, CpuError};
 use crate::devices::virtio::mmio::{NOTIFY_OFFSET, WINDOW_BYTES};
 use crate::devices::virtio::net::Net;
 use crate::devices::{Bus, MMIO_INTERRUPT_FIRST, MMIO_START, SERIAL_INTERRUPT, SerialError, SerialPort};
@@ -20,10 +22,7 @@ use crate::parking::{Control, Kick};
 use crate::tap::{Tap, TapError};
 use crate::vcpu::{Vcpu, install_signal_handler};
 
-/// Three pages for Intel's real-mode emulation, in the hole for devices, where no guest looks.
-const TSS_ADDRESS: usize = 0xfffb_d000;
-
-/// A page for the same purpose, before them.
+/// A page for the purpose of [`capability::TSS_ADDRESS`], before it.
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 
 /// Why a machine can't be built.
@@ -35,6 +34,9 @@ pub enum BuildError {
     /// KVM can't be used here.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// Its processor can't be had here.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
     /// Its memory can't be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -103,6 +105,9 @@ impl Machine {
         let dirty_log = DirtyLog::register(&vm, &ram, capability::enable_dirty_log_modes(&vm))?;
         let vcpus = (0..config.cpus).map(|index| Vcpu::create(&vm, index).map(Arc::new));
         let vcpus: Vec<_> = vcpus.collect::<Result<_, _>>()?;
+        let tsc_khz = vcpus[0].lock().get_tsc_khz().ok();
+        let cpu = MachineCpu::choose(config, &kvm, &capabilities, tsc_khz)?;
+        cpu::hide_msrs(&vm, capabilities.cpuid.as_slice(), &cpu.shown.leaves)?;
         let net = config.net.as_ref().map(|net| open_net(net, &ram)).transpose()?.map(Arc::new);
         let virtio = net.iter().map(|net| Arc::clone(net.transport())).collect();
         let bus = Bus { serial: SerialPort::open(&config.serial)?, virtio };
@@ -111,11 +116,12 @@ impl Machine {
         let control = Arc::new(Control::new());
         let kicks = vcpus.iter().map(|vcpu| Arc::clone(&vcpu.kick) as Arc<dyn Kick>);
         control.set_kicks(kicks.chain(net.iter().map(|net| net.kick())).collect());
-        let tsc_khz = vcpus[0].lock().get_tsc_khz().ok();
         let machine = Self {
             config: config.clone(),
             xsave_bytes: capability::xsave_bytes(&vm),
             capabilities,
+            cpu: Mutex::new(cpu),
+            clocks: Mutex::default(),
             tsc_khz,
             vcpus,
             bus: Arc::new(bus),
@@ -149,7 +155,8 @@ impl Machine {
 }
 
 fn create_interrupt_controllers(vm: &VmFd, capabilities: &Capabilities) -> Result<(), KvmCallError> {
-    vm.set_tss_address(TSS_ADDRESS).map_err(KvmCallError::new("set its task segment's address"))?;
+    vm.set_tss_address(capability::TSS_ADDRESS)
+        .map_err(KvmCallError::new("set its task segment's address"))?;
     if capabilities.identity_map_address {
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
             .map_err(KvmCallError::new("set its identity map's address"))?;
