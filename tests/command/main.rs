@@ -4,6 +4,7 @@
 //! attempt is as good as the first. What moves over a real network is in `tests/lab/`.
 
 mod control;
+mod cpus;
 mod disks;
 mod local;
 mod machines;

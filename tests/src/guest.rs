@@ -17,8 +17,8 @@ use ferry_migrate::{
     BandwidthCap, FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate,
 };
 use ferry_vmm::{
-    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, MemoryConfig,
-    SerialTarget,
+    Backing, BootSource, ClockMode, CpuModel, CpuProfile, Kernel, LocalChoices, Machine, MachineConfig,
+    MemoryChoices, MemoryConfig, SerialTarget,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -90,10 +90,12 @@ pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
     MachineConfig {
         memory: MemoryConfig::new(memory_mib << 20, backing),
         cpus,
+        cpu: CpuModel::default(),
         net: None,
         disks: Vec::new(),
         rng: false,
         serial: SerialTarget::Null,
+        clock: ClockMode::default(),
     }
 }
 
@@ -292,7 +294,13 @@ pub fn local_target_for(guest: &Guest) -> Target {
 
 fn target_at(guest: &Guest, listen: ListenAddress, memory: MemoryChoices) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
-    let local = LocalChoices { tap: None, disks: Vec::new(), serial: SerialTarget::Null, memory };
+    let local = LocalChoices {
+        tap: None,
+        disks: Vec::new(),
+        serial: SerialTarget::Null,
+        memory,
+        cpu: CpuProfile::default(),
+    };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
     let options = ReceiveOptions { listen, host: "target".into(), name: None };

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 pub use disk::{DISK_SERIAL_BYTES_MAX, DISKS_MAX, DiskChoice, DiskConfig, SourceDisk};
 
+use crate::cpu::{CpuModel, CpuProfile};
 use crate::memory::{HUGE_PAGE_BYTES, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, PAGE_BYTES};
 
 /// The most vCPUs of a machine. APIC ids are 8 bits wide without x2APIC, and 255 is a broadcast; the
@@ -21,6 +22,8 @@ pub struct MachineConfig {
     pub memory: MemoryConfig,
     /// How many vCPUs, 1 to [`CPUS_MAX`].
     pub cpus: u8,
+    /// The processor that the guest is shown.
+    pub cpu: CpuModel,
     /// The network interface, if there is one.
     pub net: Option<NetConfig>,
     /// Its disks, at most [`DISKS_MAX`], in the guest's order.
@@ -29,6 +32,18 @@ pub struct MachineConfig {
     pub rng: bool,
     /// Where the first serial port goes. It is local to a host and never migrates.
     pub serial: SerialTarget,
+    /// How the guest's clocks go on when it has moved.
+    pub clock: ClockMode,
+}
+
+/// How a guest's clocks go on at a target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClockMode {
+    /// By the time that passed: the guest notices that it stood still, and its wall clock is right.
+    #[default]
+    Realtime,
+    /// From where they were: the guest notices nothing, and its wall clock is late by the downtime.
+    Monotonic,
 }
 
 /// The guest's memory.
@@ -147,6 +162,8 @@ pub struct LocalChoices {
     pub serial: SerialTarget,
     /// What holds the machine's memory on this host.
     pub memory: MemoryChoices,
+    /// What the host offers of its processor at most; a machine whose guest was shown more is refused.
+    pub cpu: CpuProfile,
 }
 
 /// What a target decides for itself about the memory of a machine that it takes over; `None` is what the source had,
@@ -217,7 +234,7 @@ impl MachineConfig {
     /// # Errors
     /// Names the first field that can't be.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let Self { memory, cpus, net, disks, rng: _, serial: _ } = self;
+        let Self { memory, cpus, cpu: _, net, disks, rng: _, serial: _, clock: _ } = self;
         let MemoryConfig { size_bytes, backing: _, huge_pages, node: _ } = memory;
         let page_bytes = PAGE_BYTES as u64;
         if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(size_bytes) || size_bytes % page_bytes != 0 {
@@ -261,10 +278,12 @@ mod tests {
         MachineConfig {
             memory: MemoryConfig::new(64 << 20, Backing::PrivateAnonymous),
             cpus: 2,
+            cpu: CpuModel::default(),
             net: Some(NetConfig { tap: "tap0".into(), mac: [0x02, 0, 0, 0, 0, 1] }),
             disks: vec![disk(None)],
             rng: true,
             serial: SerialTarget::Null,
+            clock: ClockMode::default(),
         }
     }
 

@@ -9,6 +9,7 @@
 mod boot;
 mod capability;
 mod config;
+mod cpu;
 mod devices;
 mod disk;
 mod machine;
@@ -29,9 +30,12 @@ mod tiny_linux;
 pub use boot::{BootError, CMDLINE_BYTES_MAX};
 pub use capability::{KvmCallError, KvmError};
 pub use config::{
-    Backing, BootSource, CPUS_MAX, ConfigError, DISK_SERIAL_BYTES_MAX, DISKS_MAX, DiskChoice, DiskConfig,
-    HugePages, Kernel, LocalChoices, MachineConfig, MemoryChoices, MemoryConfig, NetConfig, SerialTarget,
-    SourceDisk,
+    Backing, BootSource, CPUS_MAX, ClockMode, ConfigError, DISK_SERIAL_BYTES_MAX, DISKS_MAX, DiskChoice,
+    DiskConfig, HugePages, Kernel, LocalChoices, MachineConfig, MemoryChoices, MemoryConfig, NetConfig,
+    SerialTarget, SourceDisk,
+};
+pub use cpu::{
+    CPU_PROFILE_BYTES_MAX, CpuError, CpuModel, CpuProfile, CpuProfileError, MissingFeature, ShownCpu,
 };
 pub use devices::SerialError;
 pub use disk::DiskError;

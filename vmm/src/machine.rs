@@ -12,8 +12,10 @@
 //! source keeps it until the target runs.
 
 mod build;
+mod clock;
 mod disks;
 mod network;
+mod processor;
 mod state;
 
 use std::io;
@@ -40,7 +42,9 @@ use crate::disk::DiskError;
 use crate::memory::dirty_log::DirtyLog;
 use crate::memory::{DirtyLogError, GuestRam};
 use crate::parking::{Control, MachineEvent};
-use crate::vcpu::{Vcpu, cpuid_for_vcpu};
+use crate::vcpu::Vcpu;
+use clock::Clocks;
+use processor::MachineCpu;
 
 /// What a machine is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +115,8 @@ enum Phase {
 pub struct Machine {
     config: MachineConfig,
     capabilities: Capabilities,
+    cpu: Mutex<MachineCpu>,
+    clocks: Mutex<Clocks>,
     xsave_bytes: usize,
     tsc_khz: Option<u32>,
     vcpus: Vec<Arc<Vcpu>>,
@@ -142,8 +148,7 @@ impl Machine {
         }
         let entry = boot::load(&self.ram, self.config.cpus, boot, &self.virtio_windows())?;
         for vcpu in &self.vcpus {
-            let Capabilities { cpuid, tsc_deadline_timer, .. } = &self.capabilities;
-            vcpu.set_cpuid(&cpuid_for_vcpu(cpuid, vcpu.index, self.config.cpus, *tsc_deadline_timer))?;
+            vcpu.set_cpuid(&self.cpuid_of(vcpu.index))?;
             boot::set_boot_registers(&vcpu.lock(), vcpu.index == 0, entry)?;
         }
         self.set_phase(Phase::Ready);
@@ -167,6 +172,7 @@ impl Machine {
             return Err(RunError::Ended { action: "run", how: describe(&event) });
         }
         self.take_disks()?;
+        self.clocks_run();
         for vcpu in &self.vcpus {
             vcpu.set_deferred();
             // Tells a guest with a paravirtual clock that it was stopped; KVM refuses it for others.
@@ -200,6 +206,7 @@ impl Machine {
             return Err(RunError::Ended { action: "pause", how: describe(&event) });
         }
         self.set_phase(Phase::Paused);
+        self.note_pause();
         Ok(())
     }
 
@@ -350,13 +357,15 @@ impl Machine {
     }
 
     /// Throws away the frames that wait in the tap. A target does this when the source pauses, so that
-    /// its guest is not handed frames that the source's guest has had already. It does nothing while
-    /// the machine runs.
+    /// its guest is not handed frames that the source's guest has had already, and so that it is known how long the
+    /// guest stands still at most. It does nothing while the machine runs.
     pub fn drop_queued_frames(&self) {
         let _operation = self.operate();
-        if let Some(net) = &self.net
-            && self.phase() != Phase::Running
-        {
+        if self.phase() == Phase::Running {
+            return;
+        }
+        self.note_source_pause();
+        if let Some(net) = &self.net {
             net.drop_queued_frames();
         }
     }

@@ -68,6 +68,12 @@ pub(crate) struct VmInfo {
     #[serde(default)]
     pub(crate) memory_kind: Option<String>,
     pub(crate) cpus: Option<u8>,
+    /// The CPU profile with which it was started.
+    #[serde(default)]
+    pub(crate) cpu_profile: Option<String>,
+    /// Features that the guest sees beyond that because this host's KVM lets them show through.
+    #[serde(default)]
+    pub(crate) cpu_leaks: Vec<String>,
     pub(crate) network: Option<NetworkInfo>,
     /// Where it listens for a VM.
     pub(crate) listen: Option<String>,

@@ -11,8 +11,9 @@ use ferry_migrate::ListenAddress;
 use ferry_migrate::protocol::VmName;
 use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
-use ferry_vmm::{Backing, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
+use ferry_vmm::{Backing, CpuProfile, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
 
+use crate::cpu_profile::cpu_profile;
 use crate::quantity;
 pub(crate) use disk::DiskArg;
 
@@ -100,6 +101,12 @@ pub(crate) struct RunArgs {
     /// Number of vCPUs
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     pub(crate) cpus: u8,
+    /// The processor that the guest is shown: all of the host's, or what every host has that the VM may move to
+    #[arg(long, default_value = "host", value_parser = cpu_profile, value_name = "host|x86-64-v2|x86-64-v3|FILE")]
+    pub(crate) cpu: CpuProfile,
+    /// How the guest's clocks go on when it has moved: by the time that passed, or from where they were
+    #[arg(long, value_enum, default_value_t = ClockArg::Realtime)]
+    pub(crate) clock: ClockArg,
     /// Network interface: its tap, and optionally its MAC address and any number of IP addresses to announce
     #[arg(long, value_parser = net, value_name = "tap=IF[,mac=..][,ip=..]")]
     pub(crate) net: Option<NetArg>,
@@ -139,6 +146,9 @@ pub(crate) struct ReceiveArgs {
     /// node=N. By default the pool's 2M pages are taken where the source had them and this host has enough
     #[arg(long, value_parser = memory_choices, value_name = "KEY=VALUE[,..]")]
     pub(crate) memory: Option<MemoryChoices>,
+    /// What this host offers of its processor at most: VMs that were shown more are refused
+    #[arg(long, default_value = "host", value_parser = cpu_profile, value_name = "host|x86-64-v2|x86-64-v3|FILE")]
+    pub(crate) cpu: CpuProfile,
     /// Where the serial console goes
     #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|null|file=PATH")]
     pub(crate) serial: SerialTarget,
@@ -164,6 +174,14 @@ fn streams(text: &str) -> Result<StreamsArg, String> {
     }
     let count = text.parse().ok().filter(|count| (1..=STREAMS_MAX).contains(count));
     count.map(StreamsArg::Fixed).ok_or_else(|| format!("give auto, or a number from 1 to {STREAMS_MAX}"))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ClockArg {
+    /// By the time that passed
+    Realtime,
+    /// From where they were
+    Monotonic,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -13,6 +13,7 @@ mod api;
 mod cli;
 mod client;
 mod commands;
+mod cpu_profile;
 mod demo;
 mod host;
 mod quantity;

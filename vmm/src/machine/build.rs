@@ -8,9 +8,11 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::processor::MachineCpu;
 use super::{Machine, Phase};
 use crate::capability::{self, Capabilities, KvmCallError, KvmError};
 use crate::config::{ConfigError, DiskConfig, MachineConfig, MemoryConfig, NetConfig};
+use crate::cpu::{self, CpuError};
 use crate::devices::power::{InterruptLevel, Power};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::Block;
@@ -27,10 +29,7 @@ use crate::parking::{Control, Kick};
 use crate::tap::{Tap, TapError};
 use crate::vcpu::{Vcpu, install_signal_handler};
 
-/// Three pages for Intel's real-mode emulation, in the hole for devices, where no guest looks.
-const TSS_ADDRESS: usize = 0xfffb_d000;
-
-/// A page for the same purpose, before them.
+/// A page for the purpose of [`capability::TSS_ADDRESS`], before it.
 const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 
 /// Why a machine can't be built.
@@ -42,6 +41,9 @@ pub enum BuildError {
     /// KVM can't be used here.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// Its processor can't be had here.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
     /// Its memory can't be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -113,6 +115,9 @@ impl Machine {
         let dirty_log = DirtyLog::register(&vm, &ram, capability::enable_dirty_log_modes(&vm))?;
         let vcpus = (0..config.cpus).map(|index| Vcpu::create(&vm, index).map(Arc::new));
         let vcpus: Vec<_> = vcpus.collect::<Result<_, _>>()?;
+        let tsc_khz = vcpus[0].lock().get_tsc_khz().ok();
+        let cpu = MachineCpu::choose(config, &kvm, &capabilities, tsc_khz)?;
+        cpu::hide_msrs(&vm, capabilities.cpuid.as_slice(), &cpu.shown.leaves)?;
         let Devices { all: devices, net, disks } = Devices::open(config, &ram)?;
         let virtio = devices.iter().map(|device| Arc::clone(device.transport())).collect();
         let power = Power::new(Box::new(AcpiInterrupt { vm: Arc::clone(&vm) }));
@@ -123,11 +128,12 @@ impl Machine {
         let kicks = vcpus.iter().map(|vcpu| Arc::clone(&vcpu.kick) as Arc<dyn Kick>);
         let devices_kicks = devices.iter().map(|device| device.kick()).chain([bus.serial.kick()]);
         control.set_kicks(kicks.chain(devices_kicks).collect());
-        let tsc_khz = vcpus[0].lock().get_tsc_khz().ok();
         let machine = Self {
             config: config.clone(),
             xsave_bytes: capability::xsave_bytes(&vm),
             capabilities,
+            cpu: Mutex::new(cpu),
+            clocks: Mutex::default(),
             tsc_khz,
             vcpus,
             bus: Arc::new(bus),
@@ -178,7 +184,8 @@ impl InterruptLevel for AcpiInterrupt {
 }
 
 fn create_interrupt_controllers(vm: &VmFd, capabilities: &Capabilities) -> Result<(), KvmCallError> {
-    vm.set_tss_address(TSS_ADDRESS).map_err(KvmCallError::new("set its task segment's address"))?;
+    vm.set_tss_address(capability::TSS_ADDRESS)
+        .map_err(KvmCallError::new("set its task segment's address"))?;
     if capabilities.identity_map_address {
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
             .map_err(KvmCallError::new("set its identity map's address"))?;
@@ -199,7 +206,7 @@ struct Devices {
 impl Devices {
     /// Opens them. Their order is the guest's, so it must be the same on every host.
     fn open(config: &MachineConfig, ram: &GuestRam) -> Result<Self, BuildError> {
-        let MachineConfig { memory: _, cpus: _, net, disks, rng, serial: _ } = config;
+        let MachineConfig { memory: _, cpus: _, cpu: _, net, disks, rng, serial: _, clock: _ } = config;
         let error = |source| BuildError::Resource { what: "a device's eventfds", source };
         let mut devices = Self { all: Vec::new(), net: None, disks: Vec::new() };
         if let Some(NetConfig { tap, mac }) = net {

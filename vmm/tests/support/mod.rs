@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use elf::elf;
 use ferry_vmm::{
-    Backing, BootSource, GuestRam, Kernel, Machine, MachineConfig, MemoryConfig, PAGE_BYTES, SerialTarget,
+    Backing, BootSource, ClockMode, CpuModel, GuestRam, Kernel, Machine, MachineConfig, MemoryConfig,
+    PAGE_BYTES, SerialTarget,
 };
 
 /// Where the counting guest counts.
@@ -55,6 +56,8 @@ pub(crate) fn config(memory_bytes: u64) -> MachineConfig {
     MachineConfig {
         memory: MemoryConfig::new(memory_bytes, Backing::PrivateAnonymous),
         cpus: 1,
+        cpu: CpuModel::default(),
+        clock: ClockMode::default(),
         net: None,
         disks: Vec::new(),
         rng: false,

@@ -87,6 +87,8 @@ fn print(info: &VmInfo) {
     row("memory", info.memory_bytes.map(show_bytes));
     row("backing", info.memory_kind.clone());
     row("vCPUs", info.cpus.map(|cpus| cpus.to_string()));
+    row("CPU profile", info.cpu_profile.clone());
+    row("shows through", Some(info.cpu_leaks.join(" ")).filter(|leaks| !leaks.is_empty()));
     if let Some(network) = &info.network {
         row("tap", Some(network.tap.clone()));
         row("mac", Some(network.mac.clone()));

@@ -144,6 +144,8 @@ impl VmHost {
             memory_bytes: None,
             memory_kind: None,
             cpus: None,
+            cpu_profile: None,
+            cpu_leaks: Vec::new(),
             network: None,
             listen: None,
             note: None,
@@ -336,6 +338,8 @@ fn describe(here: &Here, info: &mut VmInfo) {
     info.memory_bytes = Some(machine.ram().regions().iter().map(|region| region.bytes).sum());
     info.memory_kind = Some(machine.memory_kind());
     info.cpus = Some(machine.config().cpus);
+    info.cpu_profile = Some(machine.cpu_profile());
+    info.cpu_leaks = machine.leaked_features();
     info.note = here.migration.as_ref().and_then(|migration| migration.note());
     if let (Some(mac), Some(tap)) = (machine.mac(), &here.tap) {
         let network = here.machine.network();
