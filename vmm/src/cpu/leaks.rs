@@ -189,10 +189,6 @@ fn enter_ring3(fd: &VcpuFd) -> Result<(), KvmCallError> {
 }
 
 /// Runs until the code has written to [`DONE`].
-#[expect(
-    clippy::wildcard_enum_match_arm,
-    reason = "exits of every architecture: anything else is a surprise"
-)]
 fn run(fd: &mut VcpuFd) -> Result<(), String> {
     for _ in 0..EXITS_MAX {
         match fd.run() {
