@@ -171,6 +171,10 @@ impl SourceVm for MigratableMachine {
         Ok(())
     }
 
+    fn settle(&self) -> Result<(), PortError> {
+        Ok(self.machine.flush_disks()?)
+    }
+
     fn save(&self) -> Result<SavedState, PortError> {
         self.machine.flush_disks()?;
         let state = self.machine.save_state()?;
