@@ -171,6 +171,10 @@ impl SourceVm for MigratableMachine {
         Ok(())
     }
 
+    fn settle(&self) -> Result<(), PortError> {
+        Ok(self.machine.flush_disks()?)
+    }
+
     fn save(&self) -> Result<SavedState, PortError> {
         self.machine.flush_disks()?;
         let state = self.machine.save_state()?;
@@ -245,6 +249,7 @@ impl MachineHost {
             let code = if no_memory { AbortCode::NoMemory } else { AbortCode::CannotBuild };
             BuildRefusal { code, cause: error.into() }
         })?;
+        machine.check_network(description).map_err(|error| cannot_build(error.into()))?;
         Ok(MigratableMachine::new(Arc::new(machine), Vec::new(), Vec::new()))
     }
 }

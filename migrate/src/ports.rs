@@ -110,6 +110,13 @@ pub trait SourceVm: Send + Sync + 'static {
     /// If the VM can't be stopped, or has ended by itself.
     fn pause(&self) -> Result<(), PortError>;
 
+    /// Brings what the guest has written to its disks to their storage, so that [`SourceVm::save`] has little left to. The
+    /// guest runs meanwhile.
+    ///
+    /// # Errors
+    /// If a disk fails.
+    fn settle(&self) -> Result<(), PortError>;
+
     /// The state of the paused guest. What it has written to its disks is on their storage when this returns.
     ///
     /// # Errors

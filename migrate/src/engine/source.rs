@@ -449,25 +449,35 @@ impl Engine {
     fn write_record(&self, record: Record) {
         let (vm, events) = (Arc::clone(&self.vm), self.events.clone());
         let is_commit = matches!(record.standing, Standing::Committed { .. });
-        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
-            let event = match written {
-                Ok(took) => {
-                    // Not before, for until now any failure ends with the guest running here; and not later, for the
-                    // target takes what is let go of as soon as it hears of the commit.
-                    if is_commit {
-                        vm.let_go();
+        store_record(
+            &self.worker,
+            &self.records,
+            &self.clock,
+            record,
+            || Ok(()),
+            move |written| {
+                let event = match written {
+                    Ok(took) => {
+                        // Not before, for until now any failure ends with the guest running here; and not later, for the
+                        // target takes what is let go of as soon as it hears of the commit.
+                        if is_commit {
+                            vm.let_go();
+                        }
+                        Event::RecordWritten { took }
                     }
-                    Event::RecordWritten { took }
-                }
-                Err(reason) => Event::RecordFailed(reason),
-            };
-            let _ = events.send(Happened::Core(event));
-        });
+                    Err(reason) => Event::RecordFailed(reason),
+                };
+                let _ = events.send(Happened::Core(event));
+            },
+        );
     }
 
     fn rehearse_record(&self, record: Record) {
-        let events = self.events.clone();
-        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
+        // What is brought to the storage now need not be while the guest stands still, and how long it takes is what that will
+        // take then: whatever the guest writes in the meantime.
+        let (vm, events) = (Arc::clone(&self.vm), self.events.clone());
+        let settle = move || vm.settle();
+        store_record(&self.worker, &self.records, &self.clock, record, settle, move |written| {
             let event = match written {
                 Ok(took) => Event::RecordRehearsed { took },
                 Err(reason) => Event::RehearsalFailed(reason),

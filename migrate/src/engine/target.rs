@@ -460,24 +460,38 @@ impl Attempt {
 
     fn write_record(&self, record: Record) {
         let events = self.events.clone();
-        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
-            let event = match written {
-                Ok(took) => Event::RecordWritten { took },
-                Err(reason) => Event::RecordFailed(reason),
-            };
-            let _ = events.send(Happened::Core(event));
-        });
+        store_record(
+            &self.worker,
+            &self.records,
+            &self.clock,
+            record,
+            || Ok(()),
+            move |written| {
+                let event = match written {
+                    Ok(took) => Event::RecordWritten { took },
+                    Err(reason) => Event::RecordFailed(reason),
+                };
+                let _ = events.send(Happened::Core(event));
+            },
+        );
     }
 
     fn rehearse_record(&self, record: Record) {
         let events = self.events.clone();
-        store_record(&self.worker, &self.records, &self.clock, record, move |written| {
-            let event = match written {
-                Ok(took) => Event::RecordRehearsed { took },
-                Err(reason) => Event::RehearsalFailed(reason),
-            };
-            let _ = events.send(Happened::Core(event));
-        });
+        store_record(
+            &self.worker,
+            &self.records,
+            &self.clock,
+            record,
+            || Ok(()),
+            move |written| {
+                let event = match written {
+                    Ok(took) => Event::RecordRehearsed { took },
+                    Err(reason) => Event::RehearsalFailed(reason),
+                };
+                let _ = events.send(Happened::Core(event));
+            },
+        );
     }
 
     /// Runs `job` on the VM's thread and hands its event, `failed` for a panic, to the core.

@@ -16,6 +16,9 @@ use crate::ports::{Clock, GuestPages, timed};
 /// The most threads that encode for a migration, whatever the host has: each stands for some MiB of buffers.
 const THREADS_MAX: usize = 8;
 
+/// How nice these threads are: the guest and what it is sent with come first where processors are few.
+const NICENESS: i32 = 5;
+
 /// A chunk to be encoded.
 pub(super) struct Job {
     pub(super) chunk: ChunkIndex,
@@ -83,6 +86,8 @@ impl Drop for Encoders {
 }
 
 fn work(queue: &Mutex<mpsc::Receiver<Job>>, tools: &Tools) {
+    // The system may not have it, and packing then competes with the guest, as anything else on its host does.
+    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICENESS);
     let mut encoder = Encoder::default();
     loop {
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();

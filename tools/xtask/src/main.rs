@@ -2,7 +2,9 @@
 //!
 //! - `cargo xtask ci`: formatting, lints, documentation, tidiness. Tests are `cargo test --workspace`.
 //! - `cargo xtask tidy`: the rules of this repository that no other tool checks.
+//! - `cargo xtask linux-guest [test]`: the Linux kernels and the initramfs of the tests, and their test.
 
+mod linux_guest;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -23,12 +25,31 @@ enum Task {
     Ci,
     /// The rules of this repository that no other tool checks
     Tidy,
+    /// Build the Linux guest's kernels and initramfs under target/linux-guest
+    LinuxGuest {
+        #[command(subcommand)]
+        task: Option<LinuxGuestTask>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum LinuxGuestTask {
+    /// Build them, boot them and migrate them under load
+    Test {
+        /// What to pass on to the test; '-- --help' tells
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Ci => ci(),
         Task::Tidy => tidy_up(),
+        Task::LinuxGuest { task: None } => linux_guest::build(&root()),
+        Task::LinuxGuest { task: Some(LinuxGuestTask::Test { arguments }) } => {
+            linux_guest::test(&root(), &arguments)
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -14,7 +14,7 @@ use ferry_migrate::{ReceiveOptions, Receiver};
 use ferry_vmm::LocalChoices;
 use tokio::sync::mpsc;
 
-use super::{Signals, err, exit_with_stdin, out, stay};
+use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
 use crate::cli::{DiskArg, ReceiveArgs};
 use crate::host::{Here, Life, VmHost, server};
 use crate::state_dir::StateDir;
@@ -41,6 +41,7 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         disks: args.disks.iter().map(DiskArg::choice).collect(),
         serial: args.serial,
         memory: args.memory.unwrap_or_default(),
+        cpu: args.cpu,
     };
     let machine_host = ReceivingHost { host: Arc::clone(&host), tap, machines: MachineHost::new(local) };
     let (updates, inbox) = mpsc::unbounded_channel();
@@ -149,6 +150,7 @@ impl TargetVm for ReceivingVm {
         let record = self.host.records.load(vm)?.filter(|record| record.standing == Standing::Running);
         let record = record.ok_or("the record that this host runs it is missing")?;
         self.machine.run(runs)?;
+        say_leaks(&self.machine);
         let tap = self.tap.clone();
         let machine = self.machine.clone();
         let here = Here { machine: machine.clone(), vm, epoch: record.epoch, tap, migration: None };

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use super::super::{Machine, RunError};
 use crate::config::{
-    Backing, BootSource, DiskChoice, DiskConfig, Kernel, LocalChoices, MachineConfig, MemoryChoices,
-    MemoryConfig, SerialTarget,
+    Backing, BootSource, ClockMode, DiskChoice, DiskConfig, Kernel, LocalChoices, MachineConfig,
+    MemoryChoices, MemoryConfig, SerialTarget,
 };
+use crate::cpu::{CpuModel, CpuProfile};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::driver::{Driver, Piece, VERSION_1, eventually};
 use crate::disk::DiskError;
@@ -54,22 +55,30 @@ fn config(images: &[&Image]) -> MachineConfig {
     MachineConfig {
         memory: MemoryConfig::new(16 << 20, Backing::PrivateAnonymous),
         cpus: 1,
+        cpu: CpuModel::default(),
         net: None,
         disks: images.iter().map(disk).collect(),
         rng: true,
         serial: SerialTarget::Null,
+        clock: ClockMode::default(),
     }
 }
 
 fn halting(config: &MachineConfig) -> Machine {
     let machine = Machine::build(config).unwrap();
     let kernel = Kernel::Image { name: "halting", bytes: Vec::leak(elf(HALTING)) };
-    machine.load(&BootSource { kernel, initrd: None, cmdline: String::new() }).unwrap();
+    machine.load(&BootSource { kernel, initrd: None, cmdline: String::new(), acpi: false }).unwrap();
     machine
 }
 
 fn local(disks: Vec<DiskChoice>) -> LocalChoices {
-    LocalChoices { tap: None, disks, serial: SerialTarget::Null, memory: MemoryChoices::default() }
+    LocalChoices {
+        tap: None,
+        disks,
+        serial: SerialTarget::Null,
+        memory: MemoryChoices::default(),
+        cpu: CpuProfile::default(),
+    }
 }
 
 fn target_of(machine: &Machine, disks: Vec<DiskChoice>) -> Result<Machine, String> {

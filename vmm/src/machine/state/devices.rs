@@ -6,7 +6,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use super::super::Machine;
 use crate::config::{DiskChoice, DiskConfig, MachineConfig, SourceDisk};
 use crate::saved::sections::{DescribedDisk, VirtioBlock, VirtioRng};
-use crate::saved::{Reader, StateError, Writer};
+use crate::saved::{Announced, Reader, StateError, Writer};
 
 /// Adds what a target has to know of a machine's disks and whether it has an entropy device.
 pub(super) fn describe(machine: &Machine, writer: &mut Writer) -> Result<(), StateError> {
@@ -68,6 +68,12 @@ fn has_rng(reader: &Reader<'_>) -> Result<bool, StateError> {
     }
 }
 
+/// The kinds of sections that [`save`] writes for this machine.
+pub(super) fn sections(machine: &Machine) -> impl Iterator<Item = Announced> {
+    let disks = (!machine.disks.is_empty()).then(Announced::of::<VirtioBlock>);
+    disks.into_iter().chain(machine.config.rng.then(Announced::of::<VirtioRng>))
+}
+
 /// Adds what a saved state says of disks and entropy device. Nothing is under way in a machine that is saved, so it is only
 /// what the guest has been told of them.
 pub(super) fn save(machine: &Machine, writer: &mut Writer) -> Result<(), StateError> {
@@ -82,7 +88,8 @@ pub(super) fn save(machine: &Machine, writer: &mut Writer) -> Result<(), StateEr
 
 /// Checks that a saved state is of a machine with the same devices.
 pub(super) fn check(machine: &Machine, reader: &Reader<'_>) -> Result<(), StateError> {
-    let MachineConfig { memory: _, cpus: _, net: _, disks: _, rng, serial: _ } = &machine.config;
+    let MachineConfig { memory: _, cpus: _, cpu: _, net: _, disks: _, rng, serial: _, clock: _ } =
+        &machine.config;
     let (saved, ours) = (reader.all::<VirtioBlock>()?, saved_disks(machine));
     if saved != ours {
         let what = format!("it has the disks {saved:?}, and this one has {ours:?}");
