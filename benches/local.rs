@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use ferry_migrate::protocol::source::Summary;
-use ferry_tests::guest::{Guest, boot, config, has_kvm, move_locally};
+use ferry_tests::guest::{Guest, boot, config, has_kvm, move_locally, runtime};
 use ferry_vmm::Backing;
 use tokio::runtime::Runtime;
 
@@ -28,11 +28,7 @@ fn main() {
         return;
     }
     let runs = std::env::args().filter_map(|argument| argument.parse().ok()).next().unwrap_or(7);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .expect("a runtime");
+    let runtime = runtime();
     for (name, workload) in WORKLOADS {
         println!("{name}, {GUEST_MIB} MiB, {runs} moves");
         let mut guest = boot(workload, &config(GUEST_MIB, 1, Backing::SharedMemfd));

@@ -10,7 +10,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Instant;
 
 use ferry_migrate::protocol::page::Compression;
-use ferry_tests::guest::{Guest, boot, config, has_kvm, move_guest};
+use ferry_tests::guest::{Guest, boot, config, has_kvm, move_guest, runtime};
 use ferry_vmm::{Backing, Machine, MachineConfig};
 
 const MIB: u64 = 1 << 20;
@@ -53,11 +53,7 @@ fn main() {
         return;
     }
     let order = Order::of_command_line();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .expect("a runtime");
+    let runtime = runtime();
     let Order { runs, streams, mib, compression } = order;
     println!(
         "{mib} MiB of random pages, idle guest, loopback, streams {streams}, packing {compression}; {runs} runs"

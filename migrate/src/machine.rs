@@ -12,7 +12,9 @@ use ferry_protocol::{ChunkIndex, MemoryLayout, PAGE_BYTES, PageBitmap, PageMask,
 use ferry_vmm::{BuildError, GuestRam, LocalChoices, Machine, MachineConfig, MachineStatus, MemoryError};
 
 use crate::announce::LearnedAddresses;
-use crate::ports::{BuildRefusal, GuestPages, PortError, SavedState, SourceVm, TargetHost, TargetVm};
+use crate::ports::{
+    BuildRefusal, GuestPages, PortError, SavedState, SourceVm, TargetHost, TargetVm, in_words,
+};
 
 /// Guest memory of a [`Machine`].
 #[derive(Debug, Clone)]
@@ -87,10 +89,6 @@ impl GuestPages for MachinePages {
         let insert = |from: u64, count: u64| (from..from + count).for_each(|page| mask.insert(page - first));
         self.ram.touched(first, count, insert).expect(IN_LAYOUT);
         mask
-    }
-
-    fn prefault(&self, range: PageRange) -> io::Result<()> {
-        self.ram.prefault(range.first(), range.count())
     }
 }
 
@@ -174,12 +172,21 @@ impl SourceVm for MigratableMachine {
     }
 
     fn save(&self) -> Result<SavedState, PortError> {
+        self.machine.flush_disks()?;
         let state = self.machine.save_state()?;
         Ok(SavedState { state, network: self.network(), runs: *lock(&self.paused_by_engine) })
     }
 
+    fn let_go(&self) {
+        if let Err(error) = self.machine.let_go_of_disks() {
+            tracing::error!("the target can't take over: {}", in_words(&error));
+        }
+    }
+
     fn resume(&self) -> Result<(), PortError> {
-        if std::mem::take(&mut *lock(&self.paused_by_engine)) {
+        let ran = std::mem::take(&mut *lock(&self.paused_by_engine));
+        self.machine.take_disks()?;
+        if ran {
             self.machine.run()?;
         }
         Ok(())
@@ -238,6 +245,7 @@ impl MachineHost {
             let code = if no_memory { AbortCode::NoMemory } else { AbortCode::CannotBuild };
             BuildRefusal { code, cause: error.into() }
         })?;
+        machine.check_network(description).map_err(|error| cannot_build(error.into()))?;
         Ok(MigratableMachine::new(Arc::new(machine), Vec::new(), Vec::new()))
     }
 }
@@ -277,10 +285,12 @@ impl TargetVm for MigratableMachine {
     }
 
     fn run(&self, runs: bool) -> Result<(), PortError> {
-        if runs {
-            self.machine.run()?;
-        }
-        Ok(())
+        self.machine.take_disks()?;
+        let started = if runs { self.machine.run() } else { Ok(()) };
+        started.map_err(|error| {
+            SourceVm::let_go(self);
+            error.into()
+        })
     }
 
     fn announce(&self, frame: &[u8]) -> io::Result<()> {

@@ -59,12 +59,6 @@ pub trait GuestPages: Send + Sync {
     /// runs, a page that is left out is only known to be zero if its dirty log was reset before this call: what is
     /// written later is then dirty again.
     fn touched(&self, chunk: ChunkIndex) -> PageMask;
-
-    /// Has the host provide memory for the pages of `range` now, ahead of what will arrive for them. Changes no byte.
-    ///
-    /// # Errors
-    /// If the host has no memory left.
-    fn prefault(&self, range: PageRange) -> io::Result<()>;
 }
 
 /// The state of a paused guest.
@@ -116,16 +110,21 @@ pub trait SourceVm: Send + Sync + 'static {
     /// If the VM can't be stopped, or has ended by itself.
     fn pause(&self) -> Result<(), PortError>;
 
-    /// The state of the paused guest.
+    /// The state of the paused guest. What it has written to its disks is on their storage when this returns.
     ///
     /// # Errors
-    /// If any part of it can't be saved.
+    /// If any part of it can't be saved, or a disk fails.
     fn save(&self) -> Result<SavedState, PortError>;
 
-    /// Makes the VM what it was before [`SourceVm::pause`]; nothing to do if it was not called.
+    /// Gives up what only the owner of the VM may hold, as the locks of its disks: called once the commit is durable, and
+    /// before the target hears of it. What can't be given up shows at the target, which can't run the VM then.
+    fn let_go(&self);
+
+    /// Makes the VM what it was before [`SourceVm::pause`] and takes back what [`SourceVm::let_go`] has given up; nothing to
+    /// do if neither was called.
     ///
     /// # Errors
-    /// If it can't run any more.
+    /// If it can't run any more, or somebody else has what it needs.
     fn resume(&self) -> Result<(), PortError>;
 
     /// Lets go of the VM for good: the target runs it.
@@ -182,10 +181,10 @@ pub trait TargetVm: Send + Sync + 'static {
     /// If any part of the state can't be restored.
     fn restore(&self, state: &[u8]) -> Result<(), PortError>;
 
-    /// Runs the guest, or takes it over paused if `runs` is false.
+    /// Takes what only the owner of the VM may hold, and runs the guest, or takes it over paused if `runs` is false.
     ///
     /// # Errors
-    /// If it can't be started. No instruction of the guest has run then.
+    /// If it can't be started. No instruction of the guest has run then, and nothing is held that the source needs.
     fn run(&self, runs: bool) -> Result<(), PortError>;
 
     /// Writes a frame to the network as if the guest had sent it.

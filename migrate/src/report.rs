@@ -52,7 +52,7 @@ pub struct MigrationReport {
     /// What each data stream did, in the order of their numbers; empty where the caller has not filled it in from
     /// [`crate::Update::Streams`].
     #[serde(default)]
-    pub streams: Vec<StreamReport>,
+    pub streams: Vec<StreamWork>,
     /// Whether digests of memory were compared before the guest resumed. If not, the next two are absent: either `--verify
     /// off` was asked for, so that nothing proves that the two memories are the same, or memory was handed over
     /// ([`ReportKind::Local`]), so that there is only one.
@@ -185,7 +185,9 @@ impl PackingWork {
 }
 
 /// What a data stream has done; its times follow each other, so they add up to the time in which it had work.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+///
+/// For programs its times are in ms, as `socket_ms`, `cap_ms` and `encoding_ms`.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct StreamWork {
     /// Pages that travelled as they are.
     pub raw_pages: u64,
@@ -200,14 +202,17 @@ pub struct StreamWork {
     /// Bytes written, frame headers included.
     pub wire_bytes: u64,
     /// In the socket's write calls: copying and waiting for room.
+    #[serde(rename = "socket_ms", with = "milliseconds")]
     pub in_socket: Duration,
     /// Waiting for the bandwidth cap.
+    #[serde(rename = "cap_ms", with = "milliseconds")]
     pub in_cap: Duration,
     /// The rest: reading pages, digests, waiting for packed ones.
+    #[serde(rename = "encoding_ms", with = "milliseconds")]
     pub encoding: Duration,
     /// What was packed beside it.
     pub packing: PackingWork,
-    /// What the link took of this stream when it was last full, in bytes/s.
+    /// What the link took of this stream when it was last full, in bytes/s; `null` if it never was.
     pub link_bytes_per_s: Option<f64>,
 }
 
@@ -240,68 +245,26 @@ impl StreamWork {
     }
 }
 
-/// [`StreamWork`] for programs.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct StreamReport {
-    /// Pages that travelled as they are.
-    pub raw_pages: u64,
-    /// Pages of zeroes.
-    pub zero_pages: u64,
-    /// Pages that travelled packed.
-    pub packed_pages: u64,
-    /// Pages of which only the changed blocks travelled.
-    pub delta_pages: u64,
-    /// Pages that the target had already.
-    pub unchanged_pages: u64,
-    /// Bytes written, frame headers included.
-    pub wire_bytes: u64,
-    /// In the socket's write calls, copying and waiting for room, in ms.
-    pub socket_ms: f64,
-    /// Waiting for the bandwidth cap, in ms.
-    pub cap_ms: f64,
-    /// Reading pages, digests and waiting for packed ones, in ms.
-    pub encoding_ms: f64,
-    /// What was packed beside it.
-    pub packing: PackingWork,
-    /// What the link took of this stream when it was last full, in bytes/s; `null` if it never was.
-    pub link_bytes_per_s: Option<f64>,
-}
-
-impl From<&StreamWork> for StreamReport {
-    fn from(work: &StreamWork) -> Self {
-        let StreamWork {
-            raw_pages,
-            zero_pages,
-            packed_pages,
-            delta_pages,
-            unchanged_pages,
-            wire_bytes,
-            in_socket,
-            in_cap,
-            encoding,
-            packing,
-            link_bytes_per_s,
-        } = *work;
-        Self {
-            raw_pages,
-            zero_pages,
-            packed_pages,
-            delta_pages,
-            unchanged_pages,
-            wire_bytes,
-            socket_ms: ms(in_socket),
-            cap_ms: ms(in_cap),
-            encoding_ms: ms(encoding),
-            packing,
-            link_bytes_per_s,
-        }
-    }
-}
-
 /// A duration in ms.
 #[must_use]
 pub fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
+}
+
+/// Durations as numbers of ms.
+mod milliseconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_f64(super::ms(*duration))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        let ms = f64::deserialize(deserializer)?;
+        Duration::try_from_secs_f64(ms / 1e3).map_err(serde::de::Error::custom)
+    }
 }
 
 impl MigrationReport {

@@ -4,10 +4,15 @@
 //! attempt is as good as the first. What moves over a real network is in `tests/lab/`.
 
 mod control;
+mod cpus;
+mod disks;
 mod local;
 mod machines;
 mod names;
+mod shutdown;
 mod targets;
+#[path = "../../vmm/tests/support/elf.rs"]
+mod tiny_kernel;
 mod under_way;
 
 /// The program under test.

@@ -3,7 +3,7 @@
 
 use ferry_vmm::{Backing, HugePages, MemoryChoices, MemoryConfig};
 
-use ferry_tests::guest::{boot, config, has_kvm, move_guest_to, one_at_a_time};
+use ferry_tests::guest::{boot, config, has_kvm, move_guest_to, one_at_a_time, runtime};
 
 const GUEST_MIB: u64 = 64;
 
@@ -35,11 +35,7 @@ fn a_guest_moves_between_all_kinds_of_memory() {
         return;
     }
     let _turn = one_at_a_time();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .expect("a runtime");
+    let runtime = runtime();
     let kinds = kinds();
     for &(backing, huge_pages) in &kinds {
         let mut first = config(GUEST_MIB, 1, backing);
@@ -67,11 +63,7 @@ fn what_the_source_had_is_kept_or_done_without() {
         return;
     }
     let _turn = one_at_a_time();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .expect("a runtime");
+    let runtime = runtime();
     let mut first = config(GUEST_MIB, 1, Backing::SharedMemfd);
     first.memory.huge_pages = HugePages::Off;
     let guest = boot(WORKLOAD, &first);

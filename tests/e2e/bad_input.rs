@@ -12,31 +12,13 @@ use ferry_vmm::Backing;
 use tokio::sync::{mpsc, watch};
 
 use ferry_tests::guest::{
-    Guest, Held, boot, config, has_kvm, move_guest, one_at_a_time, source, source_with, target_for,
+    Guest, Held, boot, config, has_kvm, move_guest, never, one_at_a_time, runtime, source, source_with,
+    stayed, target_for,
 };
 use ferry_tests::proxy::CuttingProxy;
 
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime")
-}
-
 fn dirtying() -> Guest {
     boot("dirty rate=100 set=32", &config(128, 1, Backing::PrivateAnonymous))
-}
-
-fn never() -> watch::Receiver<bool> {
-    watch::channel(false).1
-}
-
-/// The reason of an attempt after which the guest goes on here.
-fn stayed(guest: &Guest, outcome: Outcome) -> Failure {
-    match outcome {
-        Outcome::Stayed { failure, .. } => {
-            guest.goes_on();
-            failure
-        }
-        Outcome::Moved(_) => panic!("the guest was moved"),
-    }
 }
 
 #[test]

@@ -16,31 +16,12 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use tokio::sync::{mpsc, watch};
 
 use ferry_tests::guest::{
-    Guest, Held, VM, boot, config, has_kvm, local_target_for, move_guest, move_locally, one_at_a_time,
-    source, source_with,
+    Guest, Held, VM, boot, config, has_kvm, local_target_for, move_guest, move_locally, never, one_at_a_time,
+    runtime, source, source_with, stayed,
 };
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime")
-}
-
-fn never() -> watch::Receiver<bool> {
-    watch::channel(false).1
-}
 
 fn shared() -> Guest {
     boot("dirty rate=200 set=64 order=random write=page", &config(192, 1, Backing::SharedMemfd))
-}
-
-/// The reason of an attempt after which the guest goes on here.
-fn stayed(guest: &Guest, outcome: Outcome) -> Failure {
-    match outcome {
-        Outcome::Stayed { failure, .. } => {
-            guest.goes_on();
-            failure
-        }
-        Outcome::Moved(_) => panic!("the guest was moved"),
-    }
 }
 
 #[test]

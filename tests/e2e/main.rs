@@ -5,5 +5,6 @@
 
 mod backings;
 mod bad_input;
+mod clocks;
 mod local;
 mod migrations;

@@ -7,11 +7,7 @@ use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::report::MigrationReport;
 use ferry_vmm::{Backing, MachineStatus};
 
-use ferry_tests::guest::{Held, boot, config, has_kvm, move_guest, one_at_a_time};
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime")
-}
+use ferry_tests::guest::{Held, boot, config, has_kvm, move_guest, one_at_a_time, runtime};
 
 #[test]
 fn fifty_migrations_of_a_dirtying_guest_lose_nothing_and_leak_nothing() {

@@ -11,14 +11,14 @@ use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::{BuildRefusal, RecordStore, SystemClock, TargetHost, TargetVm};
 use ferry_migrate::protocol::page::Compression;
 use ferry_migrate::protocol::record::{Record, Standing};
-use ferry_migrate::protocol::source::{OnTimeout, Outcome, Summary};
+use ferry_migrate::protocol::source::{Failure, OnTimeout, Outcome, Summary};
 use ferry_migrate::protocol::{Epoch, MemoryLayout, MigrationId, PAGE_BYTES, VmId};
 use ferry_migrate::{
     BandwidthCap, FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate,
 };
 use ferry_vmm::{
-    Backing, BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, MemoryConfig,
-    SerialTarget,
+    Backing, BootSource, ClockMode, CpuModel, CpuProfile, Kernel, LocalChoices, Machine, MachineConfig,
+    MemoryChoices, MemoryConfig, SerialTarget,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -54,14 +54,48 @@ impl Drop for Guest {
     }
 }
 
+/// What migrations within a test run on.
+///
+/// # Panics
+/// If the system has no threads left.
+#[must_use]
+pub fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime")
+}
+
+/// A migration that nobody cancels.
+#[must_use]
+pub fn never() -> watch::Receiver<bool> {
+    watch::channel(false).1
+}
+
+/// The reason of an attempt after which the guest goes on here.
+///
+/// # Panics
+/// If the guest was moved, or does not go on.
+#[must_use]
+pub fn stayed(guest: &Guest, outcome: Outcome) -> Failure {
+    match outcome {
+        Outcome::Stayed { failure, .. } => {
+            guest.goes_on();
+            failure
+        }
+        Outcome::Moved(_) => panic!("the guest was moved"),
+    }
+}
+
 /// A machine without a network.
 #[must_use]
 pub fn config(memory_mib: u64, cpus: u8, backing: Backing) -> MachineConfig {
     MachineConfig {
         memory: MemoryConfig::new(memory_mib << 20, backing),
         cpus,
+        cpu: CpuModel::default(),
         net: None,
+        disks: Vec::new(),
+        rng: false,
         serial: SerialTarget::Null,
+        clock: ClockMode::default(),
     }
 }
 
@@ -87,6 +121,8 @@ pub fn boot_logging_gaps(workload: &str, config: &MachineConfig, gap_log_us: u64
             kernel: Kernel::Image { name: "workload guest", bytes: ferry_guest_image::WORKLOAD_GUEST },
             initrd: None,
             cmdline: format!("gap_log_us={gap_log_us} workload {workload}"),
+            // The workload guest has none.
+            acpi: false,
         })
         .expect("it boots");
     machine.run().expect("it runs");
@@ -258,7 +294,13 @@ pub fn local_target_for(guest: &Guest) -> Target {
 
 fn target_at(guest: &Guest, listen: ListenAddress, memory: MemoryChoices) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
-    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory };
+    let local = LocalChoices {
+        tap: None,
+        disks: Vec::new(),
+        serial: SerialTarget::Null,
+        memory,
+        cpu: CpuProfile::default(),
+    };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
     let options = ReceiveOptions { listen, host: "target".into(), name: None };

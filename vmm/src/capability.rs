@@ -13,6 +13,12 @@ use vmm_sys_util::errno;
 /// Bytes of the extended state that KVM_GET_XSAVE has always returned.
 pub(crate) const XSAVE_BYTES: usize = 4096;
 
+/// Three pages for Intel's real-mode emulation, in the hole for devices, where no guest looks.
+pub(crate) const TSS_ADDRESS: usize = 0xfffb_d000;
+
+const LEAF_FEATURES: u32 = 1;
+const ECX1_TSC_DEADLINE: u32 = 1 << 24;
+
 const KVM_API_VERSION: i32 = 12;
 
 /// Capabilities without which no machine can be built.
@@ -106,8 +112,9 @@ pub(crate) struct Capabilities {
     pub(crate) cpuid: CpuId,
     /// MSRs that make up a vCPU's state.
     pub(crate) msr_indices: Vec<u32>,
-    pub(crate) tsc_deadline_timer: bool,
     pub(crate) identity_map_address: bool,
+    /// Whether a guest's TSC can have another frequency than the host's.
+    pub(crate) scales_tsc: bool,
     pub(crate) vcpus_max: usize,
 }
 
@@ -127,9 +134,14 @@ pub(crate) fn open() -> Result<(Kvm, Capabilities), KvmError> {
             return Err(KvmError::Lacks { name });
         }
     }
-    let cpuid = kvm
+    let mut cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(KvmCallError::new("list the CPUID leaves that it supports"))?;
+    // KVM's own local APIC has it, whatever the list says (Documentation/virt/kvm/api.rst, 4.46).
+    if kvm.check_extension(Cap::TscDeadlineTimer) {
+        let features = cpuid.as_mut_slice().iter_mut().find(|leaf| leaf.function == LEAF_FEATURES);
+        features.into_iter().for_each(|leaf| leaf.ecx |= ECX1_TSC_DEADLINE);
+    }
     let msrs = kvm.get_msr_index_list().map_err(KvmCallError::new("list the MSRs of a vCPU"))?;
     let mut msr_indices = msrs.as_slice().to_vec();
     let unlisted = MTRRS.into_iter().flatten().filter(|index| !msrs.as_slice().contains(index));
@@ -137,7 +149,7 @@ pub(crate) fn open() -> Result<(Kvm, Capabilities), KvmError> {
     let capabilities = Capabilities {
         cpuid,
         msr_indices,
-        tsc_deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
+        scales_tsc: kvm.check_extension(Cap::TscControl),
         identity_map_address: kvm.check_extension(Cap::SetIdentityMapAddr),
         vcpus_max: kvm.get_max_vcpus(),
     };

@@ -2,8 +2,13 @@
 //!
 //! Nothing here opens a file or a device.
 
+mod disk;
+
 use std::path::PathBuf;
 
+pub use disk::{DISK_SERIAL_BYTES_MAX, DISKS_MAX, DiskChoice, DiskConfig, SourceDisk};
+
+use crate::cpu::{CpuModel, CpuProfile};
 use crate::memory::{HUGE_PAGE_BYTES, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, PAGE_BYTES};
 
 /// The most vCPUs of a machine. APIC ids are 8 bits wide without x2APIC, and 255 is a broadcast; the
@@ -17,10 +22,28 @@ pub struct MachineConfig {
     pub memory: MemoryConfig,
     /// How many vCPUs, 1 to [`CPUS_MAX`].
     pub cpus: u8,
+    /// The processor that the guest is shown.
+    pub cpu: CpuModel,
     /// The network interface, if there is one.
     pub net: Option<NetConfig>,
-    /// Where the first serial port's output goes. It is local to a host and never migrates.
+    /// Its disks, at most [`DISKS_MAX`], in the guest's order.
+    pub disks: Vec<DiskConfig>,
+    /// Whether it has a device that gives the guest random bytes.
+    pub rng: bool,
+    /// Where the first serial port goes. It is local to a host and never migrates.
     pub serial: SerialTarget,
+    /// How the guest's clocks go on when it has moved.
+    pub clock: ClockMode,
+}
+
+/// How a guest's clocks go on at a target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClockMode {
+    /// By the time that passed: the guest notices that it stood still, and its wall clock is right.
+    #[default]
+    Realtime,
+    /// From where they were: the guest notices nothing, and its wall clock is late by the downtime.
+    Monotonic,
 }
 
 /// The guest's memory.
@@ -79,29 +102,42 @@ pub struct NetConfig {
     pub mac: [u8; 6],
 }
 
-/// Where the first serial port's output goes.
+/// Where the first serial port's output goes, and where its input comes from. Consoles can be attached beside it
+/// ([`Machine::serve_console`](crate::Machine::serve_console)).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SerialTarget {
     /// Nowhere.
     Null,
-    /// This process's standard output.
+    /// This process's standard output and input. Input is only read while the machine runs.
     Stdio,
-    /// A file, which is created, or appended to.
+    /// This process's standard output; no input.
+    Stdout,
+    /// A new pseudo terminal ([`Machine::terminal`](crate::Machine::terminal)), both ways.
+    Pty,
+    /// A Unix socket that is made at this path for this user, both ways, for several connections one after the other
+    /// or together.
+    Socket(PathBuf),
+    /// A file, which is created, or appended to; no input.
     File(PathBuf),
 }
 
 /// What a machine starts with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BootSource {
-    /// The kernel, a 64-bit ELF file with a PVH entry note.
+    /// The kernel: a bzImage, or a 64-bit ELF image (with a PVH entry note, or else entered by Linux's 64-bit boot
+    /// protocol).
     pub kernel: Kernel,
     /// An initial RAM disk.
     pub initrd: Option<PathBuf>,
-    /// The kernel's command line; the machine appends its virtio-mmio devices.
+    /// The kernel's command line; without ACPI the machine appends its virtio-mmio devices.
     pub cmdline: String,
+    /// Whether ACPI tables tell the kernel of processors, devices and the power button. A kernel without ACPI looks for
+    /// neither, and finds processors by the MP table, which is always there, and devices on its command line. Never
+    /// both: a kernel that read both would find each device twice.
+    pub acpi: bool,
 }
 
-/// Where the kernel's ELF image is.
+/// Where the kernel's image is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kernel {
     /// In a file.
@@ -110,7 +146,7 @@ pub enum Kernel {
     Image {
         /// What to call it in messages.
         name: &'static str,
-        /// The ELF image.
+        /// The image.
         bytes: &'static [u8],
     },
 }
@@ -120,10 +156,14 @@ pub enum Kernel {
 pub struct LocalChoices {
     /// The tap for the machine's network interface; needed if it has one.
     pub tap: Option<String>,
-    /// Where the serial output goes on this host.
+    /// Where its disks are on this host, one for each; where they are at the source if empty.
+    pub disks: Vec<DiskChoice>,
+    /// Where the serial port goes on this host.
     pub serial: SerialTarget,
     /// What holds the machine's memory on this host.
     pub memory: MemoryChoices,
+    /// What the host offers of its processor at most; a machine whose guest was shown more is refused.
+    pub cpu: CpuProfile,
 }
 
 /// What a target decides for itself about the memory of a machine that it takes over; `None` is what the source had,
@@ -171,6 +211,21 @@ pub enum ConfigError {
         /// What was asked for.
         mac: [u8; 6],
     },
+    /// There are too many disks.
+    #[error("a machine can't have {disks} disks; give {DISKS_MAX} at most")]
+    Disks {
+        /// How many were asked for.
+        disks: usize,
+    },
+    /// A disk's serial number is too long, or has other characters than printable ASCII.
+    #[error(
+        "'{}' can't be a disk's serial number; give at most {DISK_SERIAL_BYTES_MAX} printable ASCII characters without \
+         space", serial.escape_default()
+    )]
+    DiskSerial {
+        /// What was asked for.
+        serial: String,
+    },
 }
 
 impl MachineConfig {
@@ -179,7 +234,7 @@ impl MachineConfig {
     /// # Errors
     /// Names the first field that can't be.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let Self { memory, cpus, net, serial: _ } = self;
+        let Self { memory, cpus, cpu: _, net, disks, rng: _, serial: _, clock: _ } = self;
         let MemoryConfig { size_bytes, backing: _, huge_pages, node: _ } = memory;
         let page_bytes = PAGE_BYTES as u64;
         if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(size_bytes) || size_bytes % page_bytes != 0 {
@@ -196,7 +251,13 @@ impl MachineConfig {
         {
             return Err(ConfigError::Mac { mac: *mac });
         }
-        Ok(())
+        if disks.len() > DISKS_MAX {
+            return Err(ConfigError::Disks { disks: disks.len() });
+        }
+        match disks.iter().filter_map(|disk| disk.serial.as_ref()).find(|serial| !disk::is_serial(serial)) {
+            Some(serial) => Err(ConfigError::DiskSerial { serial: serial.clone() }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -208,12 +269,21 @@ fn format_mac(mac: &[u8; 6]) -> String {
 mod tests {
     use super::*;
 
+    fn disk(serial: Option<&str>) -> DiskConfig {
+        let serial = serial.map(Into::into);
+        DiskConfig { path: "a.img".into(), read_only: false, serial, locked: true, taken_over: None }
+    }
+
     fn config() -> MachineConfig {
         MachineConfig {
             memory: MemoryConfig::new(64 << 20, Backing::PrivateAnonymous),
             cpus: 2,
+            cpu: CpuModel::default(),
             net: Some(NetConfig { tap: "tap0".into(), mac: [0x02, 0, 0, 0, 0, 1] }),
+            disks: vec![disk(None)],
+            rng: true,
             serial: SerialTarget::Null,
+            clock: ClockMode::default(),
         }
     }
 
@@ -235,6 +305,16 @@ mod tests {
             bad.cpus = cpus;
             assert_eq!(bad.check(), Err(ConfigError::Cpus { cpus }));
         }
+        for serial in ["123456789012345678901", "a b", "\u{e4}", "a\n"] {
+            let mut bad = config();
+            bad.disks.push(disk(Some(serial)));
+            assert_eq!(bad.check(), Err(ConfigError::DiskSerial { serial: serial.into() }));
+        }
+        let mut bad = config();
+        bad.disks = vec![disk(Some("12345678901234567890")); DISKS_MAX];
+        assert_eq!(bad.check(), Ok(()));
+        bad.disks.push(disk(None));
+        assert_eq!(bad.check(), Err(ConfigError::Disks { disks: DISKS_MAX + 1 }));
         for mac in [[0; 6], [0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
             let mut bad = config();
             bad.net.as_mut().unwrap().mac = mac;

@@ -9,25 +9,36 @@
 mod boot;
 mod capability;
 mod config;
+mod cpu;
 mod devices;
+mod disk;
 mod machine;
 mod memory;
 mod parking;
 mod saved;
+mod socket;
 pub mod tap;
 mod vcpu;
 
 #[cfg(test)]
 #[path = "../tests/support/elf.rs"]
 mod tiny_kernel;
+#[cfg(test)]
+#[path = "../tests/support/bzimage.rs"]
+mod tiny_linux;
 
 pub use boot::{BootError, CMDLINE_BYTES_MAX};
 pub use capability::{KvmCallError, KvmError};
 pub use config::{
-    Backing, BootSource, CPUS_MAX, ConfigError, HugePages, Kernel, LocalChoices, MachineConfig,
-    MemoryChoices, MemoryConfig, NetConfig, SerialTarget,
+    Backing, BootSource, CPUS_MAX, ClockMode, ConfigError, DISK_SERIAL_BYTES_MAX, DISKS_MAX, DiskChoice,
+    DiskConfig, HugePages, Kernel, LocalChoices, MachineConfig, MemoryChoices, MemoryConfig, NetConfig,
+    SerialTarget, SourceDisk,
+};
+pub use cpu::{
+    CPU_PROFILE_BYTES_MAX, CpuError, CpuModel, CpuProfile, CpuProfileError, MissingFeature, ShownCpu,
 };
 pub use devices::SerialError;
+pub use disk::DiskError;
 pub use machine::{BuildError, FrameObserver, Machine, MachineStatus, RunError};
 pub use memory::{
     DirtyLogError, GuestRam, HUGE_PAGE_BYTES, HandOverError, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryError,
@@ -35,3 +46,4 @@ pub use memory::{
 };
 pub use parking::MachineEvent;
 pub use saved::{STATE_BYTES_MAX, StateError};
+pub use socket::tcp_busy_time;

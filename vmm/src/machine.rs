@@ -12,9 +12,15 @@
 //! source keeps it until the target runs.
 
 mod build;
+mod clock;
+mod disks;
+mod network;
+mod processor;
 mod state;
 
 use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -23,17 +29,22 @@ use kvm_ioctls::VmFd;
 
 pub use build::BuildError;
 
-use crate::boot::{self, BootError};
+use crate::boot::{self, BootError, VirtioWindow};
 use crate::capability::Capabilities;
 use crate::config::{BootSource, HugePages, MachineConfig};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::block::Block;
 use crate::devices::virtio::mmio::WINDOW_BYTES;
 pub use crate::devices::virtio::net::FrameObserver;
 use crate::devices::virtio::net::Net;
-use crate::devices::{Bus, MMIO_INTERRUPT_FIRST, MMIO_START};
+use crate::devices::{Bus, MMIO_START, mmio_interrupt};
+use crate::disk::DiskError;
 use crate::memory::dirty_log::DirtyLog;
 use crate::memory::{DirtyLogError, GuestRam};
 use crate::parking::{Control, MachineEvent};
-use crate::vcpu::{Vcpu, cpuid_for_vcpu};
+use crate::vcpu::Vcpu;
+use clock::Clocks;
+use processor::MachineCpu;
 
 /// What a machine is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +80,12 @@ pub enum RunError {
         /// What it is.
         status: &'static str,
     },
+    /// The guest does not listen to the power button.
+    #[error(
+        "can't shut down the machine: its guest does not listen to the power button (it has no ACPI driver for it, or \
+         has not got so far); stop the machine instead"
+    )]
+    NoPowerButton,
     /// The guest has ended itself.
     #[error("can't {action} the machine: {how}")]
     Ended {
@@ -77,6 +94,9 @@ pub enum RunError {
         /// How it ended.
         how: String,
     },
+    /// A disk of the machine is another's now.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
 }
 
 /// Where a machine is in its life. Whether the guest ended itself is [`Control`]'s to know.
@@ -95,15 +115,20 @@ enum Phase {
 pub struct Machine {
     config: MachineConfig,
     capabilities: Capabilities,
+    cpu: Mutex<MachineCpu>,
+    clocks: Mutex<Clocks>,
     xsave_bytes: usize,
     tsc_khz: Option<u32>,
     vcpus: Vec<Arc<Vcpu>>,
     bus: Arc<Bus>,
+    /// By window.
+    devices: Vec<Arc<dyn VirtioDevice>>,
     net: Option<Arc<Net>>,
+    disks: Vec<Arc<Block>>,
     control: Arc<Control>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     dirty_log: DirtyLog,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     ram: GuestRam,
     phase: Mutex<Phase>,
     /// Held by calls that change the phase, so that `status` never waits for them.
@@ -121,10 +146,9 @@ impl Machine {
         if phase != Phase::Created {
             return Err(BootError::WrongStatus { status: phase.name() });
         }
-        let entry = boot::load(&self.ram, self.config.cpus, boot, &self.device_parameters())?;
+        let entry = boot::load(&self.ram, self.config.cpus, boot, &self.virtio_windows())?;
         for vcpu in &self.vcpus {
-            let Capabilities { cpuid, tsc_deadline_timer, .. } = &self.capabilities;
-            vcpu.set_cpuid(&cpuid_for_vcpu(cpuid, vcpu.index, self.config.cpus, *tsc_deadline_timer))?;
+            vcpu.set_cpuid(&self.cpuid_of(vcpu.index))?;
             boot::set_boot_registers(&vcpu.lock(), vcpu.index == 0, entry)?;
         }
         self.set_phase(Phase::Ready);
@@ -134,7 +158,7 @@ impl Machine {
     /// Runs the guest, for the first time or after a pause.
     ///
     /// # Errors
-    /// There is nothing to run, it runs already, or it has ended.
+    /// There is nothing to run, it runs already, it has ended, or another machine has one of its disks.
     pub fn run(&self) -> Result<(), RunError> {
         let _operation = self.operate();
         match self.phase() {
@@ -147,6 +171,8 @@ impl Machine {
         if let Some(event) = self.control.ended() {
             return Err(RunError::Ended { action: "run", how: describe(&event) });
         }
+        self.take_disks()?;
+        self.clocks_run();
         for vcpu in &self.vcpus {
             vcpu.set_deferred();
             // Tells a guest with a paravirtual clock that it was stopped; KVM refuses it for others.
@@ -167,6 +193,10 @@ impl Machine {
     /// It does not run, or the guest ended itself before it was paused.
     pub fn pause(&self) -> Result<(), RunError> {
         let _operation = self.operate();
+        // First, for a guest that ended itself and was then stopped: how it ended is what its owner wants to know.
+        if let Some(event) = self.control.ended() {
+            return Err(RunError::Ended { action: "pause", how: describe(&event) });
+        }
         let phase = self.phase();
         if phase != Phase::Running {
             return Err(RunError::WrongStatus { action: "pause", status: phase.name() });
@@ -176,10 +206,29 @@ impl Machine {
             return Err(RunError::Ended { action: "pause", how: describe(&event) });
         }
         self.set_phase(Phase::Paused);
+        self.note_pause();
         Ok(())
     }
 
-    /// Ends every thread of the machine and lets go of its tap. Memory stays. Doing it again does
+    /// Presses the guest's power button, on which most guests shut down in their own time.
+    ///
+    /// # Errors
+    /// It does not run, has ended itself, or does not listen to the button.
+    pub fn press_power_button(&self) -> Result<(), RunError> {
+        let action = "shut down";
+        // Also keeps a pause from coming in between: what is pressed is saved.
+        let _operation = self.operate();
+        let phase = self.phase();
+        if phase != Phase::Running {
+            return Err(RunError::WrongStatus { action, status: phase.name() });
+        }
+        if let Some(event) = self.control.ended() {
+            return Err(RunError::Ended { action, how: describe(&event) });
+        }
+        if self.bus.power.press_button() { Ok(()) } else { Err(RunError::NoPowerButton) }
+    }
+
+    /// Ends every thread of the machine and lets go of its tap and disks. Memory stays. Doing it again does
     /// nothing.
     pub fn stop(&self) {
         let _operation = self.operate();
@@ -193,6 +242,7 @@ impl Machine {
         if let Some(net) = &self.net {
             net.close();
         }
+        self.close_disks();
         self.set_phase(Phase::Stopped);
     }
 
@@ -307,24 +357,39 @@ impl Machine {
     }
 
     /// Throws away the frames that wait in the tap. A target does this when the source pauses, so that
-    /// its guest is not handed frames that the source's guest has had already. It does nothing while
-    /// the machine runs.
+    /// its guest is not handed frames that the source's guest has had already, and so that it is known how long the
+    /// guest stands still at most. It does nothing while the machine runs.
     pub fn drop_queued_frames(&self) {
         let _operation = self.operate();
-        if let Some(net) = &self.net
-            && self.phase() != Phase::Running
-        {
+        if self.phase() == Phase::Running {
+            return;
+        }
+        self.note_source_pause();
+        if let Some(net) = &self.net {
             net.drop_queued_frames();
         }
     }
 
-    /// Kernel parameters by which Linux finds the virtio-mmio windows.
-    fn device_parameters(&self) -> Vec<String> {
-        let windows = (MMIO_START..).step_by(usize::try_from(WINDOW_BYTES).expect("4096"));
-        let parameters = (MMIO_INTERRUPT_FIRST..).zip(windows);
-        let parameters =
-            parameters.map(|(line, address)| format!("virtio_mmio.device=4K@{address:#x}:{line}"));
-        parameters.take(self.bus.virtio.len()).collect()
+    /// Takes in consoles of the serial port from `listener`, while the machine runs: each gets what the guest said last
+    /// and all that it says, and what is typed there reaches the guest. They are let go of when the machine is stopped.
+    ///
+    /// # Errors
+    /// The listener can't be made non-blocking, or the port has enough of them.
+    pub fn serve_console(&self, listener: UnixListener) -> io::Result<()> {
+        self.bus.serial.serve_console(listener)
+    }
+
+    /// The pseudo terminal of the serial port, if it was to have one.
+    #[must_use]
+    pub fn terminal(&self) -> Option<&Path> {
+        self.bus.serial.terminal()
+    }
+
+    /// Where the guest is to find its virtio devices.
+    fn virtio_windows(&self) -> Vec<VirtioWindow> {
+        let addresses = (MMIO_START..).step_by(usize::try_from(WINDOW_BYTES).expect("4096"));
+        let windows = (0..).map(mmio_interrupt).zip(addresses).take(self.bus.virtio.len());
+        windows.map(|(interrupt, address)| VirtioWindow { address, interrupt }).collect()
     }
 
     fn operate(&self) -> MutexGuard<'_, ()> {

@@ -1,7 +1,8 @@
 //! Tap interfaces: attaching to one, and making persistent ones for test hosts.
 //!
 //! A tap is attached exclusively, so two machines can never share one: the kernel answers the second
-//! with EBUSY. Offloads stay off and every frame carries a virtio-net header of 12 bytes.
+//! with EBUSY. Every frame carries a virtio-net header of 12 bytes. What the tap could leave undone in the frames that it
+//! hands out (checksums, segmentation) is found out at the start, and stays off until it is asked for.
 //!
 //! This module does not configure addresses, bridges or link state: that is the operator's side.
 
@@ -63,11 +64,54 @@ pub enum TapError {
     },
 }
 
+/// What a tap's reader can take over from the host's network stack: frames then come with unfinished checksums, or as
+/// large ones that stand for many. As in the kernel's linux/if_tun.h.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TapOffloads(libc::c_uint);
+
+impl TapOffloads {
+    /// Nothing: every frame is whole and fits the link.
+    pub const NONE: Self = Self(0);
+    /// Checksums of TCP and UDP. The others need it.
+    pub const CHECKSUM: Self = Self(libc::TUN_F_CSUM);
+    /// Segmentation of TCP over IPv4.
+    pub const TCP4: Self = Self(libc::TUN_F_TSO4);
+    /// Segmentation of TCP over IPv6.
+    pub const TCP6: Self = Self(libc::TUN_F_TSO6);
+    /// The same where TCP reports congestion.
+    pub const TCP_ECN: Self = Self(libc::TUN_F_TSO_ECN);
+    /// Segmentation of UDP, over both; Linux 6.2 and newer.
+    pub const UDP: Self = Self(libc::TUN_F_USO4 | libc::TUN_F_USO6);
+
+    /// What a tap is asked for at the start, from the most to the least that kernels have had.
+    const LADDER: [Self; 4] = [
+        Self(Self::ALL_TCP.0 | Self::UDP.0),
+        Self::ALL_TCP,
+        Self(Self::CHECKSUM.0 | Self::TCP4.0 | Self::TCP6.0),
+        Self::CHECKSUM,
+    ];
+
+    const ALL_TCP: Self = Self(Self::CHECKSUM.0 | Self::TCP4.0 | Self::TCP6.0 | Self::TCP_ECN.0);
+
+    /// Both together.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether all of `other` is in it.
+    #[must_use]
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
 /// An attached tap, non-blocking, with virtio-net headers. Dropping it detaches it.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
     name: String,
+    supported: TapOffloads,
 }
 
 impl Tap {
@@ -80,15 +124,31 @@ impl Tap {
         if if_nametoindex(name).is_err() {
             return Err(TapError::Missing { name: name.into() });
         }
-        let tap = Self::open(name)?;
+        let mut tap = Self::open(name)?;
         let header_bytes = i32::try_from(VNET_HEADER_BYTES).expect("12 fits");
         // SAFETY: TUNSETVNETHDRSZ reads one int from the pointer, which outlives the call.
         let done = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header_bytes) };
         tap.check("set the header size of", done)?;
-        // SAFETY: TUNSETOFFLOAD takes its flags by value; zero turns every offload off.
-        let done = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETOFFLOAD, 0) };
-        tap.check("turn off the offloads of", done)?;
+        let is_taken = |offloads: &TapOffloads| tap.set_offloads(*offloads).is_ok();
+        tap.supported = TapOffloads::LADDER.into_iter().find(is_taken).unwrap_or_default();
+        tap.set_offloads(TapOffloads::NONE)?;
         Ok(tap)
+    }
+
+    /// Which offloads this host's tun driver has.
+    #[must_use]
+    pub fn supported_offloads(&self) -> TapOffloads {
+        self.supported
+    }
+
+    /// Has the frames that come from now on left as unfinished as the reader can take them, and no more.
+    ///
+    /// # Errors
+    /// The driver lacks one of them; nothing has changed then.
+    pub fn set_offloads(&self, offloads: TapOffloads) -> Result<(), TapError> {
+        // SAFETY: TUNSETOFFLOAD takes its flags by value.
+        let done = unsafe { libc::ioctl(self.as_raw_fd(), libc::TUNSETOFFLOAD, offloads.0) };
+        self.check("set the offloads of", done)
     }
 
     /// Makes the persistent tap `name`, or takes an existing one, and detaches again.
@@ -103,10 +163,10 @@ impl Tap {
         tap.check("keep", done)
     }
 
-    /// A second handle of a tap that is attached already.
+    /// A second handle of a tap that is attached already, as if its driver had these offloads.
     #[cfg(test)]
-    pub(crate) fn from_parts(file: File, name: &str) -> Self {
-        Self { file, name: name.into() }
+    pub(crate) fn from_parts(file: File, name: &str, supported: TapOffloads) -> Self {
+        Self { file, name: name.into(), supported }
     }
 
     /// The interface's name.
@@ -146,7 +206,7 @@ impl Tap {
                 _ => io_error("attach to", source),
             });
         }
-        Ok(Self { file, name: name.into() })
+        Ok(Self { file, name: name.into(), supported: TapOffloads::NONE })
     }
 
     fn check(&self, action: &'static str, done: libc::c_int) -> Result<(), TapError> {

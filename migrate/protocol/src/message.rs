@@ -11,7 +11,7 @@ use crate::layout::Region;
 use crate::negotiation::Features;
 
 /// The longest sentence that a peer may give as a reason, in bytes; longer ones are cut.
-pub const SENTENCE_BYTES_MAX: usize = 512;
+pub const SENTENCE_BYTES_MAX: usize = 4096;
 
 /// The largest machine description, in bytes.
 pub const DESCRIPTION_BYTES_MAX: usize = 256 << 10;

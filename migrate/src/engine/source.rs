@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ferry_protocol::page::Compression;
+use ferry_protocol::record::Standing;
 use ferry_protocol::source::{
     Action, Config, Event, Failure, MemoryPath, OnTimeout, Outcome, Progress, Source,
 };
@@ -446,10 +447,18 @@ impl Engine {
     }
 
     fn write_record(&self, record: Record) {
-        let events = self.events.clone();
+        let (vm, events) = (Arc::clone(&self.vm), self.events.clone());
+        let is_commit = matches!(record.standing, Standing::Committed { .. });
         store_record(&self.worker, &self.records, &self.clock, record, move |written| {
             let event = match written {
-                Ok(took) => Event::RecordWritten { took },
+                Ok(took) => {
+                    // Not before, for until now any failure ends with the guest running here; and not later, for the
+                    // target takes what is let go of as soon as it hears of the commit.
+                    if is_commit {
+                        vm.let_go();
+                    }
+                    Event::RecordWritten { took }
+                }
                 Err(reason) => Event::RecordFailed(reason),
             };
             let _ = events.send(Happened::Core(event));

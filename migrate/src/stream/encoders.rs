@@ -1,13 +1,13 @@
 //! Threads that encode chunks beside the streams, so that packing never stands in front of sending.
 
+use std::convert::Infallible;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use ferry_protocol::encode::pack::Method;
-use ferry_protocol::encode::{Encoded, Encoder, Piece, Way};
-use ferry_protocol::frame::Frame;
+use ferry_protocol::encode::{Encoded, Encoder, Way};
 use ferry_protocol::{ChunkIndex, PageMask};
 
 use super::sent::SentMemory;
@@ -15,6 +15,9 @@ use crate::ports::{Clock, GuestPages, timed};
 
 /// The most threads that encode for a migration, whatever the host has: each stands for some MiB of buffers.
 const THREADS_MAX: usize = 8;
+
+/// How nice these threads are: the guest and what it is sent with come first where processors are few.
+const NICENESS: i32 = 5;
 
 /// A chunk to be encoded.
 pub(super) struct Job {
@@ -41,8 +44,9 @@ pub(super) struct Tools {
 
 /// The threads, which end when this is dropped.
 pub(super) struct Encoders {
-    jobs: Mutex<Option<mpsc::Sender<Job>>>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// `None` only while they end.
+    jobs: Option<mpsc::Sender<Job>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Encoders {
@@ -54,36 +58,36 @@ impl Encoders {
     pub(super) fn start(tools: Tools) -> std::io::Result<Self> {
         let (jobs, queue) = mpsc::channel::<Job>();
         let (queue, tools) = (Arc::new(Mutex::new(queue)), Arc::new(tools));
-        let encoders = Self { jobs: Mutex::new(Some(jobs)), threads: Mutex::new(Vec::new()) };
+        let mut encoders = Self { jobs: Some(jobs), threads: Vec::new() };
         for number in 0..Self::threads() {
             let (queue, tools) = (Arc::clone(&queue), Arc::clone(&tools));
             let thread = thread::Builder::new()
                 .name(format!("ferry-pack-{number}"))
                 .spawn(move || work(&queue, &tools))?;
-            encoders.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+            encoders.threads.push(thread);
         }
         Ok(encoders)
     }
 
     /// Hands a chunk to whichever thread is free next.
     pub(super) fn submit(&self, job: Job) {
-        if let Some(jobs) = &*self.jobs.lock().unwrap_or_else(PoisonError::into_inner) {
-            // The threads live as long as this sender.
-            let _ = jobs.send(job);
-        }
+        // The threads live as long as this sender; were they gone, the stream would notice that nothing comes back.
+        let _ = self.jobs.as_ref().map(|jobs| jobs.send(job));
     }
 }
 
 impl Drop for Encoders {
     fn drop(&mut self) {
-        self.jobs.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        for thread in self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        self.jobs.take();
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
 }
 
 fn work(queue: &Mutex<mpsc::Receiver<Job>>, tools: &Tools) {
+    // The system may not have it, and packing then competes with the guest, as anything else on its host does.
+    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICENESS);
     let mut encoder = Encoder::default();
     loop {
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -91,19 +95,13 @@ fn work(queue: &Mutex<mpsc::Receiver<Job>>, tools: &Tools) {
         let mut bytes = Vec::new();
         let (encoded, took) = timed(&*tools.clock, || {
             let read = |range, visit: &mut dyn FnMut(u64, &_)| tools.pages.for_each_page(range, visit);
-            encoder.encode_into((chunk, &mask), way, &mut tools.sent.chunk(chunk), &read, &mut |piece| {
-                match piece {
-                    Piece::Bytes(piece) => bytes.extend_from_slice(piece),
-                    Piece::Lent(chunk, mask) => {
-                        // Packing copies, so nothing is lent; were it, this is what it would look like.
-                        bytes.extend_from_slice(&Frame::Raw { chunk, mask }.encode());
-                        for range in chunk.ranges(&mask) {
-                            tools.pages.for_each_page(range, &mut |_, page| bytes.extend_from_slice(page));
-                        }
-                    }
-                }
-            })
+            let emit = &mut |piece: &[u8]| -> Result<(), Infallible> {
+                bytes.extend_from_slice(piece);
+                Ok(())
+            };
+            encoder.encode_copied((chunk, &mask), way, &mut tools.sent.chunk(chunk), &read, emit)
         });
+        let Ok(encoded) = encoded;
         // A stream that has failed meanwhile wants nothing more.
         let _ = reply.send(Done { method: way.method, bytes, encoded, took });
     }

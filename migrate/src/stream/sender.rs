@@ -26,6 +26,7 @@ use ferry_protocol::page::Compression;
 use ferry_protocol::source::RoundSent;
 use ferry_protocol::{ChunkIndex, MemoryDigest, PageMask, PageRange, StreamIndex, Timestamp};
 
+use ferry_vmm::tcp_busy_time;
 use socket2::SockRef;
 
 use super::encoders::{Done, Encoders, Job};
@@ -162,7 +163,7 @@ impl Sender {
         self.waits = Waits::default();
         self.in_socket = Duration::ZERO;
         self.packing = PackingWork::default();
-        let busy_before = tcp::busy_time(&self.socket);
+        let busy_before = tcp_busy_time(self.socket.as_fd());
         self.window = Window { began: self.options.clock.now(), bytes: 0, writing: Duration::ZERO };
         let again = round.fence > 1;
         if again && self.stream.number() == 0 && self.options.sent.is_short() {
@@ -181,7 +182,7 @@ impl Sender {
         }
         self.write(&Frame::Fence(round.fence).encode(), &[])?;
         self.round.digest = self.digest;
-        let busy = tcp::busy_time(&self.socket).zip(busy_before);
+        let busy = tcp_busy_time(self.socket.as_fd()).zip(busy_before);
         // Without a word of the system the link may have been busy all the time.
         let busy = busy.map_or(Duration::MAX, |(after, before)| after.saturating_sub(before));
         self.report_work(began);
@@ -268,6 +269,7 @@ impl Sender {
                     match self.ready.recv_timeout(self.until_dry()) {
                         Ok(done) => self.write_done(&done)?,
                         Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                            self.packing.filled_pages += mask.count();
                             return Ok(unpacked);
                         }
                     }

@@ -5,8 +5,6 @@ use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use nix::libc;
-use nix::sys::socket::getsockopt;
 use socket2::{SockRef, TcpKeepalive};
 
 /// How long making a connection may take.
@@ -58,27 +56,6 @@ fn spare_pacing(stream: &TcpStream) {
     if let Err(error) = SockRef::from(stream).set_tcp_congestion(b"reno") {
         tracing::debug!("a data stream keeps its congestion control: {error}");
     }
-}
-
-/// What TCP_INFO says, as far as it is wanted here: 24 words, of which number 21 is `tcpi_busy_time` in µs (Linux 4.10).
-type TcpInfo = [u64; 24];
-const BUSY_TIME_WORD: usize = 21;
-
-/// TCP_INFO as a socket option.
-#[derive(Debug, Clone, Copy)]
-struct Info;
-nix::getsockopt_impl!(
-    Info,
-    libc::IPPROTO_TCP,
-    libc::TCP_INFO,
-    TcpInfo,
-    nix::sys::socket::sockopt::GetStruct<TcpInfo>
-);
-
-/// How long the connection has had something to send that was not acknowledged yet, since it was made; `None` for what
-/// is no TCP connection.
-pub(crate) fn busy_time(stream: &TcpStream) -> Option<Duration> {
-    getsockopt(stream, Info).ok().map(|info| Duration::from_micros(info[BUSY_TIME_WORD]))
 }
 
 /// Connects a data stream to the first of `address`'s addresses that answers.

@@ -10,6 +10,7 @@ pub(crate) const VM: &str = "/api/v1/vm";
 pub(crate) const PAUSE: &str = "/api/v1/vm/pause";
 pub(crate) const RESUME: &str = "/api/v1/vm/resume";
 pub(crate) const STOP: &str = "/api/v1/vm/stop";
+pub(crate) const POWER_BUTTON: &str = "/api/v1/vm/power-button";
 pub(crate) const GUEST: &str = "/api/v1/guest";
 pub(crate) const MIGRATION: &str = "/api/v1/migration";
 pub(crate) const MIGRATION_BANDWIDTH: &str = "/api/v1/migration/bandwidth";
@@ -67,6 +68,12 @@ pub(crate) struct VmInfo {
     #[serde(default)]
     pub(crate) memory_kind: Option<String>,
     pub(crate) cpus: Option<u8>,
+    /// The CPU profile with which it was started.
+    #[serde(default)]
+    pub(crate) cpu_profile: Option<String>,
+    /// Features that the guest sees beyond that because this host's KVM lets them show through.
+    #[serde(default)]
+    pub(crate) cpu_leaks: Vec<String>,
     pub(crate) network: Option<NetworkInfo>,
     /// Where it listens for a VM.
     pub(crate) listen: Option<String>,

@@ -1,5 +1,7 @@
 //! The command line as clap reads it, and the small languages inside some of its values.
 
+mod disk;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,9 +11,11 @@ use ferry_migrate::ListenAddress;
 use ferry_migrate::protocol::VmName;
 use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
-use ferry_vmm::{Backing, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
+use ferry_vmm::{Backing, CpuProfile, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
 
+use crate::cpu_profile::cpu_profile;
 use crate::quantity;
+pub(crate) use disk::DiskArg;
 
 /// ferry moves a running virtual machine from one host to another, and proves that it did.
 #[derive(Debug, Parser)]
@@ -39,7 +43,9 @@ pub(crate) enum Command {
     Pause(NameArgs),
     /// Resume a paused VM
     Resume(NameArgs),
-    /// Stop a VM, or a waiting 'ferry receive'
+    /// Press a VM's power button: its guest shuts down in its own time
+    Shutdown(NameArgs),
+    /// Stop a VM at once, or a waiting 'ferry receive'
     Stop(NameArgs),
     /// Show a live migration from start to end: two hosts, a loaded web server, one command
     Demo(DemoArgs),
@@ -71,7 +77,7 @@ pub(crate) struct RunArgs {
     /// The VM's name on this host
     #[arg(long)]
     pub(crate) name: VmName,
-    /// Kernel to boot: an ELF with a PVH entry
+    /// Kernel to boot: a bzImage, or a 64-bit ELF such as vmlinux (entered by PVH where it has the note)
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
     /// Boot the built-in workload guest: 'idle', 'dirty rate=500 set=256', 'fill mib=512 zero=25 text=50',
@@ -84,6 +90,10 @@ pub(crate) struct RunArgs {
     /// Kernel command line
     #[arg(long, value_name = "STR", default_value = "")]
     pub(crate) cmdline: String,
+    /// Tell the kernel of processors, devices and the power button by ACPI; with 'off', virtio devices are appended to
+    /// the command line instead, for a kernel built without ACPI
+    #[arg(long, value_enum, default_value_t = SwitchArg::On, value_name = "on|off", conflicts_with = "guest")]
+    pub(crate) acpi: SwitchArg,
     /// Guest memory: '1G', or 'size=1G' with any of shared=on (a memfd), hugepages=off (4 KiB pages only),
     /// hugepages=2M (from the host's pool), node=N (from one NUMA node)
     #[arg(long, default_value = "1G", value_parser = memory, value_name = "SIZE|size=SIZE[,..]")]
@@ -91,9 +101,22 @@ pub(crate) struct RunArgs {
     /// Number of vCPUs
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     pub(crate) cpus: u8,
+    /// The processor that the guest is shown: all of the host's, or what every host has that the VM may move to
+    #[arg(long, default_value = "host", value_parser = cpu_profile, value_name = "host|x86-64-v2|x86-64-v3|FILE")]
+    pub(crate) cpu: CpuProfile,
+    /// How the guest's clocks go on when it has moved: by the time that passed, or from where they were
+    #[arg(long, value_enum, default_value_t = ClockArg::Realtime)]
+    pub(crate) clock: ClockArg,
     /// Network interface: its tap, and optionally its MAC address and any number of IP addresses to announce
     #[arg(long, value_parser = net, value_name = "tap=IF[,mac=..][,ip=..]")]
     pub(crate) net: Option<NetArg>,
+    /// A disk, as often as there are any: a raw image or a block device; 'ro' lets the guest only read it, 'serial' is what
+    /// the guest is told, 'lock=off' leaves it to you that nobody else uses it
+    #[arg(long = "disk", value_parser = disk::of_new, value_name = "path=FILE[,ro][,serial=ID][,lock=off]")]
+    pub(crate) disks: Vec<DiskArg>,
+    /// Whether the VM has a device that gives it random numbers
+    #[arg(long, value_enum, default_value_t = SwitchArg::Off, value_name = "on|off")]
+    pub(crate) rng: SwitchArg,
     /// Where the serial console goes
     #[arg(long, default_value = "stdio", value_parser = serial, value_name = "stdio|null|file=PATH")]
     pub(crate) serial: SerialTarget,
@@ -115,10 +138,17 @@ pub(crate) struct ReceiveArgs {
     /// The tap for the VM's network interface
     #[arg(long, value_parser = net, value_name = "tap=IF")]
     pub(crate) net: Option<NetArg>,
+    /// Where the VM's disks are here, one for each in its order, if not where they are at the source; 'ro' or 'rw' if it must
+    /// be so, 'lock=off' for storage that does not carry locks between hosts
+    #[arg(long = "disk", value_parser = disk::of_taken_over, value_name = "path=FILE[,ro|rw][,lock=off]")]
+    pub(crate) disks: Vec<DiskArg>,
     /// What holds the VM's memory here, instead of what did at the source: any of shared=on|off, hugepages=on|off|2M,
     /// node=N. By default the pool's 2M pages are taken where the source had them and this host has enough
     #[arg(long, value_parser = memory_choices, value_name = "KEY=VALUE[,..]")]
     pub(crate) memory: Option<MemoryChoices>,
+    /// What this host offers of its processor at most: VMs that were shown more are refused
+    #[arg(long, default_value = "host", value_parser = cpu_profile, value_name = "host|x86-64-v2|x86-64-v3|FILE")]
+    pub(crate) cpu: CpuProfile,
     /// Where the serial console goes
     #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|null|file=PATH")]
     pub(crate) serial: SerialTarget,
@@ -144,6 +174,14 @@ fn streams(text: &str) -> Result<StreamsArg, String> {
     }
     let count = text.parse().ok().filter(|count| (1..=STREAMS_MAX).contains(count));
     count.map(StreamsArg::Fixed).ok_or_else(|| format!("give auto, or a number from 1 to {STREAMS_MAX}"))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ClockArg {
+    /// By the time that passed
+    Realtime,
+    /// From where they were
+    Monotonic,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

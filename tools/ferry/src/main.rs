@@ -13,6 +13,7 @@ mod api;
 mod cli;
 mod client;
 mod commands;
+mod cpu_profile;
 mod demo;
 mod host;
 mod quantity;
@@ -60,9 +61,11 @@ fn wants_json(command: &Command) -> bool {
         Command::Migrate(args) => args.output.json,
         Command::Bandwidth(args) => args.output.json,
         Command::List(Output { json }) => *json,
-        Command::Info(args) | Command::Pause(args) | Command::Resume(args) | Command::Stop(args) => {
-            args.output.json
-        }
+        Command::Info(args)
+        | Command::Pause(args)
+        | Command::Resume(args)
+        | Command::Shutdown(args)
+        | Command::Stop(args) => args.output.json,
         // Their JSON goes into files.
         Command::Demo(_) | Command::Bench { .. } => false,
     }
@@ -80,6 +83,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Bandwidth(args) => commands::control::bandwidth(args).await,
             Command::Pause(args) => commands::control::pause(args).await,
             Command::Resume(args) => commands::control::resume(args).await,
+            Command::Shutdown(args) => commands::control::shutdown(args).await,
             Command::Stop(args) => commands::control::stop(args).await,
             Command::Demo(args) => demo::run(args).await,
             // It waits on threads of its own.

@@ -9,15 +9,20 @@ use linux_loader::loader::elf::start_info::{
 };
 use vm_memory::GuestAddress;
 
-use super::{BASE_MEMORY_END, BootError, CMDLINE_ADDRESS, HIGH_MEMORY, Module};
+use super::memory_map::{self, Kind, Range};
+use super::{BootError, CMDLINE_ADDRESS, Module};
 use crate::memory::GuestRam;
 
 const START_INFO_ADDRESS: u64 = 0x6000;
 const MODULE_LIST_ADDRESS: u64 = 0x6040;
 const MEMORY_MAP_ADDRESS: u64 = 0x7000;
 
-/// Writes the start info and returns its address.
-pub(super) fn write_start_info(ram: &GuestRam, initrd: Option<Module>) -> Result<u64, BootError> {
+/// Writes the start info, with the address of ACPI's root pointer if there is one, and returns its address.
+pub(super) fn write_start_info(
+    ram: &GuestRam,
+    initrd: Option<Module>,
+    acpi_root: Option<u64>,
+) -> Result<u64, BootError> {
     let map = memory_map(ram);
     let modules: Vec<_> = initrd
         .iter()
@@ -34,7 +39,7 @@ pub(super) fn write_start_info(ram: &GuestRam, initrd: Option<Module>) -> Result
         nr_modules: u32::try_from(modules.len()).expect("one at most"),
         modlist_paddr: if modules.is_empty() { 0 } else { MODULE_LIST_ADDRESS },
         cmdline_paddr: CMDLINE_ADDRESS,
-        rsdp_paddr: 0,
+        rsdp_paddr: acpi_root.unwrap_or(0),
         memmap_paddr: MEMORY_MAP_ADDRESS,
         memmap_entries: u32::try_from(map.len()).expect("a handful"),
         reserved: 0,
@@ -52,37 +57,14 @@ pub(super) fn write_start_info(ram: &GuestRam, initrd: Option<Module>) -> Result
 }
 
 fn memory_map(ram: &GuestRam) -> Vec<hvm_memmap_table_entry> {
-    let entry = |addr, size, type_| hvm_memmap_table_entry { addr, size, type_, reserved: 0 };
-    let mut map = vec![
-        entry(0, BASE_MEMORY_END, XEN_HVM_MEMMAP_TYPE_RAM),
-        entry(BASE_MEMORY_END, HIGH_MEMORY - BASE_MEMORY_END, XEN_HVM_MEMMAP_TYPE_RESERVED),
-    ];
-    for region in ram.regions() {
-        let start = region.gpa.max(HIGH_MEMORY);
-        map.push(entry(start, region.gpa + region.bytes - start, XEN_HVM_MEMMAP_TYPE_RAM));
-    }
-    map
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::{Backing, MemoryConfig};
-    use crate::memory::{LOW_MEMORY_END, allocate};
-
-    #[test]
-    fn the_map_covers_memory_once_and_reserves_the_firmwares_part() {
-        let memory = MemoryConfig::new(LOW_MEMORY_END + (1 << 20), Backing::PrivateAnonymous);
-        let map = memory_map(&allocate(&memory).unwrap());
-        let rows: Vec<_> = map.iter().map(|entry| (entry.addr, entry.size, entry.type_)).collect();
-        assert_eq!(
-            rows,
-            [
-                (0, 0x9_fc00, 1),
-                (0x9_fc00, 0x6_0400, 2),
-                (1 << 20, (3 << 30) - (1 << 20), 1),
-                (4 << 30, 1 << 20, 1)
-            ]
-        );
-    }
+    let entry = |range: Range| hvm_memmap_table_entry {
+        addr: range.start,
+        size: range.bytes,
+        type_: match range.kind {
+            Kind::Ram => XEN_HVM_MEMMAP_TYPE_RAM,
+            Kind::Reserved => XEN_HVM_MEMMAP_TYPE_RESERVED,
+        },
+        reserved: 0,
+    };
+    memory_map::of(ram).into_iter().map(entry).collect()
 }

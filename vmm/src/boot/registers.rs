@@ -1,21 +1,34 @@
-//! A vCPU's registers when a kernel starts: 32-bit protected mode without paging, as PVH wants it
-//! (xen/docs/misc/pvh.pandoc), and the APIC's lines wired as on a PC.
+//! A vCPU's registers when a kernel starts, and the APIC's lines wired as on a PC: 32-bit protected mode without
+//! paging, as PVH wants it (xen/docs/misc/pvh.pandoc), or 64-bit mode with memory mapped where it is, as Linux's
+//! 64-bit boot protocol does (Documentation/arch/x86/boot.rst).
 
 use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
-use super::{BootError, Entry};
+use super::linux::PAGE_TABLES_ADDRESS;
+use super::{BootError, Entry, Mode};
 use crate::capability::KvmCallError;
 use crate::memory::GuestRam;
 
 const SEGMENT_TABLE_ADDRESS: u64 = 0x500;
 
-/// Flat segments: code, data, and a task segment that nobody uses.
-const SEGMENTS: [u64; 4] = [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067];
+/// Flat segments for PVH: code, data, and a task segment that nobody uses.
+const SEGMENTS_PVH: [u64; 4] = [0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067];
+
+/// For Linux's 64-bit entry, where its protocol wants them: code 0x10, data 0x18, and the task segment.
+const SEGMENTS_LINUX: [u64; 5] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x0000_8b00_0000_0067];
 
 const CR0_PROTECTED_MODE: u64 = 1;
 const CR0_EXTENSION_TYPE: u64 = 1 << 4;
+const CR0_PAGING: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LONG_MODE_ENABLED: u64 = 1 << 8;
+const EFER_LONG_MODE_ACTIVE: u64 = 1 << 10;
 const RFLAGS_ALWAYS_SET: u64 = 1 << 1;
+
+const TYPE_CODE: u8 = 11;
+const TYPE_DATA: u8 = 3;
+const TYPE_TASK: u8 = 11;
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRINGS: u64 = 1;
@@ -28,8 +41,15 @@ const DELIVERY_MODE_MASK: u32 = 0x700;
 const DELIVERY_MODE_NMI: u32 = 0x400;
 const DELIVERY_MODE_EXTERNAL: u32 = 0x700;
 
-pub(super) fn write_segment_table(ram: &GuestRam) -> Result<(), BootError> {
-    let bytes: Vec<u8> = SEGMENTS.iter().flat_map(|segment| segment.to_le_bytes()).collect();
+fn segments(mode: Mode) -> &'static [u64] {
+    match mode {
+        Mode::Pvh => &SEGMENTS_PVH,
+        Mode::Linux64 => &SEGMENTS_LINUX,
+    }
+}
+
+pub(super) fn write_segment_table(ram: &GuestRam, mode: Mode) -> Result<(), BootError> {
+    let bytes: Vec<u8> = segments(mode).iter().flat_map(|segment| segment.to_le_bytes()).collect();
     super::write(ram, &bytes, SEGMENT_TABLE_ADDRESS, "the segment table")
 }
 
@@ -42,19 +62,22 @@ pub(crate) fn set_boot_registers(fd: &VcpuFd, is_first: bool, entry: Entry) -> R
         return Ok(());
     }
     let mut sregs = fd.get_sregs().map_err(call("get a vCPU's system registers"))?;
-    set_flat_segments(&mut sregs);
+    set_flat_segments(&mut sregs, entry.mode);
     fd.set_sregs(&sregs).map_err(call("set a vCPU's system registers"))?;
-    let regs = kvm_regs {
-        rip: entry.address,
-        rbx: entry.start_info,
-        rflags: RFLAGS_ALWAYS_SET,
-        ..kvm_regs::default()
-    };
+    let mut regs = kvm_regs { rip: entry.address, rflags: RFLAGS_ALWAYS_SET, ..kvm_regs::default() };
+    match entry.mode {
+        Mode::Pvh => regs.rbx = entry.information,
+        Mode::Linux64 => regs.rsi = entry.information,
+    }
     fd.set_regs(&regs).map_err(call("set a vCPU's registers"))?;
     Ok(())
 }
 
-fn set_flat_segments(sregs: &mut kvm_sregs) {
+fn set_flat_segments(sregs: &mut kvm_sregs, mode: Mode) {
+    let is_64 = match mode {
+        Mode::Pvh => false,
+        Mode::Linux64 => true,
+    };
     let flat = |selector, type_| kvm_segment {
         base: 0,
         limit: 0xffff_ffff,
@@ -68,18 +91,31 @@ fn set_flat_segments(sregs: &mut kvm_sregs) {
         g: 1,
         ..kvm_segment::default()
     };
-    let data = flat(0x10, 3);
-    sregs.cs = flat(0x8, 11);
+    // PVH leaves the selectors to us; the null descriptor before them is one for Linux's entry two.
+    let first = if is_64 { 0x10 } else { 0x8 };
+    let code = flat(first, TYPE_CODE);
+    let data = flat(first + 0x8, TYPE_DATA);
+    sregs.cs = if is_64 { kvm_segment { l: 1, db: 0, ..code } } else { code };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = kvm_segment { selector: 0x18, limit: 0x67, type_: 11, present: 1, ..kvm_segment::default() };
+    sregs.tr = kvm_segment {
+        selector: first + 0x10,
+        limit: 0x67,
+        type_: TYPE_TASK,
+        present: 1,
+        ..kvm_segment::default()
+    };
     sregs.gdt.base = SEGMENT_TABLE_ADDRESS;
-    sregs.gdt.limit = u16::try_from(size_of_val(&SEGMENTS) - 1).expect("four segments");
+    sregs.gdt.limit = u16::try_from(size_of_val(segments(mode)) - 1).expect("a few segments");
     sregs.idt.base = 0;
     sregs.idt.limit = 0;
     sregs.cr0 = CR0_PROTECTED_MODE | CR0_EXTENSION_TYPE;
-    sregs.cr3 = 0;
-    sregs.cr4 = 0;
-    sregs.efer = 0;
+    (sregs.cr3, sregs.cr4, sregs.efer) = (0, 0, 0);
+    if is_64 {
+        sregs.cr0 |= CR0_PAGING;
+        sregs.cr3 = PAGE_TABLES_ADDRESS;
+        sregs.cr4 = CR4_PAE;
+        sregs.efer = EFER_LONG_MODE_ENABLED | EFER_LONG_MODE_ACTIVE;
+    }
 }
 
 /// What firmware would have set. A processor without these MSRs needs none of it, so refusals don't

@@ -1,19 +1,24 @@
-//! The first serial port: a 16550 whose output goes where the host says.
+//! The first serial port: a 16550 whose output goes where the host says, and whose input comes from there.
 //!
-//! What the guest says is queued and written by a thread of its own ([`super::console`]), so that no
-//! vCPU waits for whoever reads it. Input is not wired up yet; the saved state has room for it.
+//! What the guest says is queued and written by threads of their own ([`super::console`]), so that no
+//! vCPU waits for whoever reads it. Input is read by another thread (input.rs), only while the machine
+//! runs and only as much as the port's FIFO takes: the rest waits where it was typed, and what is in the
+//! FIFO is part of the saved state, so that a migration loses none of it.
 
-use std::fs::{File, OpenOptions};
+mod input;
+mod places;
+
 use std::io;
-use std::os::fd::AsFd;
-use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::console::Console;
+use self::input::{Drained, Inputs, Wake};
+use self::places::{Listener, Opened};
+use super::console::{Console, ReaderId};
 use crate::config::SerialTarget;
 use crate::saved::StateError;
 use crate::saved::sections::Serial as SavedSerial;
@@ -30,6 +35,18 @@ pub enum SerialError {
         #[source]
         source: io::Error,
     },
+    /// Its socket can't be made.
+    #[error("can't listen on {} for the serial port", .path.display())]
+    Socket {
+        /// Where it was to be.
+        path: PathBuf,
+        /// What the kernel said, or whose it is.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no pseudo terminal to be had.
+    #[error("can't make a pseudo terminal for the serial port")]
+    Terminal(#[source] io::Error),
     /// The standard output can't be had a second time.
     #[error("can't duplicate the standard output for the serial output")]
     Stdout(#[source] io::Error),
@@ -41,11 +58,27 @@ pub enum SerialError {
     EventFd(#[source] io::Error),
 }
 
-/// The serial port, shared by the vCPUs.
+type Device = Serial<Interrupt, Arc<Drained>, Console>;
+
+/// The serial port, shared by the vCPUs and the thread that reads its input.
 #[derive(Debug)]
 pub(crate) struct SerialPort {
-    device: Mutex<Serial<Interrupt, NoEvents, Console>>,
+    device: Mutex<Device>,
     interrupt: EventFd,
+    drained: Arc<Drained>,
+    inputs: Mutex<Inputs>,
+    /// Listeners that the thread has not taken in yet.
+    arriving: Mutex<Vec<Listener>>,
+    /// Wakes the thread that reads input.
+    wake: Arc<Wake>,
+    terminal: Option<Terminal>,
+}
+
+/// The guest's end of a pseudo terminal. It stays open, or reading the other end would fail while nobody has it open.
+#[derive(Debug)]
+struct Terminal {
+    path: PathBuf,
+    _end: OwnedFd,
 }
 
 #[derive(Debug)]
@@ -61,23 +94,32 @@ impl Trigger for Interrupt {
 
 impl SerialPort {
     pub(crate) fn open(target: &SerialTarget) -> Result<Self, SerialError> {
-        let file = match target {
-            SerialTarget::Null => None,
-            SerialTarget::Stdio => {
-                // Not through `io::stdout`, whose lock a stuck write would keep from the whole process.
-                let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(SerialError::Stdout)?;
-                Some(File::from(stdout))
-            }
-            SerialTarget::File(path) => {
-                let opened = OpenOptions::new().create(true).append(true).open(path);
-                Some(opened.map_err(|source| SerialError::File { path: path.clone(), source })?)
-            }
-        };
-        let output =
-            file.map_or_else(|| Ok(Console::default()), Console::start).map_err(SerialError::Thread)?;
+        let Opened { output, input, listener, terminal } = places::open(target)?;
+        let mut console = Console::default();
+        let mut inputs = Inputs::default();
+        let id = inputs.next_id();
+        if let Some(output) = output {
+            console.add(id, output).map_err(SerialError::Thread)?;
+        }
+        if let Some(input) = input {
+            inputs.add_own(id, input);
+        }
+        if let Some(listener) = listener {
+            inputs.add_listener(listener);
+        }
         let interrupt = EventFd::new(EFD_NONBLOCK).map_err(SerialError::EventFd)?;
         let trigger = Interrupt(interrupt.try_clone().map_err(SerialError::EventFd)?);
-        Ok(Self { device: Mutex::new(Serial::new(trigger, output)), interrupt })
+        let wake = Arc::new(Wake::new().map_err(SerialError::EventFd)?);
+        let drained = Arc::new(Drained::new(Arc::clone(&wake)));
+        let device = Serial::with_events(trigger, Arc::clone(&drained), console);
+        let inputs = Mutex::new(inputs);
+        let arriving = Mutex::default();
+        Ok(Self { device: Mutex::new(device), interrupt, drained, inputs, arriving, wake, terminal })
+    }
+
+    /// The pseudo terminal that users open, if there is one.
+    pub(crate) fn terminal(&self) -> Option<&Path> {
+        self.terminal.as_ref().map(|terminal| terminal.path.as_path())
     }
 
     /// Signalled when the port wants its interrupt.
@@ -153,12 +195,12 @@ impl SerialPort {
         let trigger = self.interrupt.try_clone().map_err(|source| error(source.to_string()))?;
         let mut device = self.lock();
         let output = std::mem::take(device.writer_mut());
-        *device = Serial::from_state(&state, Interrupt(trigger), NoEvents, output)
+        *device = Serial::from_state(&state, Interrupt(trigger), Arc::clone(&self.drained), output)
             .map_err(|source| error(source.to_string()))?;
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Serial<Interrupt, NoEvents, Console>> {
+    fn lock(&self) -> MutexGuard<'_, Device> {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -4,26 +4,21 @@
 //! on; the vCPUs; the interrupt controllers, which hand what is pending to the vCPUs' local APICs as soon
 //! as they are set; the devices, which may raise an interrupt; and last the timer, which starts to count.
 
-use kvm_bindings::{
-    KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
-};
-use kvm_ioctls::Cap;
+mod devices;
 
-use super::{Machine, Phase};
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
+
+use super::{Machine, Phase, processor};
 use crate::capability::KvmCallError;
 use crate::config::{
-    Backing, HugePages, LocalChoices, MachineConfig, MemoryChoices, MemoryConfig, NetConfig,
+    Backing, ClockMode, HugePages, LocalChoices, MachineConfig, MemoryChoices, MemoryConfig, NetConfig,
 };
 use crate::saved::sections::{
-    Clock, HostInstant, Irqchip, MachineShape, MemoryPages, Pit, Serial as SavedSerial, Vcpu as SavedVcpu,
-    VirtioMmio as SavedVirtio,
+    Clock, Irqchip, MachineShape, MemoryPages, Pit, Power as SavedPower, Serial as SavedSerial,
+    StateSections, Time, Vcpu as SavedVcpu, VirtioMmio as SavedVirtio,
 };
-use crate::saved::{Reader, StateError, Writer, from_abi_bytes, to_abi_bytes};
-use crate::vcpu::{self, StateContext, TscPlan};
-
-/// KVM's default tolerance (its module parameter `tsc_tolerance_ppm`), below which it doesn't scale.
-const TSC_TOLERANCE_PPM: u64 = 250;
+use crate::saved::{Announced, Reader, StateError, Writer, check_announced, from_abi_bytes, to_abi_bytes};
+use crate::vcpu::{self, StateContext};
 
 /// A whole saved state, decoded.
 #[derive(Debug)]
@@ -33,6 +28,7 @@ struct Saved {
     clock: Clock,
     vcpus: Vec<SavedVcpu>,
     serial: SavedSerial,
+    power: Option<SavedPower>,
     virtio: Vec<SavedVirtio>,
 }
 
@@ -51,6 +47,18 @@ impl Machine {
         if huge_pages != MemoryPages::TRANSPARENT {
             written = written.and_then(|()| writer.add(&MemoryPages { huge_pages }));
         }
+        if let Some(features) = self.network_features() {
+            written = written.and_then(|()| writer.add(&features));
+        }
+        written = written.and_then(|()| devices::describe(self, &mut writer));
+        written = written.and_then(|()| writer.add(&self.shown_cpu()));
+        written = written.and_then(|()| writer.add(&StateSections::of(&self.state_sections())));
+        match self.config.clock {
+            ClockMode::Realtime => {}
+            ClockMode::Monotonic => {
+                written = written.and_then(|()| writer.add(&Time { clock: Time::MONOTONIC }));
+            }
+        }
         written.and_then(|()| writer.finish()).expect("a machine's shape is a few bytes of plain values")
     }
 
@@ -59,9 +67,18 @@ impl Machine {
     ///
     /// # Errors
     /// The bytes are damaged or of another version, the machine can't be built by anybody, or a
-    /// tap is missing.
+    /// tap is missing, or what was chosen for its disks doesn't fit.
     pub fn config_from_description(bytes: &[u8], local: LocalChoices) -> Result<MachineConfig, StateError> {
         let reader = Reader::new(bytes)?;
+        if let Some(announced) = reader.optional::<StateSections>()? {
+            check_announced(&announced)?;
+        }
+        let clock = match reader.optional::<Time>()?.map(|Time { clock }| clock) {
+            Some(Time::MONOTONIC) => ClockMode::Monotonic,
+            Some(Time::REALTIME) => ClockMode::Realtime,
+            // What a later version may have, and an older one always had.
+            Some(_) | None => ClockMode::Realtime,
+        };
         let described = match reader.optional::<MemoryPages>()?.map(|MemoryPages { huge_pages }| huge_pages) {
             Some(MemoryPages::OFF) => HugePages::Off,
             Some(MemoryPages::POOL_2_MIB) => HugePages::PoolIfFree,
@@ -70,7 +87,8 @@ impl Machine {
         };
         let shape: MachineShape = reader.one()?;
         let MachineShape { memory_bytes, shared_memory, cpus, net_mac } = shape;
-        let LocalChoices { tap, serial, memory: MemoryChoices { backing, huge_pages, node } } = local;
+        let LocalChoices { tap, disks, serial, memory: MemoryChoices { backing, huge_pages, node }, cpu } =
+            local;
         let net = match (net_mac, tap) {
             (Some(mac), Some(tap)) => Some(NetConfig { tap, mac }),
             (Some(mac), None) => {
@@ -87,7 +105,9 @@ impl Machine {
             huge_pages: huge_pages.unwrap_or(described),
             node,
         };
-        let config = MachineConfig { memory, cpus, net, serial };
+        let (disks, rng) = devices::from_description(&reader, disks)?;
+        let cpu = processor::described(reader.optional()?, cpu)?;
+        let config = MachineConfig { memory, cpus, cpu, net, disks, rng, serial, clock };
         config.check()?;
         Ok(config)
     }
@@ -104,24 +124,30 @@ impl Machine {
             let action = "save the machine's state";
             return Err(StateError::WrongStatus { action, status: phase.name(), needed: "paused" });
         }
-        let mut writer = Writer::new();
+        let mut writer = Writer::of_announced(self.state_sections());
         writer.add(&self.shape())?;
         writer.add(&self.save_irqchip()?)?;
         let pit = self.vm.get_pit2().map_err(KvmCallError::new("get the timer's state"))?;
         writer.add(&Pit { state: to_abi_bytes(&pit) })?;
-        writer.add(&self.save_clock()?)?;
+        let (clock, ahead_ns) = self.clock_to_save()?;
+        writer.add(&clock)?;
         for vcpu in &self.vcpus {
             let mut saved = vcpu::save(vcpu.index, &vcpu.lock(), self.state_context())?;
             // One that arrived paused and has not run here is not in KVM yet as it was.
             for (index, value) in vcpu.deferred() {
                 saved.msrs.iter_mut().filter(|msr| msr.0 == index).for_each(|msr| msr.1 = value);
             }
+            vcpu::set_back(&mut saved, ahead_ns);
             writer.add(&saved)?;
         }
         writer.add(&self.bus.serial.save())?;
+        if let Some(power) = self.bus.power.save() {
+            writer.add(&power)?;
+        }
         for transport in &self.bus.virtio {
             writer.add(&transport.save())?;
         }
+        devices::save(self, &mut writer)?;
         writer.finish()
     }
 
@@ -138,18 +164,23 @@ impl Machine {
             let action = "restore a state";
             return Err(StateError::WrongStatus { action, status: phase.name(), needed: "just built" });
         }
-        let Saved { irqchip, pit, clock, vcpus, serial, virtio } = self.decode(bytes)?;
+        let Saved { irqchip, pit, clock, vcpus, serial, power, virtio } = self.decode(bytes)?;
         let Pit { state } = pit;
         let pit = from_abi_bytes("pit", &state)?;
-        let tsc = self.restore_clock(&clock, vcpus[0].tsc_khz)?;
+        self.check_cpu(&vcpus[0])?;
+        let tsc = self.restore_clock(&clock, &vcpus)?;
         for (vcpu, saved) in self.vcpus.iter().zip(&vcpus) {
             let deferred = vcpu::restore(&vcpu.lock(), saved, self.state_context(), tsc)?;
             vcpu.defer(deferred);
         }
         self.restore_irqchip(&irqchip)?;
         self.bus.serial.restore(&serial)?;
+        self.bus.power.restore(power.as_ref())?;
         for (transport, saved) in self.bus.virtio.iter().zip(&virtio) {
             transport.restore(saved, self.ram.tracked())?;
+        }
+        if let Some(net) = &self.net {
+            net.ask_for_announcement();
         }
         self.vm.set_pit2(&pit).map_err(KvmCallError::new("set the timer's state"))?;
         self.set_phase(Phase::Ready);
@@ -180,18 +211,40 @@ impl Machine {
             let (found, expected) = (virtio.len(), self.bus.virtio.len());
             return Err(StateError::SectionCount { section: "virtio-mmio", found, expected });
         }
+        devices::check(self, &reader)?;
         Ok(Saved {
             irqchip: reader.one()?,
             pit: reader.one()?,
             clock: reader.one()?,
             vcpus,
             serial: reader.one()?,
+            power: reader.one_at_most()?,
             virtio,
         })
     }
 
+    /// Every kind of section that [`Machine::save_state`] writes for this machine. One that it writes and that is not here
+    /// makes saving fail, so none is forgotten.
+    fn state_sections(&self) -> Vec<Announced> {
+        let mut sections = vec![
+            Announced::of::<MachineShape>(),
+            Announced::of::<Irqchip>(),
+            Announced::of::<Pit>(),
+            Announced::of::<Clock>(),
+            Announced::of::<SavedVcpu>(),
+            Announced::of::<SavedSerial>(),
+            // It is left out of the state of a guest that has never used it, but it may begin to at any time.
+            Announced::of::<SavedPower>(),
+        ];
+        if !self.bus.virtio.is_empty() {
+            sections.push(Announced::of::<SavedVirtio>());
+        }
+        sections.extend(devices::sections(self));
+        sections
+    }
+
     fn shape(&self) -> MachineShape {
-        let MachineConfig { memory, cpus, net, serial: _ } = &self.config;
+        let MachineConfig { memory, cpus, cpu: _, net, disks: _, rng: _, serial: _, clock: _ } = &self.config;
         let MemoryConfig { size_bytes, backing, huge_pages: _, node: _ } = memory;
         MachineShape {
             memory_bytes: *size_bytes,
@@ -239,76 +292,11 @@ impl Machine {
         }
         Ok(())
     }
-
-    fn save_clock(&self) -> Result<Clock, StateError> {
-        let now = self.vm.get_clock().map_err(KvmCallError::new("read its clock"))?;
-        // Taken when the machine was built, before a guest brought a frequency of its own.
-        Ok(Clock { guest_ns: now.clock, host: host_instant(&now), host_tsc_khz: self.tsc_khz })
-    }
-
-    /// Sets the guest's clock to what it was plus the real time since, and says how TSCs follow.
-    ///
-    /// The time since is taken from the two hosts' wall clocks, so they should be synchronised; KVM
-    /// never sets the guest's clock back.
-    fn restore_clock(&self, saved: &Clock, tsc_khz: Option<u32>) -> Result<TscPlan, StateError> {
-        let Clock { guest_ns, host, host_tsc_khz: _ } = saved;
-        let flags = u32::try_from(self.vm.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
-        let realtime = host.filter(|_| flags & KVM_CLOCK_REALTIME != 0);
-        let clock = kvm_clock_data {
-            clock: *guest_ns,
-            flags: if realtime.is_some() { KVM_CLOCK_REALTIME } else { 0 },
-            realtime: realtime.map_or(0, |instant| instant.realtime_ns),
-            ..kvm_clock_data::default()
-        };
-        self.vm.set_clock(&clock).map_err(KvmCallError::new("set its clock"))?;
-        Ok(tsc_plan(saved, &self.save_clock()?, tsc_khz))
-    }
 }
 
-/// How TSCs follow the clock, which was `then` and is `now`. An offset is only one to the host's TSC if
-/// nothing is scaled, so both hosts and the guest must agree on the frequency.
-fn tsc_plan(then: &Clock, now: &Clock, guest_khz: Option<u32>) -> TscPlan {
-    let passed_ns = now.guest_ns.saturating_sub(then.guest_ns);
-    let offset_change = match (then, now, guest_khz) {
-        (
-            Clock { host: Some(before), host_tsc_khz: Some(before_khz), guest_ns: _ },
-            Clock { host: Some(after), host_tsc_khz: Some(after_khz), guest_ns: _ },
-            Some(khz),
-        ) if is_same_tsc(*before_khz, khz) && is_same_tsc(*after_khz, khz) => {
-            Some(tsc_offset_change(then.guest_ns, now.guest_ns, before.tsc, after.tsc, khz))
-        }
-        _ => None,
-    };
-    TscPlan { offset_change, passed_ns }
-}
-
-/// Whether two frequencies differ by no more than KVM tolerates without scaling.
-fn is_same_tsc(host_khz: u32, guest_khz: u32) -> bool {
-    u64::from(host_khz.abs_diff(guest_khz)) * 1_000_000 <= u64::from(guest_khz) * TSC_TOLERANCE_PPM
-}
-
-/// The host's clocks, where KVM gave both.
-fn host_instant(clock: &kvm_clock_data) -> Option<HostInstant> {
-    let both = KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
-    (clock.flags & both == both).then_some(HostInstant { realtime_ns: clock.realtime, tsc: clock.host_tsc })
-}
-
-/// What to add to a vCPU's TSC offset so that its TSC goes on by as much time as its clock did: off₁ =
-/// off₀ + (k₁ − k₀) · freq + (t₀ − t₁), from the kernel's Documentation/virt/kvm/devices/vcpu.rst. All
-/// modulo 2^64.
-fn tsc_offset_change(
-    guest_before_ns: u64,
-    guest_after_ns: u64,
-    tsc_before: u64,
-    tsc_after: u64,
-    khz: u32,
-) -> u64 {
-    let passed_ns = i128::from(guest_after_ns) - i128::from(guest_before_ns);
-    let cycles = passed_ns * i128::from(khz) / 1_000_000;
-    let change = cycles + i128::from(tsc_before) - i128::from(tsc_after);
-    // Reducing modulo 2^64 is what the hardware does with the offset.
-    u64::try_from(change.rem_euclid(1 << 64)).expect("reduced modulo 2^64")
-}
-
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod moves;
 #[cfg(test)]
 mod tests;

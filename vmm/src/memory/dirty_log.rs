@@ -192,8 +192,14 @@ impl DirtyLog {
             State::Off => false,
             // Only the last region can end inside a chunk, so that chunks are counted through.
             State::On(reading) => {
-                let chunk = usize::try_from(first).expect("a page's index") / CHUNK_PAGES;
-                reading.uncleared.iter().flatten().nth(chunk).is_some_and(|uncleared| *uncleared)
+                let mut chunk = usize::try_from(first).expect("a page's index") / CHUNK_PAGES;
+                for region in &reading.uncleared {
+                    match region.get(chunk) {
+                        Some(uncleared) => return *uncleared,
+                        None => chunk -= region.len(),
+                    }
+                }
+                false
             }
         }
     }

@@ -9,9 +9,16 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::ram::{GuestRam, Span};
+use crate::socket::{Gathering, receive_now};
 
 /// Buffers that the kernel takes in one vectored write.
 const IOVECS_MAX: usize = 1024;
+
+/// A receiver sleeps until so much has arrived, if so much is to come: by measurement, see docs/performance.md.
+const GATHER_BYTES: usize = 256 << 10;
+
+/// Less than this is read as it comes.
+const GATHER_BYTES_MIN: usize = 64 << 10;
 
 impl GuestRam {
     /// Writes `prefix`, then the pages of `runs` (first page and count of each), to `fd`, straight from
@@ -53,16 +60,37 @@ impl GuestRam {
 }
 
 fn read_all(fd: BorrowedFd<'_>, mut buffers: &mut [libc::iovec]) -> io::Result<()> {
+    let mut left_bytes: usize = buffers.iter().map(|buffer| buffer.iov_len).sum();
+    let mut gathering = Gathering::new(fd);
     while !buffers.is_empty() {
-        let count = libc::c_int::try_from(buffers.len().min(IOVECS_MAX)).expect("IOVECS_MAX fits");
-        // SAFETY: the array holds `count` buffers of guest memory, mapped as long as the caller's `self`; the kernel
-        // writes no further than each one's length, and nobody holds a reference into pages that are being received.
-        let got = unsafe { libc::readv(fd.as_raw_fd(), buffers.as_ptr(), count) };
-        match usize::try_from(got) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(got) => buffers = advance(buffers, got),
-            Err(_) => retry_or_fail()?,
+        let count = buffers.len().min(IOVECS_MAX);
+        let mut got = None;
+        if left_bytes >= GATHER_BYTES_MIN {
+            gathering.wait_for(left_bytes.min(GATHER_BYTES));
+            // SAFETY: the buffers are guest memory, mapped as long as the caller's `self`, and nobody holds a reference
+            // into pages that are being received.
+            got = unsafe { receive_now(fd, &mut buffers[..count]) }.ok();
         }
+        let got = match got {
+            Some(got) => got,
+            // Nothing yet, or no socket: the read that waits as long as it must says which, and why.
+            None => {
+                gathering.end();
+                let count = libc::c_int::try_from(count).expect("IOVECS_MAX fits");
+                // SAFETY: as above; the kernel writes no further than each buffer's length.
+                let got = unsafe { libc::readv(fd.as_raw_fd(), buffers.as_ptr(), count) };
+                let Ok(got) = usize::try_from(got) else {
+                    retry_or_fail()?;
+                    continue;
+                };
+                got
+            }
+        };
+        if got == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        left_bytes -= got;
+        buffers = advance(buffers, got);
     }
     Ok(())
 }
@@ -114,7 +142,8 @@ fn retry_or_fail() -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
     use std::thread;
@@ -180,6 +209,55 @@ mod tests {
         );
         let error = ram.receive_pages(to.as_fd(), &[(1024, 1)]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    fn low_water_bytes(socket: &TcpStream) -> libc::c_int {
+        let mut value = 0;
+        let mut bytes = libc::socklen_t::try_from(size_of_val(&value)).unwrap();
+        // SAFETY: the kernel writes one int, which `value` is.
+        let done = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_RCVLOWAT,
+                (&raw mut value).cast(),
+                &raw mut bytes,
+            )
+        };
+        assert_eq!(done, 0);
+        value
+    }
+
+    #[test]
+    fn what_comes_in_pieces_is_taken_whole_and_leaves_the_socket_as_it_was() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut from = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut to, _) = listener.accept().unwrap();
+        to.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        let bytes: Vec<u8> = (0..100 * PAGE_BYTES).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        let expected = bytes.clone();
+        let sender = thread::spawn(move || {
+            // More than is gathered at once, a rest that is less, and later still something else.
+            let pieces = [(&bytes[..GATHER_BYTES + 5], 5), (&bytes[GATHER_BYTES + 5..], 50), (b"next", 0)];
+            for (piece, pause_ms) in pieces {
+                from.write_all(piece).unwrap();
+                thread::sleep(Duration::from_millis(pause_ms));
+            }
+            // Open until the other side is done: its end would wake a reader that nothing else does.
+            from
+        });
+        let ram = ram(4 << 20);
+        ram.receive_pages(to.as_fd(), &[(3, 100)]).unwrap();
+        assert_eq!(low_water_bytes(&to), 1);
+        let mut next = [0; 4];
+        to.read_exact(&mut next).unwrap();
+        assert_eq!(&next, b"next");
+        sender.join().unwrap();
+        ram.for_each_page(3, 100, |page, got| {
+            let at = usize::try_from(page - 3).unwrap() * PAGE_BYTES;
+            assert!(got[..] == expected[at..at + PAGE_BYTES], "page {page}");
+        })
+        .unwrap();
     }
 
     #[test]

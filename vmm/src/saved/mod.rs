@@ -12,19 +12,24 @@
 //! ```
 //!
 //! A kind with its top bit set is optional: who does not know it skips it. Any other unknown kind is
-//! refused. The bytes of a section are postcard, with a type of its own in [`sections`].
+//! refused. The bytes of a section are postcard, with a type of its own in [`sections`]; the current version of it and the
+//! one before are read. docs/state.md has the rule and what to do when a section changes.
 //! Encryption and compression are not its business.
 
 mod abi;
+mod announced;
+mod previous;
 pub(crate) mod sections;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub(crate) use abi::{from_abi_bytes, to_abi_bytes};
+pub(crate) use announced::{Announced, check_announced};
 
 use crate::capability::KvmCallError;
 use crate::config::ConfigError;
+use crate::cpu::CpuError;
 
 /// The most that saved state may take: 64 vCPUs with 12 KiB of extended state each stay far below.
 pub const STATE_BYTES_MAX: usize = 16 << 20;
@@ -63,27 +68,42 @@ pub enum StateError {
         what: &'static str,
     },
     /// A section's bytes don't match their checksum.
-    #[error("saved machine state is damaged: the checksum of the {section} section is wrong")]
+    #[error("saved machine state is damaged: the checksum of {section} is wrong")]
     Checksum {
         /// Which section.
         section: String,
     },
     /// A mandatory section that this version does not know.
     #[error(
-        "saved machine state has a {section} section, which this version doesn't know and can't leave out"
+        "the machine's state has {section}, which this version of ferry doesn't know and can't leave out; update \
+         ferry here"
     )]
     UnknownSection {
+        /// Which section, by name as far as it is known, and by number.
+        section: String,
+    },
+    /// The state has a section that its description did not announce.
+    #[error(
+        "the state has {section}, which the machine's description does not announce; this is a fault of ferry's"
+    )]
+    Unannounced {
         /// Which section.
         section: String,
     },
     /// A section in a version that this program does not read.
-    #[error("the {section} section has version {found}, and this version reads {known}; update ferry here")]
+    #[error(
+        "{section} has version {found}, and this version of ferry reads {}; {}",
+        versions(*.oldest, *.known),
+        if .found > .known { "update ferry here" } else { "migrate by way of a host with a version in between" }
+    )]
     SectionVersion {
-        /// Which section.
-        section: &'static str,
+        /// Which section, by name and number.
+        section: String,
         /// Its version.
         found: u16,
-        /// The version that this program reads.
+        /// The oldest version that this program reads.
+        oldest: u16,
+        /// The version that it writes.
         known: u16,
     },
     /// A section that is needed is missing, or there are too many of it.
@@ -137,6 +157,39 @@ pub enum StateError {
         /// The tap that was given.
         tap: String,
     },
+    /// The guest uses features of its network interface that this host can't give it.
+    #[error(
+        "the guest's driver uses what the network interface can't do on this host: {missing}; give it a host whose \
+         kernel has these offloads for taps"
+    )]
+    NetworkFeatures {
+        /// Which, in words.
+        missing: String,
+    },
+    /// The number of disks that were named is not that of the machine.
+    #[error(
+        "the machine has {disks} disks, and {given} were named here; name each with --disk path=.. in their order, or \
+         none to take them from where they are at the source"
+    )]
+    DiskChoices {
+        /// How many were named.
+        given: usize,
+        /// How many it has.
+        disks: usize,
+    },
+    /// A disk is read-only at one side and writable at the other.
+    #[error("disk '{}' is {at_source} at the source and was named as {here} here", path.display())]
+    DiskAccess {
+        /// Its path on this host.
+        path: std::path::PathBuf,
+        /// What it is at the source.
+        at_source: &'static str,
+        /// What was said here.
+        here: &'static str,
+    },
+    /// The guest's processor can't be had here.
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
     /// KVM refused a call.
     #[error(transparent)]
     Kvm(#[from] KvmCallError),
@@ -151,6 +204,17 @@ pub enum StateError {
         index: u32,
         /// The value that it should have.
         value: u64,
+    },
+    /// The guest's TSC would go back.
+    #[error(
+        "the TSC of vCPU {vcpu} would go back by {by_ms} ms on this host: its KVM shows guests the host's own TSC and can't \
+         offset it; migrate to a host that has been up for longer, or whose KVM can"
+    )]
+    TscBackwards {
+        /// Which vCPU.
+        vcpu: u8,
+        /// By how much.
+        by_ms: u64,
     },
     /// A device could not take its state.
     #[error("the {device} can't take its saved state: {what}")]
@@ -167,6 +231,15 @@ pub(crate) trait Section: Serialize + DeserializeOwned {
     const KIND: u16;
     const VERSION: u16;
     const NAME: &'static str;
+    /// The oldest version that is read: the current one or the one before.
+    const OLDEST: u16;
+
+    /// Reads the version before the current one, and gives back what follows it.
+    fn take_previous(body: &[u8]) -> Result<(Self, &[u8]), postcard::Error>;
+}
+
+fn versions(oldest: u16, known: u16) -> String {
+    if oldest == known { known.to_string() } else { format!("{oldest} and {known}") }
 }
 
 /// Collects sections into an envelope.
@@ -174,14 +247,24 @@ pub(crate) trait Section: Serialize + DeserializeOwned {
 pub(crate) struct Writer {
     bytes: Vec<u8>,
     count: u16,
+    /// What may be written, if that was announced.
+    announced: Option<Vec<Announced>>,
 }
 
 impl Writer {
     pub(crate) fn new() -> Self {
-        Self { bytes: vec![0; HEADER_BYTES], count: 0 }
+        Self { bytes: vec![0; HEADER_BYTES], count: 0, announced: None }
+    }
+
+    /// One that takes only sections that a description has announced.
+    pub(crate) fn of_announced(announced: Vec<Announced>) -> Self {
+        Self { announced: Some(announced), ..Self::new() }
     }
 
     pub(crate) fn add<S: Section>(&mut self, section: &S) -> Result<(), StateError> {
+        if self.announced.as_ref().is_some_and(|all| !all.contains(&Announced::of::<S>())) {
+            return Err(StateError::Unannounced { section: name_of(S::KIND) });
+        }
         let decode_error = |source| StateError::Decode { section: S::NAME, source };
         let body = postcard::to_stdvec(section).map_err(decode_error)?;
         let length = u32::try_from(body.len()).map_err(|_| StateError::Damaged { what: "it is too long" })?;
@@ -249,7 +332,7 @@ impl<'a> Reader<'a> {
             if crc32c::crc32c(body) != checksum {
                 return Err(StateError::Checksum { section: name_of(kind) });
             }
-            if sections::is_known(kind) {
+            if sections::known(kind).is_some() {
                 sections.push(RawSection { kind, version, body });
             } else if kind & OPTIONAL == 0 {
                 return Err(StateError::UnknownSection { section: name_of(kind) });
@@ -271,7 +354,20 @@ impl<'a> Reader<'a> {
     pub(crate) fn optional<S: Section>(&self) -> Result<Option<S>, StateError> {
         const { assert!(S::KIND & OPTIONAL != 0) };
         let of_kind = self.sections.iter().filter(|section| section.kind == S::KIND);
-        of_kind.filter(|section| section.version == S::VERSION).map(RawSection::decode).next().transpose()
+        of_kind
+            .filter(|section| (S::OLDEST..=S::VERSION).contains(&section.version))
+            .map(RawSection::decode)
+            .next()
+            .transpose()
+    }
+
+    /// The section of a type that not every state has.
+    pub(crate) fn one_at_most<S: Section>(&self) -> Result<Option<S>, StateError> {
+        let mut all = self.all::<S>()?;
+        match (all.pop(), all.len()) {
+            (last, 0) => Ok(last),
+            (_, others) => Err(StateError::SectionCount { section: S::NAME, found: others + 1, expected: 1 }),
+        }
     }
 
     /// The one section of a type.
@@ -290,15 +386,19 @@ impl<'a> Reader<'a> {
 
 impl RawSection<'_> {
     fn decode<S: Section>(&self) -> Result<S, StateError> {
-        if self.version != S::VERSION {
+        let taken = if self.version == S::VERSION {
+            postcard::take_from_bytes(self.body)
+        } else if (S::OLDEST..S::VERSION).contains(&self.version) {
+            S::take_previous(self.body)
+        } else {
             return Err(StateError::SectionVersion {
-                section: S::NAME,
+                section: name_of(S::KIND),
                 found: self.version,
+                oldest: S::OLDEST,
                 known: S::VERSION,
             });
-        }
-        let (section, rest) = postcard::take_from_bytes(self.body)
-            .map_err(|source| StateError::Decode { section: S::NAME, source })?;
+        };
+        let (section, rest) = taken.map_err(|source| StateError::Decode { section: S::NAME, source })?;
         if !rest.is_empty() {
             return Err(StateError::Invalid {
                 section: S::NAME,
@@ -309,8 +409,13 @@ impl RawSection<'_> {
     }
 }
 
+/// `virtio-blk (section 0x12)`, or without a name if it has none here.
 fn name_of(kind: u16) -> String {
-    sections::name_of(kind).map_or_else(|| format!("{kind:#06x}"), str::to_owned)
+    in_words(sections::known(kind).map(|known| known.name), kind)
+}
+
+fn in_words(name: Option<&str>, kind: u16) -> String {
+    name.map_or_else(|| format!("section {kind:#04x}"), |name| format!("{name} (section {kind:#04x})"))
 }
 
 /// Takes little-endian numbers off the front.
@@ -336,5 +441,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
+#[cfg(test)]
+mod golden;
 #[cfg(test)]
 mod tests;

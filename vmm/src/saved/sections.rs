@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::previous::ClockV2;
 use super::{OPTIONAL, Section};
 
 /// What a target must build.
@@ -26,6 +27,51 @@ impl MemoryPages {
     pub(crate) const TRANSPARENT: u8 = 0;
     pub(crate) const OFF: u8 = 1;
     pub(crate) const POOL_2_MIB: u8 = 2;
+}
+
+/// The features of the network interface that the guest's driver uses. Only a description has it, and only if some
+/// target may lack one of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NetworkFeatures {
+    pub(crate) used: u64,
+}
+
+/// A disk of the machine, as a target has to know it before it builds. Only a description has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DescribedDisk {
+    /// Where it is at the source: the bytes of an absolute path.
+    pub(crate) path: Vec<u8>,
+    pub(crate) size_bytes: u64,
+    pub(crate) read_only: bool,
+    pub(crate) serial: Option<String>,
+    /// By what a target sees that it has opened the same file, if the source has locked it.
+    pub(crate) mark: Option<u64>,
+}
+
+/// What the guest was shown of its processor, by its first vCPU. Only a description has it, so that a target can refuse before
+/// memory moves; the state has each vCPU's own CPUID.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Cpu {
+    /// The profile with which the machine was started.
+    pub(crate) profile: String,
+    pub(crate) leaves: Vec<CpuidLeaf>,
+    /// Features that showed through on the hosts that it was on.
+    pub(crate) leaked: Vec<CpuidLeaf>,
+    /// IA32_ARCH_CAPABILITIES, where the guest is told of it.
+    pub(crate) arch_capabilities: Option<u64>,
+    pub(crate) tsc_khz: Option<u32>,
+}
+
+/// kvm_cpuid_entry2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CpuidLeaf {
+    pub(crate) function: u32,
+    pub(crate) index: u32,
+    pub(crate) flags: u32,
+    pub(crate) eax: u32,
+    pub(crate) ebx: u32,
+    pub(crate) ecx: u32,
+    pub(crate) edx: u32,
 }
 
 /// One vCPU. Byte vectors are kernel structures of the name; see [`super::abi`].
@@ -72,6 +118,33 @@ pub(crate) struct Clock {
     pub(crate) host: Option<HostInstant>,
     /// Frequency of the host's TSC, where it is stable.
     pub(crate) host_tsc_khz: Option<u32>,
+    /// The host's wall clock at the same moment, whether KVM gave it or not; older versions may not know.
+    pub(crate) realtime_ns: Option<u64>,
+}
+
+/// How the guest's clocks go on at a target. Only a description has it, and only if it is not [`Time::REALTIME`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Time {
+    pub(crate) clock: u8,
+}
+
+impl Time {
+    pub(crate) const REALTIME: u8 = 0;
+    pub(crate) const MONOTONIC: u8 = 1;
+}
+
+/// The sections that the machine's state will have, so that a target can refuse before memory moves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct StateSections {
+    pub(crate) sections: Vec<SectionVersion>,
+}
+
+/// A kind of section, in the version that is written, and what it is called there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SectionVersion {
+    pub(crate) kind: u16,
+    pub(crate) version: u16,
+    pub(crate) name: String,
 }
 
 /// A moment by two clocks of the host.
@@ -125,19 +198,78 @@ pub(crate) struct Virtqueue {
     pub(crate) used: u64,
 }
 
+/// ACPI's fixed hardware: the PM1 registers. Only there if a guest has touched them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Power {
+    pub(crate) status: u16,
+    pub(crate) enable: u16,
+    pub(crate) control: u16,
+}
+
+/// A disk, as its guest was told of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VirtioBlock {
+    pub(crate) size_bytes: u64,
+    pub(crate) read_only: bool,
+    pub(crate) serial: Option<String>,
+}
+
+/// That there is an entropy device: in a description and in a state. It keeps nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VirtioRng {}
+
+/// What is known of a kind of section.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Known {
+    pub(super) name: &'static str,
+    pub(super) oldest: u16,
+    pub(super) version: u16,
+}
+
+/// What the version before the current one means for a section that has one, and for one that hasn't.
+macro_rules! previous {
+    (oldest $version:literal) => {
+        $version
+    };
+    (oldest $version:literal, $previous:ty) => {
+        $version - 1
+    };
+    (take $body:ident) => {{
+        let _ = $body;
+        Err(postcard::Error::WontImplement)
+    }};
+    (take $body:ident, $previous:ty) => {
+        postcard::take_from_bytes::<$previous>($body).map(|(previous, rest)| (previous.into(), rest))
+    };
+}
+
 macro_rules! sections {
-    ($($type:ty = $kind:literal, version $version:literal, $name:literal;)*) => {
+    ($($type:ident = $kind:literal, version $version:literal $(after $previous:ty)?, $name:literal;)*) => {
         $(impl Section for $type {
             const KIND: u16 = $kind;
             const VERSION: u16 = $version;
             const NAME: &'static str = $name;
+            const OLDEST: u16 = previous!(oldest $version $(, $previous)?);
+
+            fn take_previous(body: &[u8]) -> Result<(Self, &[u8]), postcard::Error> {
+                previous!(take body $(, $previous)?)
+            }
         })*
 
-        pub(super) fn name_of(kind: u16) -> Option<&'static str> {
-            match kind {
-                $($kind => Some($name),)*
-                _ => None,
-            }
+        /// Every kind of section, with its versions.
+        #[cfg(test)]
+        pub(super) const ALL: &[(u16, Known)] = &[$(($kind, Known {
+            name: $name,
+            oldest: <$type as Section>::OLDEST,
+            version: $version,
+        }),)*];
+
+        pub(super) fn known(kind: u16) -> Option<Known> {
+            let (name, oldest, version) = match kind {
+                $($kind => ($name, <$type as Section>::OLDEST, $version),)*
+                _ => return None,
+            };
+            Some(Known { name, oldest, version })
         }
     };
 }
@@ -145,16 +277,21 @@ macro_rules! sections {
 sections! {
     MachineShape = 1, version 1, "machine";
     MemoryPages = 0x8001, version 1, "memory-pages";
+    Cpu = 0x8002, version 1, "cpu";
+    StateSections = 0x8003, version 1, "state-sections";
+    Time = 0x8004, version 1, "time";
     Vcpu = 16, version 1, "vcpu";
     Irqchip = 17, version 1, "irqchip";
     Pit = 18, version 1, "pit";
-    Clock = 19, version 2, "clock";
+    Clock = 19, version 3 after ClockV2, "clock";
     Serial = 32, version 1, "serial";
     VirtioMmio = 33, version 1, "virtio-mmio";
+    DescribedDisk = 36, version 1, "disk";
+    VirtioBlock = 37, version 1, "virtio-blk";
+    VirtioRng = 38, version 1, "virtio-rng";
+    Power = 40, version 1, "power";
+    NetworkFeatures = 48, version 1, "network-features";
 }
 
-pub(super) fn is_known(kind: u16) -> bool {
-    // The optional bit is part of the kind: an optional section never collides with a mandatory one.
-    const { assert!(OPTIONAL == 0x8000) };
-    name_of(kind).is_some()
-}
+// The optional bit is part of the kind: an optional section never collides with a mandatory one.
+const _: () = assert!(OPTIONAL == 0x8000);

@@ -14,7 +14,7 @@ fn envelope() -> Vec<u8> {
     writer.add(&shape()).unwrap();
     writer.add(&Pit { state: vec![1, 2, 3] }).unwrap();
     let host = Some(HostInstant { realtime_ns: 6, tsc: 7 });
-    writer.add(&Clock { guest_ns: 5, host, host_tsc_khz: Some(8) }).unwrap();
+    writer.add(&Clock { guest_ns: 5, host, host_tsc_khz: Some(8), realtime_ns: Some(6) }).unwrap();
     writer.finish().unwrap()
 }
 
@@ -90,17 +90,77 @@ fn an_unknown_section_is_skipped_or_refused_by_its_top_bit() {
     assert_eq!(Reader::new(&optional).unwrap().one::<MachineShape>().unwrap(), shape());
     let mandatory = with_section(0x0123, 1, b"later");
     let error = Reader::new(&mandatory).unwrap_err();
-    assert!(error.to_string().contains("0x0123"), "{error}");
+    assert!(error.to_string().contains("section 0x123"), "{error}");
 }
 
 #[test]
 fn a_newer_section_and_a_newer_format_are_refused_by_number() {
     let bytes = with_section(sections::Serial::KIND, 9, b"");
     let error = Reader::new(&bytes).unwrap().one::<sections::Serial>().unwrap_err();
-    assert!(matches!(error, StateError::SectionVersion { section: "serial", found: 9, known: 1 }), "{error}");
+    assert!(matches!(error, StateError::SectionVersion { found: 9, oldest: 1, known: 1, .. }), "{error}");
+    assert!(error.to_string().starts_with("serial (section 0x20) has version 9"), "{error}");
     let mut newer = envelope();
     newer[4] = 2;
     assert!(matches!(Reader::new(&newer), Err(StateError::Format { found: 2 })));
+}
+
+#[test]
+fn the_version_before_is_read_and_the_one_before_that_is_not() {
+    let error = |version: u16| {
+        let kind = Clock::KIND;
+        let mut bytes = Writer::new().finish().unwrap();
+        let body = postcard::to_stdvec(&(5_u64, None::<(u64, u64)>, Some(8_u32))).unwrap();
+        bytes.extend(kind.to_le_bytes());
+        bytes.extend(version.to_le_bytes());
+        bytes.extend(u32::try_from(body.len()).unwrap().to_le_bytes());
+        bytes.extend(crc32c::crc32c(&body).to_le_bytes());
+        bytes.extend(body);
+        bytes[6..8].copy_from_slice(&1_u16.to_le_bytes());
+        let total = u32::try_from(bytes.len()).unwrap();
+        bytes[8..12].copy_from_slice(&total.to_le_bytes());
+        Reader::new(&bytes).unwrap().one::<Clock>()
+    };
+    let previous = error(Clock::VERSION - 1).unwrap();
+    assert_eq!(previous, Clock { guest_ns: 5, host: None, host_tsc_khz: Some(8), realtime_ns: None });
+    let refused = error(Clock::VERSION - 2).unwrap_err().to_string();
+    assert!(
+        refused.contains("clock (section 0x13) has version 1") && refused.contains("reads 2 and 3"),
+        "{refused}"
+    );
+    assert!(refused.contains("in between"), "{refused}");
+    let newer = error(Clock::VERSION + 1).unwrap_err().to_string();
+    assert!(newer.contains("update ferry here"), "{newer}");
+}
+
+#[test]
+fn what_a_state_will_have_is_refused_before_it_comes() {
+    let announced = |kind, version, name: &str| sections::StateSections {
+        sections: vec![
+            sections::SectionVersion { kind: Pit::KIND, version: Pit::VERSION, name: "pit".into() },
+            sections::SectionVersion { kind, version, name: name.into() },
+        ],
+    };
+    for (kind, version) in [(Clock::KIND, Clock::VERSION), (Clock::KIND, Clock::VERSION - 1), (0x8fff, 77)] {
+        check_announced(&announced(kind, version, "later")).unwrap();
+    }
+    let error = check_announced(&announced(0x0fff, 1, "virtio-gpu\u{1b}[1m")).unwrap_err().to_string();
+    assert!(error.contains("virtio-gpu[1m (section 0xfff)") && error.contains("update ferry"), "{error}");
+    let error = check_announced(&announced(Clock::KIND, 9, "clock")).unwrap_err().to_string();
+    assert!(error.contains("clock (section 0x13) has version 9"), "{error}");
+    let many =
+        sections::StateSections { sections: vec![announced(1, 1, "machine").sections[0].clone(); 2000] };
+    assert!(matches!(check_announced(&many), Err(StateError::Invalid { .. })));
+}
+
+#[test]
+fn a_section_that_was_not_announced_is_not_written() {
+    let mut writer = Writer::of_announced(vec![Announced::of::<Pit>()]);
+    writer.add(&Pit { state: vec![1] }).unwrap();
+    let error = writer.add(&shape()).unwrap_err();
+    assert!(
+        matches!(error, StateError::Unannounced { .. })
+            && error.to_string().contains("machine (section 0x01)")
+    );
 }
 
 #[test]

@@ -1,11 +1,11 @@
 //! vCPUs: one thread each, which runs the guest, hands its exits to the bus and parks on request.
 //!
 //! A thread holds its vCPU's lock while it runs; a parked machine's vCPUs can be locked by whoever
-//! saves or restores them. CPU profiles and throttling are not here yet.
+//! saves or restores them. What CPUID shows is `cpu`'s; throttling is not here yet.
 
-mod cpuid;
 mod kick;
 mod state;
+mod time;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -13,9 +13,11 @@ use std::thread::{self, JoinHandle};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
-pub(crate) use cpuid::for_vcpu as cpuid_for_vcpu;
 pub(crate) use kick::{VcpuKick, install_signal_handler};
-pub(crate) use state::{StateContext, TscPlan, restore, save, set_before_run};
+pub(crate) use state::{StateContext, restore, save, set_before_run};
+#[cfg(test)]
+pub(crate) use time::get_tsc_offset;
+pub(crate) use time::{TimedState, TscPlan, set_back, set_time};
 
 use crate::capability::KvmCallError;
 use crate::devices::{Bus, PortEffect};

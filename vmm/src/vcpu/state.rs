@@ -6,28 +6,24 @@
 //! base in sregs; the TSC precedes the deadline that is counted by it, and the deadline follows the
 //! APIC's timer mode.
 //!
-//! The guest's TSC goes on by the real time that passed, by the algorithm of the kernel's
-//! Documentation/virt/kvm/devices/vcpu.rst, section 4.1.
+//! How the TSC goes on is in `time`.
 
 // UNSAFETY: KVM's extended state has no fixed length.
 #![expect(unsafe_code, reason = "KVM_GET_XSAVE2 writes, and KVM_SET_XSAVE reads, a length that KVM decides")]
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Msrs,
-    Xsave, kvm_cpuid_entry2, kvm_device_attr, kvm_mp_state, kvm_msr_entry, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs, Xsave, kvm_cpuid_entry2, kvm_mp_state,
+    kvm_msr_entry, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::ioctl_iow_nr;
 
+use super::time::{self, TimedState, TscPlan};
 use crate::capability::{KvmCallError, XSAVE_BYTES};
 use crate::saved::sections::Vcpu as SavedVcpu;
 use crate::saved::{StateError, from_abi_bytes, to_abi_bytes};
 
 const SECTION: &str = "vcpu";
 
-const MSR_TSC: u32 = 0x10;
-const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Setting one of these has KVM write the wall clock into guest memory at once (Documentation/virt/kvm/x86/msr.rst).
 const MSRS_OF_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 
@@ -39,38 +35,12 @@ const MSRS_MAX: usize = 4096;
 
 const XSAVE_BYTES_MAX: usize = 64 << 10;
 
-mod numbers {
-    //! kvm-ioctls offers a vCPU's attributes on other architectures only.
-    use super::*;
-    ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
-    ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
-}
-
 /// What saving and restoring needs to know of the host.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StateContext<'a> {
     /// Bytes of a vCPU's extended state on this host.
     pub(crate) xsave_bytes: usize,
     pub(crate) msr_indices: &'a [u32],
-}
-
-/// How the TSC of a restored vCPU is set.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct TscPlan {
-    /// What to add (modulo 2^64) to its offset to the host's TSC, where that is exact. Otherwise, or if
-    /// KVM refuses, it is set by value.
-    pub(crate) offset_change: Option<u64>,
-    /// The time in ns by which a value goes on.
-    pub(crate) passed_ns: u64,
-}
-
-impl TscPlan {
-    /// The TSC that follows `value` at a frequency of `khz`; without one, it stands still.
-    pub(crate) fn advance(self, value: u64, khz: Option<u32>) -> u64 {
-        let cycles = u128::from(self.passed_ns) * u128::from(khz.unwrap_or(0)) / 1_000_000;
-        let reduced = (u128::from(value) + cycles) & u128::from(u64::MAX);
-        u64::try_from(reduced).expect("reduced modulo 2^64")
-    }
 }
 
 /// Saves a vCPU whose thread is parked.
@@ -84,7 +54,7 @@ pub(crate) fn save(index: u8, fd: &VcpuFd, context: StateContext<'_>) -> Result<
     let debugregs = fd.get_debug_regs().map_err(call("get a vCPU's debug registers"))?;
     let lapic = fd.get_lapic().map_err(call("get a vCPU's local APIC"))?;
     let tsc_khz = fd.get_tsc_khz().ok();
-    let tsc_offset = get_tsc_offset(fd);
+    let tsc_offset = time::get_tsc_offset(fd);
     let mut msrs = get_msrs(fd, context.msr_indices)?;
     msrs.extend(get_msrs(fd, &machine_check_banks(fd)?)?);
     let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(call("get a vCPU's CPUID"))?;
@@ -127,7 +97,8 @@ pub(crate) fn restore(
         events,
         msrs,
         tsc_khz,
-        tsc_offset,
+        // Set with the TSC.
+        tsc_offset: _,
     } = saved;
     let call = KvmCallError::new;
     let leaves: Vec<kvm_cpuid_entry2> =
@@ -153,7 +124,7 @@ pub(crate) fn restore(
     fd.set_lapic(&lapic).map_err(call("set a vCPU's local APIC"))?;
     let writes_memory = |msr: &(u32, u64)| MSRS_OF_WALL_CLOCK.contains(&msr.0);
     let (deferred, msrs): (Vec<_>, Vec<_>) = msrs.iter().copied().partition(writes_memory);
-    set_msrs_around_tsc(fd, *index, &msrs, tsc, (*tsc_offset, *tsc_khz))?;
+    set_msrs_and_time(fd, *index, &msrs, &TimedState::of(saved), tsc)?;
     let events = from_abi_bytes(SECTION, events)?;
     fd.set_vcpu_events(&events).map_err(call("set a vCPU's events"))?;
     Ok(deferred)
@@ -166,35 +137,20 @@ pub(crate) fn set_before_run(fd: &VcpuFd, vcpu: u8, deferred: &[(u32, u64)]) -> 
     set_msrs(fd, vcpu, &asked)
 }
 
-/// Plain MSRs first, then the TSC, then the deadline that counts by it.
-fn set_msrs_around_tsc(
+/// Plain MSRs first, then what counts time.
+fn set_msrs_and_time(
     fd: &VcpuFd,
     vcpu: u8,
     msrs: &[(u32, u64)],
+    timed: &TimedState,
     tsc: TscPlan,
-    (saved_offset, khz): (Option<u64>, Option<u32>),
 ) -> Result<(), StateError> {
     if msrs.len() > MSRS_MAX {
         return Err(invalid(format!("{} MSRs", msrs.len())));
     }
-    let by_offset = match (tsc.offset_change, saved_offset) {
-        (Some(change), Some(offset)) => set_tsc_offset(fd, offset.wrapping_add(change)),
-        (Some(_) | None, _) => false,
-    };
-    let is_timed = |index: u32| matches!(index, MSR_TSC | MSR_TSC_DEADLINE);
-    let plain: Vec<_> = msrs.iter().copied().filter(|(index, _)| !is_timed(*index)).collect();
+    let plain: Vec<_> = msrs.iter().copied().filter(|(index, _)| !time::is_timed(*index)).collect();
     set_msrs(fd, vcpu, &plain)?;
-    for timed in [MSR_TSC, MSR_TSC_DEADLINE] {
-        if timed == MSR_TSC && by_offset {
-            continue;
-        }
-        let mut one: Vec<_> = msrs.iter().copied().filter(|(index, _)| *index == timed).collect();
-        if timed == MSR_TSC {
-            one.iter_mut().for_each(|(_, value)| *value = tsc.advance(*value, khz));
-        }
-        set_msrs(fd, vcpu, &one)?;
-    }
-    Ok(())
+    time::set_time(fd, timed, tsc)
 }
 
 fn invalid(what: String) -> StateError {
@@ -252,7 +208,7 @@ fn new_xsave(bytes: usize) -> Result<Xsave, StateError> {
 }
 
 /// Every listed MSR that can be read. KVM lists some that this processor does not have.
-fn get_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, StateError> {
+pub(super) fn get_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, StateError> {
     let mut values = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
@@ -278,7 +234,7 @@ fn machine_check_banks(fd: &VcpuFd) -> Result<Vec<u32>, StateError> {
 }
 
 /// Sets MSRs. One that KVM refuses is left out only if it has that value already.
-fn set_msrs(fd: &VcpuFd, vcpu: u8, values: &[(u32, u64)]) -> Result<(), StateError> {
+pub(super) fn set_msrs(fd: &VcpuFd, vcpu: u8, values: &[(u32, u64)]) -> Result<(), StateError> {
     let mut rest = values;
     while !rest.is_empty() {
         let chunk = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
@@ -311,31 +267,4 @@ fn set_tsc_khz(fd: &VcpuFd, khz: u32) -> Result<(), StateError> {
         return Ok(());
     }
     Ok(fd.set_tsc_khz(khz).map_err(KvmCallError::new("give a vCPU the TSC frequency of its former host"))?)
-}
-
-fn tsc_offset_attribute(offset: &mut u64) -> kvm_device_attr {
-    kvm_device_attr {
-        group: KVM_VCPU_TSC_CTRL,
-        attr: u64::from(KVM_VCPU_TSC_OFFSET),
-        addr: std::ptr::from_mut(offset).expose_provenance() as u64,
-        flags: 0,
-    }
-}
-
-fn get_tsc_offset(fd: &VcpuFd) -> Option<u64> {
-    let mut offset = 0;
-    let attribute = tsc_offset_attribute(&mut offset);
-    // SAFETY: KVM reads the attribute and writes one u64 to its address; both outlive the call.
-    let done = unsafe { ioctl_with_ref(fd, numbers::KVM_GET_DEVICE_ATTR(), &attribute) };
-    (done == 0).then(|| {
-        // SAFETY: `offset` is a live local that the kernel wrote through the address above.
-        unsafe { (&raw const offset).read_volatile() }
-    })
-}
-
-/// Whether KVM took the offset.
-fn set_tsc_offset(fd: &VcpuFd, mut offset: u64) -> bool {
-    let attribute = tsc_offset_attribute(&mut offset);
-    // SAFETY: KVM reads the attribute and one u64 at its address; both outlive the call.
-    unsafe { ioctl_with_ref(fd, numbers::KVM_SET_DEVICE_ATTR(), &attribute) == 0 }
 }

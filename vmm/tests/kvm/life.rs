@@ -306,11 +306,15 @@ fn guests_end_themselves_in_every_way() {
     if !kvm_or_skip() {
         return;
     }
-    // out 0xf4; keyboard reset; triple fault (an interrupt without a table).
+    // out 0xf4; keyboard reset; triple fault (an interrupt without a table); ACPI's two registers.
     let switch_off: &[u8] = &[0xb0, 0, 0xe6, 0xf4, 0xf4];
     let keyboard: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4];
     let triple_fault: &[u8] = &[0x0f, 0x0b];
+    let acpi_off: &[u8] = &[0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x00, 0x34, 0x66, 0xef, 0xf4];
+    let acpi_reset: &[u8] = &[0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xf4];
     for (code, event) in [
+        (acpi_off, MachineEvent::Shutdown),
+        (acpi_reset, MachineEvent::Reset),
         (switch_off, MachineEvent::Shutdown),
         (keyboard, MachineEvent::Reset),
         (triple_fault, MachineEvent::Reset),

@@ -1,7 +1,7 @@
 //! What the tests on real KVM share: tiny guests, machines around them, and the rule for hosts without
 //! KVM.
 
-mod elf;
+pub(crate) mod elf;
 
 use std::fs::File;
 use std::io::Write;
@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use elf::elf;
 use ferry_vmm::{
-    Backing, BootSource, GuestRam, Kernel, Machine, MachineConfig, MemoryConfig, PAGE_BYTES, SerialTarget,
+    Backing, BootSource, ClockMode, CpuModel, GuestRam, Kernel, Machine, MachineConfig, MemoryConfig,
+    PAGE_BYTES, SerialTarget,
 };
 
 /// Where the counting guest counts.
@@ -48,14 +49,18 @@ pub(crate) const COUNTING: &[u8] = &[
 pub(crate) fn boot_source(directory: &Path, image: &[u8]) -> BootSource {
     let path = directory.join("kernel");
     File::create(&path).unwrap().write_all(image).unwrap();
-    BootSource { kernel: Kernel::File(path), initrd: None, cmdline: String::new() }
+    BootSource { kernel: Kernel::File(path), initrd: None, cmdline: String::new(), acpi: true }
 }
 
 pub(crate) fn config(memory_bytes: u64) -> MachineConfig {
     MachineConfig {
         memory: MemoryConfig::new(memory_bytes, Backing::PrivateAnonymous),
         cpus: 1,
+        cpu: CpuModel::default(),
+        clock: ClockMode::default(),
         net: None,
+        disks: Vec::new(),
+        rng: false,
         serial: SerialTarget::Null,
     }
 }

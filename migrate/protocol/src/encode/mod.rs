@@ -136,32 +136,44 @@ impl Encoder {
         read: ReadPages<'_>,
         emit: &mut dyn FnMut(Piece<'_>) -> Result<(), E>,
     ) -> Result<Encoded, E> {
+        if way.method != Method::None || way.remember {
+            return self
+                .encode_copied((chunk, mask), way, sent, read, &mut |bytes| emit(Piece::Bytes(bytes)));
+        }
         let mut encoded = Encoded::default();
         let mut zero = PageMask::EMPTY;
-        let lends = way.method == Method::None && !way.remember;
-        let words = if lends { LENT_WORDS } else { COPIED_WORDS };
-        for first in (0..mask.0.len()).step_by(words) {
-            let mut group = PageMask::EMPTY;
-            group.0[first..first + words].copy_from_slice(&mask.0[first..first + words]);
-            if group.is_empty() {
-                continue;
-            }
+        for group in groups(mask, LENT_WORDS) {
             let mut work = Work { chunk, way, sent: &mut *sent, zero: &mut zero, encoded: &mut encoded };
-            if lends {
-                let left = work.look_at(&group, read);
-                if !left.is_empty() {
-                    work.encoded.raw_pages += left.count();
-                    emit(Piece::Lent(chunk, left))?;
-                }
-            } else {
-                let taken = self.copy(&group, read, &mut work);
-                self.emit_group(chunk, &taken, &mut encoded, emit)?;
+            let left = work.look_at(&group, read);
+            if !left.is_empty() {
+                work.encoded.raw_pages += left.count();
+                emit(Piece::Lent(chunk, left))?;
             }
         }
-        if !zero.is_empty() {
-            encoded.zero_pages += zero.count();
-            emit(Piece::Bytes(&Frame::Zero { chunk, mask: zero }.encode()))?;
+        emit_zero(chunk, zero, &mut encoded, &mut |bytes| emit(Piece::Bytes(bytes)))?;
+        Ok(encoded)
+    }
+
+    /// As [`Encoder::encode`], but from a copy whatever the way, so that all that travels is bytes.
+    ///
+    /// # Errors
+    /// What `emit` says; `sent` then no longer describes the target.
+    pub fn encode_copied<E>(
+        &mut self,
+        (chunk, mask): (ChunkIndex, &PageMask),
+        way: Way,
+        sent: &mut SentChunk,
+        read: ReadPages<'_>,
+        emit: &mut dyn FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<Encoded, E> {
+        let mut encoded = Encoded::default();
+        let mut zero = PageMask::EMPTY;
+        for group in groups(mask, COPIED_WORDS) {
+            let mut work = Work { chunk, way, sent: &mut *sent, zero: &mut zero, encoded: &mut encoded };
+            let taken = self.copy(&group, read, &mut work);
+            self.emit_group(chunk, &taken, &mut encoded, emit)?;
         }
+        emit_zero(chunk, zero, &mut encoded, emit)?;
         Ok(encoded)
     }
 
@@ -236,21 +248,21 @@ impl Encoder {
         chunk: ChunkIndex,
         taken: &Group,
         encoded: &mut Encoded,
-        emit: &mut dyn FnMut(Piece<'_>) -> Result<(), E>,
+        emit: &mut dyn FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         if !taken.plain.is_empty() {
             encoded.raw_pages += taken.plain.count();
             let header = Frame::Raw { chunk, mask: taken.plain }.encode();
             self.plain[..FRAME_HEADER_BYTES].copy_from_slice(&header);
-            emit(Piece::Bytes(&self.plain))?;
+            emit(&self.plain)?;
         }
         if !taken.packed.is_empty() {
             encoded.packed_pages += taken.packed.count();
-            emit(Piece::Bytes(self.packer.frame(chunk, taken.packed)))?;
+            emit(self.packer.frame(chunk, taken.packed))?;
         }
         if !taken.delta.is_empty() {
             encoded.delta_pages += taken.delta.count();
-            emit(Piece::Bytes(self.deltas.frame(chunk, taken.delta)))?;
+            emit(self.deltas.frame(chunk, taken.delta))?;
         }
         Ok(())
     }
@@ -273,6 +285,29 @@ impl Encoder {
             Err(never) => match never {},
         }
     }
+}
+
+/// The pages of `mask` in groups of so many words, without the empty ones.
+fn groups(mask: &PageMask, words: usize) -> impl Iterator<Item = PageMask> {
+    let groups = (0..mask.0.len()).step_by(words).map(move |first| {
+        let mut group = PageMask::EMPTY;
+        group.0[first..first + words].copy_from_slice(&mask.0[first..first + words]);
+        group
+    });
+    groups.filter(|group| !group.is_empty())
+}
+
+fn emit_zero<E>(
+    chunk: ChunkIndex,
+    zero: PageMask,
+    encoded: &mut Encoded,
+    emit: &mut dyn FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    if zero.is_empty() {
+        return Ok(());
+    }
+    encoded.zero_pages += zero.count();
+    emit(&Frame::Zero { chunk, mask: zero }.encode())
 }
 
 fn length(bytes: &[u8]) -> u64 {

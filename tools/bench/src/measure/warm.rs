@@ -6,7 +6,7 @@
 //! hands out memory that is there. Before a scenario's first run the same is done with enough for both VMMs, since the
 //! kernel need not hand out what it was given back last. No engine's own memory is touched.
 
-use ferry_vmm::{Backing, Machine, MachineConfig, MemoryConfig, SerialTarget};
+use ferry_vmm::{Backing, ClockMode, CpuModel, Machine, MachineConfig, MemoryConfig, SerialTarget};
 
 use procfs::{Current, Meminfo};
 
@@ -32,8 +32,12 @@ impl WarmMemory {
         let config = MachineConfig {
             memory: MemoryConfig::new(wanted_mib.min(most_mib) << 20, Backing::PrivateAnonymous),
             cpus: 1,
+            cpu: CpuModel::default(),
             net: None,
+            disks: Vec::new(),
+            rng: false,
             serial: SerialTarget::Null,
+            clock: ClockMode::default(),
         };
         let machine = Machine::build(&config).ok();
         if let Some(machine) = &machine {

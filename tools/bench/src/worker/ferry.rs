@@ -18,7 +18,8 @@ use ferry_migrate::protocol::{Epoch, MigrationId, VmId, VmName};
 use ferry_migrate::report::MigrationReport;
 use ferry_migrate::{BandwidthCap, FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
 use ferry_vmm::{
-    BootSource, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices, NetConfig, SerialTarget,
+    BootSource, ClockMode, CpuModel, CpuProfile, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices,
+    NetConfig, SerialTarget,
 };
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::{mpsc, watch};
@@ -72,11 +73,15 @@ async fn run_source(order: SourceOrder) -> anyhow::Result<ExitCode> {
     let config = MachineConfig {
         memory: words::memory(u64::from(memory_mib) << 20, backing),
         cpus,
+        cpu: CpuModel::default(),
         net: net.map(|(tap, mac)| NetConfig { tap, mac }),
+        disks: Vec::new(),
+        rng: false,
         serial: SerialTarget::File(serial),
+        clock: ClockMode::default(),
     };
     let machine = Arc::new(Machine::build(&config)?);
-    machine.load(&BootSource { kernel: Kernel::File(kernel), initrd, cmdline })?;
+    machine.load(&BootSource { kernel: Kernel::File(kernel), initrd, cmdline, acpi: false })?;
     machine.run()?;
     let records = records(&folder)?;
     let vm = VmId(random_id()?);
@@ -162,8 +167,13 @@ fn in_words(update: Update) -> Option<Said> {
 
 async fn run_target(order: TargetOrder) -> anyhow::Result<ExitCode> {
     let TargetOrder { listen, tap, folder } = order;
-    let host =
-        MachineHost::new(LocalChoices { tap, serial: SerialTarget::Null, memory: MemoryChoices::default() });
+    let host = MachineHost::new(LocalChoices {
+        tap,
+        disks: Vec::new(),
+        serial: SerialTarget::Null,
+        memory: MemoryChoices::default(),
+        cpu: CpuProfile::default(),
+    });
     let options = ReceiveOptions { listen: listen.parse()?, host: "target".to_owned(), name: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());

@@ -1,4 +1,4 @@
-//! `ferry info`, `pause`, `resume`, `stop` and `bandwidth`: one request each.
+//! `ferry info`, `pause`, `resume`, `shutdown`, `stop` and `bandwidth`: one request each.
 
 use std::process::ExitCode;
 
@@ -26,6 +26,17 @@ pub(crate) async fn pause(args: NameArgs) -> anyhow::Result<ExitCode> {
 
 pub(crate) async fn resume(args: NameArgs) -> anyhow::Result<ExitCode> {
     change(args, api::RESUME).await
+}
+
+/// Presses the power button. What comes of it is the guest's to decide, so it is not waited for.
+pub(crate) async fn shutdown(args: NameArgs) -> anyhow::Result<ExitCode> {
+    let info = ask(&args, Method::PUT, api::POWER_BUTTON).await?;
+    if args.output.json {
+        println!("{}", serde_json::to_string(&info)?);
+    } else {
+        println!("{}: asked to shut down", info.name);
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 pub(crate) async fn stop(args: NameArgs) -> anyhow::Result<ExitCode> {
@@ -76,6 +87,8 @@ fn print(info: &VmInfo) {
     row("memory", info.memory_bytes.map(show_bytes));
     row("backing", info.memory_kind.clone());
     row("vCPUs", info.cpus.map(|cpus| cpus.to_string()));
+    row("CPU profile", info.cpu_profile.clone());
+    row("shows through", Some(info.cpu_leaks.join(" ")).filter(|leaks| !leaks.is_empty()));
     if let Some(network) = &info.network {
         row("tap", Some(network.tap.clone()));
         row("mac", Some(network.mac.clone()));

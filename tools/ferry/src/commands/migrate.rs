@@ -274,9 +274,9 @@ pub(crate) fn summary(report: &MigrationReport) -> String {
             text,
             "  stream {number:<5} {:>9}   socket {}, encoding {}, cap {}",
             show_bytes(stream.wire_bytes),
-            show_ms(stream.socket_ms),
-            show_ms(stream.encoding_ms),
-            show_ms(stream.cap_ms),
+            show_ms(ms(stream.in_socket)),
+            show_ms(ms(stream.encoding)),
+            show_ms(ms(stream.in_cap)),
         );
     }
     let equal = if report.digest_equal == Some(true) { "equal on both sides" } else { "DIFFERENT" };

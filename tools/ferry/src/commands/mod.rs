@@ -10,6 +10,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use ferry_migrate::machine::MigratableMachine;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::host::{Life, VmHost};
@@ -30,6 +31,25 @@ fn exit_with_stdin() {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
         std::process::exit(3);
     });
+}
+
+/// Warns of what a profile can't hide on this host, where that is something.
+fn say_leaks(machine: &MigratableMachine) {
+    let machine = machine.machine();
+    let leaks = machine.leaked_features();
+    if !leaks.is_empty() {
+        tracing::warn!(
+            "this host's KVM lets features of its processor show through whatever CPUID says ({}), so the guest can \
+             only move to hosts whose processor has them as well: {}",
+            machine.cpu_profile(),
+            leaks.join(" ")
+        );
+    }
+    if let Some(reason) = machine.leaks_unknown() {
+        tracing::warn!(
+            "it could not be found out whether this host's KVM hides features as it is told: {reason}"
+        );
+    }
 }
 
 /// The signals that ask a host process to end. Watched from before it says that it is up, so that whoever was told

@@ -14,8 +14,8 @@ use ferry_migrate::{ReceiveOptions, Receiver};
 use ferry_vmm::LocalChoices;
 use tokio::sync::mpsc;
 
-use super::{Signals, err, exit_with_stdin, out, stay};
-use crate::cli::ReceiveArgs;
+use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
+use crate::cli::{DiskArg, ReceiveArgs};
 use crate::host::{Here, Life, VmHost, server};
 use crate::state_dir::StateDir;
 
@@ -36,8 +36,13 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         format!("'{}' is in doubt; once you know that no other host runs it, remove the record", args.name)
     })?;
     let host = VmHost::new(args.name, records, Life::Waiting { listen: args.listen.to_string(), note: None });
-    let local =
-        LocalChoices { tap: tap.clone(), serial: args.serial, memory: args.memory.unwrap_or_default() };
+    let local = LocalChoices {
+        tap: tap.clone(),
+        disks: args.disks.iter().map(DiskArg::choice).collect(),
+        serial: args.serial,
+        memory: args.memory.unwrap_or_default(),
+        cpu: args.cpu,
+    };
     let machine_host = ReceivingHost { host: Arc::clone(&host), tap, machines: MachineHost::new(local) };
     let (updates, inbox) = mpsc::unbounded_channel();
     let options = ReceiveOptions { listen: args.listen.clone(), host: host_name(), name: None };
@@ -145,6 +150,7 @@ impl TargetVm for ReceivingVm {
         let record = self.host.records.load(vm)?.filter(|record| record.standing == Standing::Running);
         let record = record.ok_or("the record that this host runs it is missing")?;
         self.machine.run(runs)?;
+        say_leaks(&self.machine);
         let tap = self.tap.clone();
         let machine = self.machine.clone();
         let here = Here { machine: machine.clone(), vm, epoch: record.epoch, tap, migration: None };

@@ -11,10 +11,10 @@ use ferry_migrate::machine::MigratableMachine;
 use ferry_migrate::ports::RecordStore;
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::{Epoch, VmId};
-use ferry_vmm::{BootSource, Kernel, Machine, MachineConfig, NetConfig};
+use ferry_vmm::{BootSource, ClockMode, CpuModel, Kernel, Machine, MachineConfig, NetConfig};
 
-use super::{Signals, err, exit_with_stdin, out, stay};
-use crate::cli::{NetArg, RunArgs};
+use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
+use crate::cli::{ClockArg, DiskArg, NetArg, RunArgs, SwitchArg};
 use crate::host::migration::random_id;
 use crate::host::{Here, Life, VmHost, server};
 use crate::quantity::show_bytes;
@@ -53,6 +53,7 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     let runner = Arc::clone(machine.machine());
     tokio::task::spawn_blocking(move || runner.run()).await??;
     host.watch(&machine);
+    say_leaks(&machine);
     say_running(&host, args.output.json)?;
     let code = stay(host, signals, args.output.json).await?;
     server.await??;
@@ -81,7 +82,19 @@ fn config(args: &RunArgs, vm: VmId) -> MachineConfig {
         // Locally administered, and as good as unique by the VM's random identity.
         mac: net.mac.unwrap_or([0x02, 0xfe, vm.0[0], vm.0[1], vm.0[2], vm.0[3]]),
     });
-    MachineConfig { memory: args.memory, cpus: args.cpus, net, serial: args.serial.clone() }
+    MachineConfig {
+        memory: args.memory,
+        cpus: args.cpus,
+        cpu: CpuModel::Profile(args.cpu.clone()),
+        net,
+        disks: args.disks.iter().map(DiskArg::config).collect(),
+        rng: args.rng == SwitchArg::On,
+        serial: args.serial.clone(),
+        clock: match args.clock {
+            ClockArg::Realtime => ClockMode::Realtime,
+            ClockArg::Monotonic => ClockMode::Monotonic,
+        },
+    }
 }
 
 fn boot_source(args: &RunArgs) -> anyhow::Result<BootSource> {
@@ -96,7 +109,9 @@ fn boot_source(args: &RunArgs) -> anyhow::Result<BootSource> {
         }
         (None, None) => bail!("one of --kernel and --guest is needed"),
     };
-    Ok(BootSource { kernel, initrd: args.initrd.clone(), cmdline })
+    // The workload guest has no ACPI, and finds its devices on its command line.
+    let acpi = args.kernel.is_some() && args.acpi == SwitchArg::On;
+    Ok(BootSource { kernel, initrd: args.initrd.clone(), cmdline, acpi })
 }
 
 fn addresses(net: Option<&NetArg>) -> (Vec<std::net::Ipv4Addr>, Vec<std::net::Ipv6Addr>) {

@@ -7,7 +7,7 @@ use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::UnknownCompression;
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{MigrationId, VmName};
-use ferry_migrate::report::{MigrationReport, ReportKind, StreamReport};
+use ferry_migrate::report::{MigrationReport, ReportKind, StreamWork};
 use ferry_migrate::{BandwidthCap, EndpointError, MigrateOptions, Update, migrate};
 use tokio::sync::{mpsc, watch};
 
@@ -33,7 +33,7 @@ struct Log {
     /// The newest count of what is sent: only the newest matters.
     transferred: (u64, u64),
     /// What each stream did, once it is over.
-    streams: Vec<StreamReport>,
+    streams: Vec<StreamWork>,
     in_doubt: bool,
     over: bool,
 }
@@ -143,9 +143,7 @@ impl MigrationTask {
                 self.changes.send_modify(|change| *change += 1);
             }
             Update::Progress(progress) => self.add(event(&progress)),
-            Update::Streams(streams) => {
-                self.log().streams = streams.iter().map(StreamReport::from).collect();
-            }
+            Update::Streams(streams) => self.log().streams = streams,
         }
     }
 }

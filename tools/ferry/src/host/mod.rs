@@ -144,6 +144,8 @@ impl VmHost {
             memory_bytes: None,
             memory_kind: None,
             cpus: None,
+            cpu_profile: None,
+            cpu_leaks: Vec::new(),
             network: None,
             listen: None,
             note: None,
@@ -199,6 +201,12 @@ impl VmHost {
             return Ok(());
         }
         here.machine.machine().run().map_err(|error| Refused(format!("it can't be resumed: {error}")))
+    }
+
+    /// Presses the VM's power button. During a migration too: the guest takes the press along.
+    pub(crate) fn press_power_button(&self) -> Result<(), Refused> {
+        let here = self.here()?;
+        here.machine.machine().press_power_button().map_err(|error| Refused(error.to_string()))
     }
 
     fn not_migrating(&self, what: &str) -> Result<Here, Refused> {
@@ -330,6 +338,8 @@ fn describe(here: &Here, info: &mut VmInfo) {
     info.memory_bytes = Some(machine.ram().regions().iter().map(|region| region.bytes).sum());
     info.memory_kind = Some(machine.memory_kind());
     info.cpus = Some(machine.config().cpus);
+    info.cpu_profile = Some(machine.cpu_profile());
+    info.cpu_leaks = machine.leaked_features();
     info.note = here.migration.as_ref().and_then(|migration| migration.note());
     if let (Some(mac), Some(tap)) = (machine.mac(), &here.tap) {
         let network = here.machine.network();

@@ -45,6 +45,7 @@ fn routes(host: Arc<VmHost>) -> Router {
         .route(api::PAUSE, put(pause))
         .route(api::RESUME, put(resume))
         .route(api::STOP, put(stop))
+        .route(api::POWER_BUTTON, put(power_button))
         .route(api::GUEST, get(guest))
         .route(api::MIGRATION, axum::routing::post(start).delete(cancel))
         .route(api::MIGRATION_BANDWIDTH, put(bandwidth))
@@ -82,6 +83,10 @@ async fn resume(State(host): State<Arc<VmHost>>) -> Result<Json<VmInfo>, Refused
 
 async fn stop(State(host): State<Arc<VmHost>>) -> Result<Json<VmInfo>, Refused> {
     change(host, |host| host.stop("it was stopped")).await
+}
+
+async fn power_button(State(host): State<Arc<VmHost>>) -> Result<Json<VmInfo>, Refused> {
+    change(host, VmHost::press_power_button).await
 }
 
 async fn start(

@@ -25,6 +25,7 @@ use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::in_flight::InFlight;
 use crate::memory::TrackedMemory;
 use crate::saved::StateError;
 use crate::saved::sections::{VirtioMmio as SavedTransport, Virtqueue as SavedQueue};
@@ -68,6 +69,11 @@ pub(crate) struct MmioTransport {
     interrupt: EventFd,
     /// One a queue, in KVM's hands; written here when the driver became ready.
     notify: Vec<EventFd>,
+    /// The configuration space as it is now.
+    config: Mutex<Vec<u8>>,
+    /// Features that the last queue is only there with; it always is if there are none.
+    last_queue_needs: u64,
+    in_flight: InFlight,
     /// Whether the log has told of a broken queue.
     warned: AtomicBool,
 }
@@ -104,13 +110,23 @@ impl MmioTransport {
         };
         Self {
             slot,
+            config: Mutex::new(kind.config.clone()),
             kind,
             registers: Mutex::new(registers),
             interrupt_status: AtomicU32::new(0),
             interrupt,
             notify,
+            last_queue_needs: 0,
+            in_flight: InFlight::default(),
             warned: AtomicBool::new(false),
         }
+    }
+
+    /// The same with a last queue that is only there if the driver takes `features`. It is not saved otherwise, so that
+    /// a version that does not know it can take the device over.
+    pub(crate) fn with_last_queue_for(mut self, features: u64) -> Self {
+        self.last_queue_needs = features;
+        self
     }
 
     /// Signalled when the device wants its interrupt.
@@ -127,6 +143,11 @@ impl MmioTransport {
         &self.notify
     }
 
+    /// What the device works on without holding its registers.
+    pub(crate) fn in_flight(&self) -> &InFlight {
+        &self.in_flight
+    }
+
     /// The registers and queues, for the worker.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
@@ -135,6 +156,23 @@ impl MmioTransport {
     /// Tells the driver of used buffers.
     pub(crate) fn interrupt_for_queue(&self) {
         self.raise(INTERRUPT_QUEUE);
+    }
+
+    /// Changes a byte of the configuration space, which the driver finds out when it next looks.
+    pub(crate) fn change_config(&self, offset: usize, change: impl FnOnce(&mut u8)) {
+        if let Some(byte) = self.config().get_mut(offset) {
+            change(byte);
+        }
+    }
+
+    /// Tells the driver that the configuration space has changed.
+    pub(crate) fn interrupt_for_config(&self, registers: &mut Registers) {
+        registers.config_generation = registers.config_generation.wrapping_add(1);
+        self.raise(INTERRUPT_CONFIG);
+    }
+
+    fn config(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stops the device until the driver resets it.
@@ -168,7 +206,8 @@ impl MmioTransport {
         let _ = self.interrupt.write(1);
     }
 
-    fn offered_features(&self) -> u64 {
+    /// Everything that a driver may choose from.
+    pub(crate) fn offered_features(&self) -> u64 {
         self.kind.features | (1 << VIRTIO_F_VERSION_1)
     }
 
@@ -176,8 +215,9 @@ impl MmioTransport {
         let Ok(offset) = u32::try_from(offset) else { return data.fill(0) };
         if offset >= VIRTIO_MMIO_CONFIG {
             let start = (offset - VIRTIO_MMIO_CONFIG) as usize;
+            let config = self.config();
             for (index, byte) in data.iter_mut().enumerate() {
-                *byte = self.kind.config.get(start + index).copied().unwrap_or(0);
+                *byte = config.get(start + index).copied().unwrap_or(0);
             }
             return;
         }
@@ -234,7 +274,11 @@ impl MmioTransport {
         let mut registers = self.lock();
         if value == 0 {
             registers.reset();
+            self.config().clone_from(&self.kind.config);
             self.interrupt_status.store(0, Ordering::SeqCst);
+            drop(registers);
+            // The driver may use its memory for other things as soon as it has done this write.
+            self.in_flight.wait_until_none();
             return;
         }
         let set = value & !registers.status;
@@ -269,6 +313,7 @@ impl MmioTransport {
             config_generation,
             queues,
         } = &*registers;
+        let saved_queues = self.queues_needed(*driver_features);
         SavedTransport {
             slot: self.slot,
             device_type: self.kind.id,
@@ -279,8 +324,14 @@ impl MmioTransport {
             driver_features: *driver_features,
             queue_select: *queue_select,
             config_generation: *config_generation,
-            queues: queues.iter().map(save_queue).collect(),
+            queues: queues.iter().take(saved_queues).map(save_queue).collect(),
         }
+    }
+
+    /// How many queues a driver with these features has.
+    fn queues_needed(&self, features: u64) -> usize {
+        let all = self.kind.queue_sizes_max.len();
+        if features & self.last_queue_needs == self.last_queue_needs { all } else { all - 1 }
     }
 
     /// Takes on a saved state; nothing changes if that is impossible.
@@ -305,12 +356,16 @@ impl MmioTransport {
         if missing != 0 {
             return Err(error(format!("its driver uses features {missing:#x}, which this version lacks")));
         }
-        if queues.len() != self.kind.queue_sizes_max.len() {
+        if queues.len() != self.queues_needed(*driver_features) {
             return Err(error(format!("it has {} queues", queues.len())));
         }
-        let queues = queues.iter().zip(&self.kind.queue_sizes_max);
-        let queues = queues.map(|(queue, size_max)| restore_queue(queue, *size_max, memory));
-        let queues = queues.collect::<Result<_, _>>().map_err(error)?;
+        let sizes_max = &self.kind.queue_sizes_max;
+        let saved_queues = queues.iter().zip(sizes_max);
+        let restored = saved_queues.map(|(queue, size_max)| restore_queue(queue, *size_max, memory));
+        // The last queue is unused where the driver does not know it.
+        let unused = sizes_max[queues.len()..].iter();
+        let unused = unused.map(|size_max| Queue::new(*size_max).map_err(|error| error.to_string()));
+        let queues = restored.chain(unused).collect::<Result<_, _>>().map_err(error)?;
         *self.lock() = Registers {
             status: *status,
             device_features_select: *device_features_select,
@@ -330,6 +385,16 @@ impl Registers {
     pub(crate) fn is_live(&self) -> bool {
         let stopped = VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED;
         self.status & (VIRTIO_CONFIG_S_DRIVER_OK | stopped) == VIRTIO_CONFIG_S_DRIVER_OK
+    }
+
+    /// The features that driver and device have agreed on; none before that.
+    pub(crate) fn features(&self) -> u64 {
+        if self.status & VIRTIO_CONFIG_S_FEATURES_OK == 0 { 0 } else { self.driver_features }
+    }
+
+    /// Whether the driver has accepted a feature.
+    pub(crate) fn has_feature(&self, bit: u32) -> bool {
+        self.driver_features >> bit & 1 == 1
     }
 
     fn selected(&self) -> Option<&Queue> {

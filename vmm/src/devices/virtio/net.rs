@@ -3,11 +3,16 @@
 //! ```text
 //! guest's transmit queue ──► check, show ARP and ICMPv6 to the observer ──► tap
 //! tap ──► guest's receive queue (only while it has buffers: the rest waits in the tap)
+//! guest's control queue ──► control.rs
 //! ```
 //!
-//! Frames carry a 12-byte virtio-net header; no offload is offered, so headers going out are cleared and
-//! those coming in say "one buffer". Frames move only while the machine runs. Mergeable buffers,
-//! offloads, multiple queue pairs and the control queue are not here yet.
+//! Frames carry a 12-byte virtio-net header, whose offloads are those that the tap of this host can do
+//! (offload.rs) and the driver chose. Frames move only while the machine runs. Multiple queue pairs are not
+//! here yet.
+
+mod control;
+mod offload;
+mod queue;
 
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::AsRawFd;
@@ -15,29 +20,31 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP};
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
-use virtio_queue::desc::split::Descriptor;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_S_LINK_UP};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::queue::{Interrupts, Placed, place_frame};
 use super::mmio::{BrokenQueue, DeviceKind, MmioTransport};
-use crate::memory::{GuestRam, TrackedMemory};
+use super::ring::refuse_indirect;
+use crate::memory::GuestRam;
 use crate::parking::{Control, Kick, PanicGuard};
-use crate::tap::{Tap, VNET_HEADER_BYTES};
+use crate::saved::StateError;
+use crate::tap::{Tap, TapOffloads, VNET_HEADER_BYTES};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
-const QUEUE_SIZE_MAX: u16 = 256;
+const CONTROL: usize = 2;
+const QUEUE_SIZES_MAX: [u16; 3] = [256, 256, 64];
 
 /// Further things to wait for, beside the queues.
-const KICK: usize = 2;
-const FRAME: usize = 3;
+const KICK: usize = 3;
+const FRAME: usize = 4;
 
-/// The longest frame with its header; taps pass nothing longer without offloads.
-const FRAME_BYTES_MAX: usize = 65_536 + VNET_HEADER_BYTES;
+/// The longest frame with its header: an IP packet of 64 KiB, which stands for many, behind an Ethernet header with
+/// two VLAN tags.
+const FRAME_BYTES_MAX: usize = 65_536 + 22 + VNET_HEADER_BYTES;
 
 /// Frames moved a turn before the thread looks whether it should park.
 const FRAMES_PER_TURN: usize = 128;
@@ -49,8 +56,6 @@ const WAIT_RETRY_MS: i32 = 100;
 
 /// Frames thrown away at most: more than a tap's queue holds.
 const STALE_FRAMES_MAX: usize = 65_536;
-
-const DESCRIPTOR_BYTES: u64 = size_of::<Descriptor>() as u64;
 
 const ETHERNET_HEADER_BYTES: usize = 14;
 const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
@@ -112,12 +117,14 @@ impl Net {
         let kind = DeviceKind {
             name: "network interface",
             id: VIRTIO_ID_NET,
-            features: (1 << VIRTIO_NET_F_MAC) | (1 << VIRTIO_NET_F_STATUS) | (1 << VIRTIO_RING_F_EVENT_IDX),
+            features: offload::offered(tap.supported_offloads()),
             config: config_space(mac),
-            queue_sizes_max: vec![QUEUE_SIZE_MAX; 2],
+            queue_sizes_max: QUEUE_SIZES_MAX.to_vec(),
         };
         let eventfd = || EventFd::new(EFD_NONBLOCK);
-        let transport = MmioTransport::new(slot, kind, eventfd()?, vec![eventfd()?, eventfd()?]);
+        let notify = vec![eventfd()?, eventfd()?, eventfd()?];
+        let transport = MmioTransport::new(slot, kind, eventfd()?, notify);
+        let transport = transport.with_last_queue_for(1 << VIRTIO_NET_F_CTRL_VQ);
         Ok(Self {
             mac,
             transport: Arc::new(transport),
@@ -142,6 +149,20 @@ impl Net {
 
     pub(crate) fn kick(&self) -> Arc<dyn Kick> {
         Arc::clone(&self.kick) as Arc<dyn Kick>
+    }
+
+    /// What the guest's driver has agreed on.
+    pub(crate) fn features(&self) -> u64 {
+        self.transport.lock().features()
+    }
+
+    /// Refuses to take over a driver that uses what this interface does not offer.
+    pub(crate) fn check_features(&self, used: u64) -> Result<(), StateError> {
+        let missing = used & !self.transport.offered_features();
+        if missing == 0 {
+            return Ok(());
+        }
+        Err(StateError::NetworkFeatures { missing: offload::describe(missing) })
     }
 
     /// Detaches from the tap; the thread must be gone.
@@ -181,9 +202,9 @@ impl Net {
         let thread = thread::Builder::new().name("net".into()).spawn(move || {
             let guard = PanicGuard { control, vcpu: 0, what: "network interface's" };
             let control = &guard.control;
-            let mut frame = vec![0; FRAME_BYTES_MAX];
+            let mut line = Line::new(tap);
             while control.park(&*self.kick) {
-                self.serve(control, &mut waiter, &tap, &mut frame);
+                self.serve(control, &mut waiter, &mut line);
             }
         });
         if thread.is_err() {
@@ -193,26 +214,32 @@ impl Net {
     }
 
     /// Moves frames until the machine is to park.
-    fn serve(&self, control: &Control, waiter: &mut Waiter, tap: &Tap, frame: &mut [u8]) {
-        // Notifications from before a pause, or from another host, are not kept: look at both queues
-        // first.
-        let mut transmit = Turn::More;
-        let mut receive = Turn::More;
+    fn serve(&self, control: &Control, waiter: &mut Waiter, line: &mut Line) {
+        // Notifications from before a pause, or from another host, are not kept: look at every queue first.
+        let mut turns = [Turn::More; QUEUE_SIZES_MAX.len()];
         while !control.should_park() {
-            if transmit == Turn::More {
-                transmit = self.guarded(TRANSMIT, |queue| self.transmit(control, queue, tap, frame));
+            if turns[TRANSMIT] == Turn::More {
+                let serve = |queue: &mut Queue, features| self.transmit(control, queue, features, line);
+                turns[TRANSMIT] = self.guarded(TRANSMIT, serve);
             }
-            if receive == Turn::More {
-                receive = self.guarded(RECEIVE, |queue| self.receive(control, queue, tap, frame));
+            if turns[RECEIVE] == Turn::More {
+                let serve = |queue: &mut Queue, features| self.receive(control, queue, features, line);
+                turns[RECEIVE] = self.guarded(RECEIVE, serve);
             }
-            let is_busy = transmit == Turn::More || receive == Turn::More;
-            let patience = match receive {
-                _ if is_busy => WAIT_NONE,
+            if turns[CONTROL] == Turn::More {
+                let serve = |queue: &mut Queue, features| {
+                    let is_agreed = offload::has(features, VIRTIO_NET_F_CTRL_VQ);
+                    if is_agreed { self.serve_commands(control, queue) } else { Ok(Turn::NoBuffers) }
+                };
+                turns[CONTROL] = self.guarded(CONTROL, serve);
+            }
+            let patience = match turns[RECEIVE] {
+                _ if turns.contains(&Turn::More) => WAIT_NONE,
                 Turn::TapFailed => WAIT_RETRY_MS,
                 Turn::Done | Turn::More | Turn::NoBuffers => WAIT_FOREVER,
             };
-            let take_frames = matches!(receive, Turn::Done | Turn::More);
-            let woken = match self.wait(waiter, tap, take_frames, patience) {
+            let take_frames = matches!(turns[RECEIVE], Turn::Done | Turn::More);
+            let woken = match self.wait(waiter, &line.tap, take_frames, patience) {
                 Ok(woken) => woken,
                 Err(error) => {
                     // Without a wait there is no way to serve; a later resume tries again.
@@ -221,25 +248,29 @@ impl Net {
                     return;
                 }
             };
-            if woken.transmit {
-                transmit = Turn::More;
-            }
-            if woken.receive || receive == Turn::TapFailed {
-                receive = Turn::More;
+            for (turn, is_woken) in turns.iter_mut().zip(woken) {
+                if is_woken || *turn == Turn::TapFailed {
+                    *turn = Turn::More;
+                }
             }
         }
     }
 
     /// Serves a queue if the driver is ready, and stops the device if the driver broke it.
-    fn guarded(&self, index: usize, serve: impl FnOnce(&mut Queue) -> Result<Turn, BrokenQueue>) -> Turn {
+    fn guarded(
+        &self,
+        index: usize,
+        serve: impl FnOnce(&mut Queue, u64) -> Result<Turn, BrokenQueue>,
+    ) -> Turn {
         let mut registers = self.transport.lock();
         if !registers.is_live() || !registers.queues[index].ready() {
             return Turn::NoBuffers;
         }
+        let features = registers.features();
         let queue = &mut registers.queues[index];
         // Rings that lie in memory throughout: else a queue could look neither empty nor readable.
         let served = if queue.is_valid(self.ram.tracked()) {
-            serve(queue)
+            serve(queue, features)
         } else {
             Err(BrokenQueue(virtio_queue::Error::QueueNotReady))
         };
@@ -257,12 +288,12 @@ impl Net {
         &self,
         control: &Control,
         queue: &mut Queue,
-        tap: &Tap,
-        buffer: &mut [u8],
+        features: u64,
+        line: &mut Line,
     ) -> Result<Turn, BrokenQueue> {
         let memory = self.ram.tracked();
         let mut frames_left = FRAMES_PER_TURN;
-        let mut used = false;
+        let interrupts = Interrupts::before(queue);
         let turn = 'turn: loop {
             queue.disable_notification(memory)?;
             while let Some(chain) = queue.iter(memory)?.next() {
@@ -271,14 +302,13 @@ impl Net {
                 let mut reader = chain.reader(memory)?;
                 let length = reader.available_bytes();
                 // What is no frame is dropped, as a wire would.
-                if let Some(bytes) = buffer.get_mut(..length)
+                if let Some(bytes) = line.outgoing.get_mut(..length)
                     && length >= VNET_HEADER_BYTES + ETHERNET_HEADER_BYTES
                     && reader.read_exact(bytes).is_ok()
                 {
-                    self.transmit_frame(tap, bytes);
+                    self.transmit_frame(&line.tap, features, bytes);
                 }
                 queue.add_used(memory, head, 0)?;
-                used = true;
                 frames_left -= 1;
                 // A frame can be long work, and a pause waits for no more than one.
                 if frames_left == 0 || control.should_park() {
@@ -289,18 +319,19 @@ impl Net {
                 break Turn::Done;
             }
         };
-        if used {
-            self.interrupt_if_wanted(queue, memory)?;
+        if interrupts.are_due(queue, memory)? {
+            self.transport.interrupt_for_queue();
         }
         Ok(turn)
     }
 
-    fn transmit_frame(&self, tap: &Tap, bytes: &mut [u8]) {
-        // No offload was negotiated, so whatever the guest wrote here means nothing.
-        bytes[..VNET_HEADER_BYTES].fill(0);
-        // A frame that the tap does not take (no room, link down) is lost, as on a wire.
-        let _ = tap.file().write(bytes);
-        let frame = &bytes[VNET_HEADER_BYTES..];
+    fn transmit_frame(&self, tap: &Tap, features: u64, bytes: &mut [u8]) {
+        let Some((header, frame)) = bytes.split_first_chunk_mut::<VNET_HEADER_BYTES>() else { return };
+        if !offload::accept_from_guest(header, features) {
+            return;
+        }
+        // A frame that the tap does not take (no room, link down, a header that makes no sense) is lost, as on a wire.
+        let _ = tap.file().write_vectored(&[IoSlice::new(header), IoSlice::new(frame)]);
         if is_about_addresses(frame) {
             let mut observer = self.observer.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(observer) = observer.as_mut() {
@@ -314,17 +345,19 @@ impl Net {
         &self,
         control: &Control,
         queue: &mut Queue,
-        tap: &Tap,
-        buffer: &mut [u8],
+        features: u64,
+        line: &mut Line,
     ) -> Result<Turn, BrokenQueue> {
         let memory = self.ram.tracked();
-        let mut used = false;
+        let buffers_max = if offload::has(features, VIRTIO_NET_F_MRG_RXBUF) { queue.size() } else { 1 };
+        line.set_offloads(offload::for_driver(features));
+        let interrupts = Interrupts::before(queue);
         let mut turn = Turn::More;
         for _ in 0..FRAMES_PER_TURN {
             if control.should_park() {
                 break;
             }
-            // Only a frame that has somewhere to go is taken from the tap.
+            // Only a frame that may have somewhere to go is taken from the tap.
             if queue.iter(memory)?.next().is_none() {
                 if queue.enable_notification(memory)? {
                     continue;
@@ -333,56 +366,52 @@ impl Net {
                 break;
             }
             queue.go_to_previous_position();
-            let length = match tap.file().read(buffer) {
-                Ok(length) if length >= VNET_HEADER_BYTES => length,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    turn = Turn::Done;
-                    break;
-                }
-                Ok(_) | Err(_) => {
-                    turn = Turn::TapFailed;
+            let frame = match line.next_frame(features) {
+                Ok(Some(frame)) => frame,
+                Ok(None) => continue,
+                Err(error) => {
+                    let is_empty = error.kind() == io::ErrorKind::WouldBlock;
+                    turn = if is_empty { Turn::Done } else { Turn::TapFailed };
                     break;
                 }
             };
-            let bytes = &mut buffer[..length];
-            bytes[..VNET_HEADER_BYTES].fill(0);
-            // num_buffers, the header's last field.
-            bytes[VNET_HEADER_BYTES - 2..VNET_HEADER_BYTES].copy_from_slice(&1_u16.to_le_bytes());
-            used |= place_frame(queue, memory, bytes)?;
+            match place_frame(queue, memory, frame, buffers_max)? {
+                Placed::Whole | Placed::Dropped => line.waiting_bytes = 0,
+                Placed::NoRoom => {
+                    turn = Turn::NoBuffers;
+                    break;
+                }
+            }
         }
-        if used {
-            self.interrupt_if_wanted(queue, memory)?;
-        }
-        Ok(turn)
-    }
-
-    fn interrupt_if_wanted(&self, queue: &mut Queue, memory: &TrackedMemory) -> Result<(), BrokenQueue> {
-        let wanted = if queue.event_idx_enabled() {
-            queue.needs_notification(memory)?
-        } else {
-            let flags = memory.read_obj::<u16>(GuestAddress(queue.avail_ring()));
-            let flags = flags.map_err(virtio_queue::Error::GuestMemory)?;
-            u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0
-        };
-        if wanted {
+        if interrupts.are_due(queue, memory)? {
             self.transport.interrupt_for_queue();
         }
-        Ok(())
+        Ok(turn)
     }
 
     /// Watches everything that the thread waits for, but the tap.
     fn watch(&self) -> io::Result<Waiter> {
         let epoll = Epoll::new()?;
-        let files = [self.transport.notify(RECEIVE), self.transport.notify(TRANSMIT), &self.kick.0];
-        for (file, token) in files.into_iter().zip([RECEIVE, TRANSMIT, KICK]) {
+        let watch = |file: &EventFd, token: usize| {
             let event = EpollEvent::new(EventSet::IN, token as u64);
-            epoll.ctl(ControlOperation::Add, file.as_raw_fd(), event)?;
+            epoll.ctl(ControlOperation::Add, file.as_raw_fd(), event)
+        };
+        for (token, file) in self.transport.notifiers().iter().enumerate() {
+            watch(file, token)?;
         }
+        watch(&self.kick.0, KICK)?;
         Ok(Waiter { epoll, watches_tap: false })
     }
 
-    /// Waits for a notification, a kick or, if `take_frames`, a frame, for at most `timeout_ms`.
-    fn wait(&self, waiter: &mut Waiter, tap: &Tap, take_frames: bool, timeout_ms: i32) -> io::Result<Woken> {
+    /// Waits for a notification, a kick or, if `take_frames`, a frame, for at most `timeout_ms`; and says which queues
+    /// have something to do.
+    fn wait(
+        &self,
+        waiter: &mut Waiter,
+        tap: &Tap,
+        take_frames: bool,
+        timeout_ms: i32,
+    ) -> io::Result<[bool; QUEUE_SIZES_MAX.len()]> {
         waiter.watch_tap(tap, take_frames)?;
         let mut events = [EpollEvent::default(); FRAME + 1];
         let count = match waiter.epoll.wait(timeout_ms, &mut events) {
@@ -390,17 +419,69 @@ impl Net {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(error),
         };
-        let mut ready = [false; FRAME + 1];
+        let mut woken = [false; QUEUE_SIZES_MAX.len()];
         for event in &events[..count] {
-            ready[usize::try_from(event.data()).expect("the tokens are small")] = true;
-        }
-        for index in [RECEIVE, TRANSMIT] {
-            if ready[index] {
-                // Reading resets the counter.
-                let _ = self.transport.notify(index).read();
+            match usize::try_from(event.data()).expect("the tokens are small") {
+                FRAME => woken[RECEIVE] = true,
+                KICK => {}
+                queue => {
+                    // Reading resets the counter.
+                    let _ = self.transport.notify(queue).read();
+                    woken[queue] = true;
+                }
             }
         }
-        Ok(Woken { transmit: ready[TRANSMIT], receive: ready[RECEIVE] || ready[FRAME] })
+        Ok(woken)
+    }
+}
+
+/// The thread's end of the tap.
+#[derive(Debug)]
+struct Line {
+    tap: Arc<Tap>,
+    /// What the tap was last told to leave undone.
+    offloads: TapOffloads,
+    /// A frame on its way out.
+    outgoing: Vec<u8>,
+    /// A frame on its way in.
+    incoming: Vec<u8>,
+    /// The bytes of the frame in `incoming` that waits for more buffers; 0 if none does. It is lost with a migration, as
+    /// those are that wait in the tap.
+    waiting_bytes: usize,
+}
+
+impl Line {
+    fn new(tap: Arc<Tap>) -> Self {
+        let (outgoing, incoming) = (vec![0; FRAME_BYTES_MAX], vec![0; FRAME_BYTES_MAX]);
+        Self { tap, offloads: TapOffloads::NONE, outgoing, incoming, waiting_bytes: 0 }
+    }
+
+    fn set_offloads(&mut self, wanted: TapOffloads) {
+        if self.offloads == wanted {
+            return;
+        }
+        // It can only fail once the interface is gone. Frames are whole then, which every driver takes.
+        if let Err(error) = self.tap.set_offloads(wanted) {
+            tracing::debug!(%error, "the tap goes on without offloads");
+        }
+        self.offloads = wanted;
+    }
+
+    /// The frame that waits, or the next one of the tap, with its header; `None` if it was not for this driver.
+    fn next_frame(&mut self, features: u64) -> io::Result<Option<&mut [u8]>> {
+        if self.waiting_bytes == 0 {
+            self.waiting_bytes = self.tap.file().read(&mut self.incoming)?;
+        }
+        let frame = &mut self.incoming[..self.waiting_bytes];
+        let Some(header) = frame.first_chunk_mut::<VNET_HEADER_BYTES>() else {
+            self.waiting_bytes = 0;
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        if offload::accept_from_tap(header, features) {
+            return Ok(Some(frame));
+        }
+        self.waiting_bytes = 0;
+        Ok(None)
     }
 }
 
@@ -422,52 +503,6 @@ impl Waiter {
         self.watches_tap = wanted;
         Ok(())
     }
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Woken {
-    transmit: bool,
-    receive: bool,
-}
-
-/// Puts a frame into the next receive buffer; false if it does not fit and is dropped.
-fn place_frame(queue: &mut Queue, memory: &TrackedMemory, frame: &[u8]) -> Result<bool, BrokenQueue> {
-    let Some(chain) = queue.iter(memory)?.next() else { return Ok(false) };
-    let head = chain.head_index();
-    refuse_indirect(queue, memory, head)?;
-    let mut writer = chain.writer(memory)?;
-    if writer.available_bytes() < frame.len() {
-        queue.go_to_previous_position();
-        return Ok(false);
-    }
-    writer.write_all(frame).map_err(|_| virtio_queue::Error::InvalidChain)?;
-    let length = u32::try_from(frame.len()).expect("FRAME_BYTES_MAX fits");
-    queue.add_used(memory, head, length)?;
-    Ok(true)
-}
-
-/// Breaks the queue if a chain uses indirect descriptors: they are not offered, and virtio-queue would
-/// follow them to chains far longer than a queue.
-fn refuse_indirect(queue: &Queue, memory: &TrackedMemory, head: u16) -> Result<(), BrokenQueue> {
-    if head >= queue.size() {
-        return Err(BrokenQueue(virtio_queue::Error::InvalidDescriptorIndex));
-    }
-    let mut index = head;
-    for _ in 0..queue.size() {
-        let place = DESCRIPTOR_BYTES * u64::from(index);
-        let address = queue.desc_table().checked_add(place).ok_or(virtio_queue::Error::AddressOverflow)?;
-        let descriptor = memory.read_obj::<Descriptor>(GuestAddress(address));
-        let descriptor = descriptor.map_err(virtio_queue::Error::GuestMemory)?;
-        if descriptor.refers_to_indirect_table() {
-            return Err(BrokenQueue(virtio_queue::Error::InvalidIndirectDescriptor));
-        }
-        // A chain that leaves the table or bites its tail is cut off there, as by the iterator.
-        if !descriptor.has_next() || descriptor.next() >= queue.size() {
-            break;
-        }
-        index = descriptor.next();
-    }
-    Ok(())
 }
 
 fn config_space(mac: [u8; 6]) -> Vec<u8> {

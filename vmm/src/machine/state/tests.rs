@@ -1,13 +1,14 @@
-//! Time arithmetic, descriptions, and a state that survives KVM unchanged.
+//! Descriptions, and a state that survives KVM unchanged.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
 use super::*;
 use crate::config::{BootSource, Kernel, SerialTarget};
+use crate::cpu::{CpuModel, CpuProfile};
 use crate::tiny_kernel::elf;
 
 /// Loads recognisable values into registers and devices and halts for good, interrupts off.
-const HALTING: &[u8] = &[
+pub(super) const HALTING: &[u8] = &[
     0xb0, 0xa5, // mov al, 0xa5
     0xe6, 0x21, // out 0x21, al: the first interrupt controller's mask
     0xb0, 0x34, // mov al, 0x34
@@ -44,59 +45,24 @@ const XSAVE_SSE: u8 = 2;
 /// Changes on its own, or has no effect while the guest is halted.
 const MSRS_IN_MOTION: [u32; 1] = [0x10];
 
-fn config() -> MachineConfig {
+pub(super) fn config() -> MachineConfig {
     MachineConfig {
         memory: MemoryConfig::new(16 << 20, Backing::PrivateAnonymous),
         cpus: 2,
+        cpu: CpuModel::default(),
         net: None,
+        disks: Vec::new(),
+        rng: false,
         serial: SerialTarget::Null,
+        clock: ClockMode::default(),
     }
 }
 
-fn kvm_or_skip() -> bool {
+pub(super) fn kvm_or_skip() -> bool {
     let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") else { return true };
     println!("SKIPPED tier kvm: can't open /dev/kvm: {error}");
     assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "CI needs /dev/kvm: {error}");
     false
-}
-
-#[test]
-fn the_tsc_goes_on_by_the_time_that_passed() {
-    // 2 s passed at 3 GHz; the target's TSC is 10^12 ahead.
-    let (before, after) = (5_000_000_u64, 1_000_005_000_000_u64 + 123);
-    let change = tsc_offset_change(1_000, 2_000_001_000, before, after, 3_000_000);
-    let offset_before = 42_u64.wrapping_neg();
-    let guest_before = before.wrapping_add(offset_before);
-    let guest_after = after.wrapping_add(offset_before).wrapping_add(change);
-    assert_eq!(guest_after - guest_before, 6_000_000_000);
-}
-
-#[test]
-fn offsets_are_only_kept_between_equal_frequencies() {
-    let clock = |guest_ns, tsc, host_tsc_khz| Clock {
-        guest_ns,
-        host: Some(HostInstant { realtime_ns: 0, tsc }),
-        host_tsc_khz,
-    };
-    let plan = |before_khz, after_khz, guest_khz| {
-        tsc_plan(&clock(1_000, 50, before_khz), &clock(2_000_001_000, 90, after_khz), guest_khz)
-    };
-    let same = plan(Some(3_000_000), Some(3_000_700), Some(3_000_000));
-    assert_eq!(same.offset_change, Some(6_000_000_000 + 50 - 90));
-    for (before_khz, after_khz, guest_khz) in [
-        (Some(3_000_000), Some(3_001_000), Some(3_000_000)),
-        (Some(2_000_000), Some(3_000_000), Some(3_000_000)),
-        (Some(3_000_000), Some(3_000_000), Some(2_000_000)),
-        (None, Some(3_000_000), Some(3_000_000)),
-        (Some(3_000_000), Some(3_000_000), None),
-    ] {
-        let plan = plan(before_khz, after_khz, guest_khz);
-        assert_eq!(plan, TscPlan { offset_change: None, passed_ns: 2_000_000_000 });
-        assert_eq!(plan.advance(7, guest_khz), 7 + 2_000_000 * u64::from(guest_khz.unwrap_or(0)) / 1_000);
-    }
-    let mut unknown = clock(0, 0, Some(3_000_000));
-    unknown.host = None;
-    assert_eq!(tsc_plan(&unknown, &clock(5, 0, Some(3_000_000)), Some(3_000_000)).offset_change, None);
 }
 
 #[test]
@@ -109,8 +75,10 @@ fn a_description_becomes_a_configuration_with_local_choices() {
     };
     let local = |tap: Option<&str>| LocalChoices {
         tap: tap.map(Into::into),
+        disks: Vec::new(),
         serial: SerialTarget::Stdio,
         memory: MemoryChoices::default(),
+        cpu: CpuProfile::default(),
     };
     let with_net = describe(Some([2, 0, 0, 0, 0, 7]));
     let config = Machine::config_from_description(&with_net, local(Some("tap9"))).unwrap();
@@ -119,8 +87,12 @@ fn a_description_becomes_a_configuration_with_local_choices() {
         MachineConfig {
             memory: MemoryConfig::new(1 << 30, Backing::SharedMemfd),
             cpus: 3,
+            cpu: CpuModel::default(),
             net: Some(NetConfig { tap: "tap9".into(), mac: [2, 0, 0, 0, 0, 7] }),
+            disks: Vec::new(),
+            rng: false,
             serial: SerialTarget::Stdio,
+            clock: ClockMode::Realtime,
         }
     );
     let error = Machine::config_from_description(&with_net, local(None)).unwrap_err();
@@ -152,7 +124,13 @@ fn a_description_carries_its_wish_for_pages_and_a_target_may_decide_otherwise() 
         bytes
     };
     let memory_of = |description: &[u8], memory| {
-        let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory };
+        let local = LocalChoices {
+            tap: None,
+            disks: Vec::new(),
+            serial: SerialTarget::Null,
+            memory,
+            cpu: CpuProfile::default(),
+        };
         Machine::config_from_description(description, local).unwrap().memory
     };
     let wishes = [
@@ -192,17 +170,26 @@ fn a_machine_that_did_without_the_pool_goes_on_wishing() {
         Machine::build(&config).unwrap().description(),
         {
             let mut writer = Writer::new();
-            writer.add(&Machine::build(&config).unwrap().shape()).unwrap();
+            let machine = Machine::build(&config).unwrap();
+            writer.add(&machine.shape()).unwrap();
+            writer.add(&machine.shown_cpu()).unwrap();
+            writer.add(&StateSections::of(&machine.state_sections())).unwrap();
             writer.finish().unwrap()
         },
-        "a plain machine's description is what older versions read"
+        "a plain machine's description has nothing that older versions must know"
     );
     // Never a whole number of huge pages, so it can't have them.
     config.memory.size_bytes = (16 << 20) + 4096;
     config.memory.huge_pages = HugePages::PoolIfFree;
     let machine = Machine::build(&config).unwrap();
     assert!(machine.memory_kind().contains("too few"), "{}", machine.memory_kind());
-    let local = LocalChoices { tap: None, serial: SerialTarget::Null, memory: MemoryChoices::default() };
+    let local = LocalChoices {
+        tap: None,
+        disks: Vec::new(),
+        serial: SerialTarget::Null,
+        memory: MemoryChoices::default(),
+        cpu: CpuProfile::default(),
+    };
     let next = Machine::config_from_description(&machine.description(), local).unwrap();
     assert_eq!(next.memory.huge_pages, HugePages::PoolIfFree);
 }
@@ -216,7 +203,7 @@ fn a_state_comes_back_from_kvm_as_it_went_in() {
     let kernel = directory.path().join("kernel");
     std::fs::write(&kernel, elf(HALTING)).unwrap();
     let source = Machine::build(&config()).unwrap();
-    let boot = BootSource { kernel: Kernel::File(kernel), initrd: None, cmdline: String::new() };
+    let boot = BootSource { kernel: Kernel::File(kernel), initrd: None, cmdline: String::new(), acpi: false };
     source.load(&boot).unwrap();
     set_what_no_guest_here_can(&source);
     source.run().unwrap();
@@ -258,7 +245,7 @@ fn set_what_no_guest_here_can(machine: &Machine) {
     let mut saved = vcpu::save(0, &fd, context).unwrap();
     saved.xsave[XSAVE_XMM3..XSAVE_XMM3 + 16].fill(0x5a);
     saved.xsave[XSAVE_IN_USE] |= XSAVE_SSE;
-    vcpu::restore(&fd, &saved, context, TscPlan::default()).unwrap();
+    vcpu::restore(&fd, &saved, context, vcpu::TscPlan::default()).unwrap();
     let entries = KEPT_MSRS.map(|(index, data)| kvm_msr_entry { index, data, ..kvm_msr_entry::default() });
     assert_eq!(fd.set_msrs(&Msrs::from_entries(&entries).unwrap()).unwrap(), entries.len());
 }
@@ -282,4 +269,41 @@ fn assert_same_vcpu(mut first: SavedVcpu, mut second: SavedVcpu) {
     }
     assert!(first.msrs.len() > 10, "only {} MSRs were saved", first.msrs.len());
     assert_eq!(first, second);
+}
+
+/// Whether ACPI's interrupt is asserted at the I/O APIC.
+fn is_acpi_interrupt_asserted(machine: &Machine) -> bool {
+    let chip: kvm_irqchip = from_abi_bytes("irqchip", &machine.save_irqchip().unwrap().ioapic).unwrap();
+    // Base address (8), register select, id, and then the interrupt requests.
+    let bytes = to_abi_bytes(&chip);
+    let at = std::mem::offset_of!(kvm_irqchip, chip) + 16;
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) & (1 << crate::devices::ACPI_INTERRUPT) != 0
+}
+
+#[test]
+fn a_press_of_the_power_button_that_nobody_has_seen_yet_moves_with_the_machine() {
+    if !kvm_or_skip() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = directory.path().join("kernel");
+    std::fs::write(&kernel, elf(HALTING)).unwrap();
+    let source = Machine::build(&config()).unwrap();
+    let boot = BootSource { kernel: Kernel::File(kernel), initrd: None, cmdline: String::new(), acpi: true };
+    source.load(&boot).unwrap();
+    source.bus.port_write(0x602, &[0, 1]);
+    source.run().unwrap();
+    assert!(!is_acpi_interrupt_asserted(&source));
+    source.press_power_button().unwrap();
+    assert!(is_acpi_interrupt_asserted(&source));
+    source.pause().unwrap();
+    let state = source.save_state().unwrap();
+    let target = Machine::build(&config()).unwrap();
+    target.restore_state(&state).unwrap();
+    assert!(is_acpi_interrupt_asserted(&target));
+    // The target's driver acknowledges.
+    target.bus.port_write(0x600, &[0, 1]);
+    assert!(!is_acpi_interrupt_asserted(&target), "the line stays asserted");
+    let without = Machine::build(&config()).unwrap();
+    assert!(without.decode(&state).unwrap().power.is_some());
 }

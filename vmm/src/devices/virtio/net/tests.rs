@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::sched::{CloneFlags, unshare};
 use proptest::prelude::*;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
 use crate::config::{Backing, MemoryConfig};
@@ -21,7 +21,7 @@ const NEEDS_RESET: u32 = 64;
 const FEATURES: u64 = (1 << 32) | (1 << 29) | (1 << 5);
 
 /// Guest memory of a queue: descriptors, available ring, used ring, buffers.
-const QUEUE_BASES: [u64; 2] = [0x1_0000, 0x2_0000];
+const QUEUE_BASES: [u64; 3] = [0x1_0000, 0x2_0000, 0x3_0000];
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const MEMORY_END: u32 = 16 << 20;
@@ -133,8 +133,8 @@ impl Driver {
 
     fn set_up_queue(&self, index: u32, base: u64) {
         self.set(0x30, index);
-        assert_eq!(self.get(0x34), u32::from(QUEUE_SIZE_MAX));
-        self.set(0x38, 256);
+        assert_eq!(self.get(0x34), u32::from(QUEUE_SIZES_MAX[index as usize]));
+        self.set(0x38, u32::from(QUEUE_SIZES_MAX[index as usize]));
         for (register, address) in [(0x80, base), (0x90, base + AVAILABLE), (0xa0, base + USED)] {
             self.set(register, u32::try_from(address & 0xffff_ffff).unwrap());
             self.set(register + 4, u32::try_from(address >> 32).unwrap());
@@ -162,7 +162,7 @@ impl Driver {
     fn offer(&self, queue: usize, head: u16) {
         let ring = QUEUE_BASES[queue] + AVAILABLE;
         let index = self.u16_at(ring + 2);
-        self.put(ring + 4 + 2 * u64::from(index % 256), head);
+        self.put(ring + 4 + 2 * u64::from(index % QUEUE_SIZES_MAX[queue]), head);
         self.put(ring + 2, index.wrapping_add(1));
         self.net.transport.notify(queue).write(1).unwrap();
     }
@@ -276,7 +276,7 @@ fn frames_travel_both_ways_and_addresses_are_observed() {
 /// Each driver needs the tap for itself, one after the other.
 fn tap_again(tap: &Tap) -> Tap {
     let file = tap.file().try_clone().unwrap();
-    Tap::from_parts(file, tap.name())
+    Tap::from_parts(file, tap.name(), tap.supported_offloads())
 }
 
 #[test]
@@ -486,7 +486,7 @@ fn impossible_saved_interfaces_are_refused() {
     assert!(restore(&|_| {}).is_ok());
     assert!(restore(&|saved| saved.device_type = 2).is_err());
     assert!(restore(&|saved| saved.slot = 1).is_err());
-    assert!(restore(&|saved| saved.driver_features |= 1 << 7).is_err());
+    assert!(restore(&|saved| saved.driver_features |= 1 << 60).is_err());
     assert!(restore(&|saved| saved.queues.truncate(1)).is_err());
     assert!(restore(&|saved| saved.queues[0].size = 3).is_err());
     assert!(restore(&|saved| saved.queues[0].size = 512).is_err());
@@ -502,7 +502,7 @@ fn only_offered_features_can_be_negotiated() {
     assert_eq!([driver.get(0), driver.get(4), driver.get(8)], [u32::from_le_bytes(*b"virt"), 2, 1]);
     assert!(driver.negotiate(FEATURES));
     assert!(!driver.negotiate(FEATURES & !(1 << 32)), "a legacy driver");
-    assert!(!driver.negotiate(FEATURES | 1), "checksum offload");
+    assert!(!driver.negotiate(FEATURES | 1 << 22), "several queue pairs");
     let mut mac = [0; 6];
     driver.net.transport.read(0x100, &mut mac);
     assert_eq!(mac, MAC);
@@ -526,7 +526,7 @@ fn no_driver_makes_the_interface_panic_or_hang() {
             driver.put(base + AVAILABLE + 2, ahead);
         }
         peer_writes(&peer, &to_guest(1));
-        for queue in [RECEIVE, TRANSMIT] {
+        for queue in [RECEIVE, TRANSMIT, CONTROL] {
             driver.net.transport.notify(queue).write(1).unwrap();
         }
         for (register, value) in registers {

@@ -1,0 +1,111 @@
+//! Guests that end themselves: by the power button, and in the middle of a migration.
+
+use std::fs;
+
+use ferry_tests::process::{Host, Process};
+use serde_json::Value;
+
+use crate::tiny_kernel::elf;
+use crate::{FERRY, turn};
+
+/// Entered by PVH: enables the power button where ACPI's tables have it, waits until it is pressed, and does what
+/// follows in [`SWITCHES_OFF`] or [`RESETS`].
+const WAITS_FOR_THE_BUTTON: &[u8] = &[
+    0x8b, 0x7b, 0x20, // mov edi, [ebx + 32]: ACPI's root pointer
+    0x8b, 0x77, 0x18, // mov esi, [edi + 24]: the XSDT
+    0x8b, 0x76, 0x24, // mov esi, [esi + 36]: the FADT
+    0x8b, 0x56, 0x38, // mov edx, [esi + 56]: PM1a events
+    0x83, 0xc2, 0x02, // add edx, 2
+    0x66, 0xb8, 0x00, 0x01, // mov ax, 0x100
+    0x66, 0xef, // out dx, ax
+    0x83, 0xea, 0x02, // sub edx, 2
+    0xff, 0x05, 0x00, 0x00, 0x20, 0x00, // next: inc dword [0x200000]
+    0x66, 0xed, // in ax, dx
+    0xf6, 0xc4, 0x01, // test ah, 1
+    0x74, 0xf3, // jz next
+];
+
+/// Sleep type 5, now, into PM1a control.
+const SWITCHES_OFF: &[u8] = &[0x8b, 0x56, 0x40, 0x66, 0xb8, 0x00, 0x34, 0x66, 0xef, 0xf4, 0xeb, 0xfd];
+
+/// ACPI's reset register.
+const RESETS: &[u8] = &[0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xf4, 0xeb, 0xfd];
+
+/// What a migration has to send for some seconds.
+const INITRD_BYTES: u32 = 16 << 20;
+
+/// `ferry run` with a guest that does `last` once its power button was pressed.
+fn runs(host: &Host<'_>, last: &[u8]) -> Process {
+    let (kernel, initrd) = (host.file("kernel"), host.file("initrd"));
+    fs::write(&kernel, elf(&[WAITS_FOR_THE_BUTTON, last].concat())).unwrap();
+    let bytes = (0..INITRD_BYTES / 4).flat_map(|word| word.wrapping_mul(0x9e37_79b1).to_le_bytes());
+    fs::write(&initrd, bytes.collect::<Vec<_>>()).unwrap();
+    let [kernel, initrd] = [&kernel, &initrd].map(|path| path.to_str().unwrap());
+    let process = host.hosts(&[
+        "run", "--name", "web", "--kernel", kernel, "--initrd", initrd, "--memory", "64M", "--serial", "null",
+    ]);
+    host.until_state("web", "running");
+    process
+}
+
+/// Presses until the guest listens, which it does a few instructions after its start.
+fn press(host: &Host<'_>) {
+    for _ in 0..100 {
+        let said = host.ferry(&["shutdown", "web", "--json"]);
+        if said.code == Some(0) {
+            return;
+        }
+        said.refusal(&["does not listen to the power button", "stop the machine"]);
+    }
+    panic!("the guest never listens");
+}
+
+/// What a host process said last.
+fn last_event(process: Process) -> Value {
+    let said = process.end();
+    assert_eq!(said.code, Some(0), "{said:?}");
+    said.json_lines().pop().expect("an event")
+}
+
+#[test]
+fn the_power_button_ends_a_guest_that_listens_and_says_so_of_one_that_does_not() {
+    let Some(_turn) = turn() else { return };
+    let host = Host::new(FERRY);
+    host.refuses(&["shutdown", "web"], &["there is no VM 'web'"]);
+    let process = runs(&host, SWITCHES_OFF);
+    host.ferry(&["pause", "web"]).well();
+    host.refuses(&["shutdown", "web"], &["can't shut down", "paused"]);
+    host.ferry(&["resume", "web"]).well();
+    press(&host);
+    let event = last_event(process);
+    assert_eq!((&event["event"], &event["reason"]), (&"ended".into(), &"the guest has shut down".into()));
+
+    let process = host.runs("idle");
+    host.refuses(&["shutdown", "web"], &["does not listen to the power button"]);
+    host.goes_on("web");
+    drop(process);
+}
+
+#[test]
+fn a_guest_that_ends_itself_while_it_moves_has_ended_here_and_not_there() {
+    let Some(_turn) = turn() else { return };
+    for (last, source_says, migration_says) in [
+        (SWITCHES_OFF, "the guest has shut down", "switched itself off"),
+        (RESETS, "the guest has reset itself", "reset itself"),
+    ] {
+        let (source, target) = (Host::new(FERRY), Host::new(FERRY));
+        let running = runs(&source, last);
+        let (waiting, address) = target.receives();
+        let slow = ["--bandwidth", "2M/s", "--downtime", "2ms", "--json"];
+        let arguments = [&["migrate", "web", "--to", &address][..], &slow].concat();
+        let migrating = source.start(source.command(&arguments));
+        migrating.until("transferred");
+        press(&source);
+        migrating.end().refusal(&[migration_says]);
+        let event = last_event(running);
+        assert_eq!((&event["event"], &event["reason"]), (&"ended".into(), &source_says.into()));
+        target.until_state("web", "waiting");
+        assert!(target.has_no_record_of("web") || target.vm("web")["state"] == "waiting");
+        drop(waiting);
+    }
+}
