@@ -28,7 +28,7 @@ const WRITERS: u64 = 4;
 
 /// What a load is started with.
 const LOADS: [(&str, &str); 3] = [
-    ("memory", "memory start mib=24 rate=2000"),
+    ("memory", "memory start mib=8 rate=1000"),
     ("clock", "clock start"),
     ("disk", "disk start writers=4 run=1"),
 ];
