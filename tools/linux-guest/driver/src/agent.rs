@@ -13,8 +13,9 @@ use ferry_lab::{LabClock, Namespace};
 use ferry_linux_guest_programs::AGENT_PORT;
 use ferry_linux_guest_programs::lines::Answer;
 
-/// How long one answer may take. Reading a whole disk back is the longest.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long one answer may take. Filling memory and reading a disk back are the longest: where ring 0 is interpreted,
+/// the first touch of a page costs milliseconds, and more on a busy machine.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// How long one attempt to connect may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);

@@ -6,10 +6,12 @@ use std::fs;
 ///
 /// - `rodata=off`: marking the kernel's text read-only splits its large pages and flushes, for seconds of interpreting;
 /// - `tsc=reliable`: the watchdog would distrust the counter, since interpreted code reads the clocks too slowly;
+/// - `rcupdate.rcu_cpu_stall_suppress=1`: on a busy host it takes the guest so long to get anywhere that it would print
+///   stacks, which take longer still;
 /// - `clearcpuid=`: features whose instructions the interpreter lacks, or that the host's CPUID shows whatever the
 ///   guest is told.
-const KERNEL: &str =
-    "rodata=off tsc=reliable clearcpuid=xsave,smap,smep,cx16,erms,fsrm,popcnt,fsgsbase,rdrand,rdseed";
+const KERNEL: &str = "rodata=off tsc=reliable rcupdate.rcu_cpu_stall_suppress=1 \
+    clearcpuid=xsave,smap,smep,cx16,erms,fsrm,popcnt,fsgsbase,rdrand,rdseed";
 
 /// Without XSAVE the kernel switches tasks with FXSAVE, which leaves out the upper halves of the AVX registers, while
 /// CPUID still shows programs AVX: the C library is told not to use it. An unknown parameter with a value becomes the

@@ -1,8 +1,8 @@
 //! The lines that the agent and whoever asks it exchange over TCP, easy to type by hand.
 //!
 //! ```text
-//!   request   memory start mib=24 rate=2000
-//!   answer    ok pages=6144 errors=0; and what a person may want to read
+//!   request   memory start mib=8 rate=1000
+//!   answer    ok checked=2048 errors=0; and what a person may want to read
 //!   or        error there is no such load
 //! ```
 

@@ -59,10 +59,10 @@ pub(crate) fn build(root: &Path) -> anyhow::Result<()> {
     let places = Places::of(root);
     check_installed()?;
     std::fs::create_dir_all(&places.images).with_context(|| places.images.display().to_string())?;
+    println!("{}", initramfs::build(&places)?.display());
     for image in kernel::build(&places)? {
         println!("{}", image.display());
     }
-    println!("{}", initramfs::build(&places)?.display());
     Ok(())
 }
 

@@ -38,12 +38,12 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// Starts it: `mib=` MiB (24), `rate=` pages a second (2000).
+    /// Starts it: `mib=` MiB (8), `rate=` pages a second (1000).
     ///
     /// # Errors
     /// What can't be had.
     pub(crate) fn start(options: &Options) -> anyhow::Result<Self> {
-        let (mib, rate) = (options.number("mib", 24)?, options.number("rate", 2000)?);
+        let (mib, rate) = (options.number("mib", 8)?, options.number("rate", 1000)?);
         ensure!((1..=MIB_MAX).contains(&mib), "give mib=1 to {MIB_MAX}");
         let pages = usize::try_from(mib * 256).context("more pages than can be addressed")?;
         let counts = Arc::new(Counts::default());
