@@ -10,9 +10,9 @@ mod vm_worker;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_protocol::{Record, Timestamp};
+use ferry_protocol::Timestamp;
 
-use crate::ports::{Clock, PortError, RecordStore, in_words, timed};
+use crate::ports::{Clock, PortError, in_words, timed};
 use vm_worker::VmWorker;
 
 /// Sleeps until `until` by `clock`, or for ever.
@@ -29,20 +29,18 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// What a failure is called whose details are in the log.
 const PANICKED: &str = "ferry failed within itself (a panic; its message is in the log)";
 
-/// Does `first` and then writes `record` durably, in its turn among the jobs on the VM, and reports how long both took or
-/// why they failed.
+/// Does a job that ends with a durable record, in its turn among the jobs on the VM, and reports how long it took or why it
+/// failed.
 fn store_record(
     worker: &VmWorker,
-    records: &Arc<dyn RecordStore>,
     clock: &Arc<dyn Clock>,
-    record: Record,
-    first: impl FnOnce() -> Result<(), PortError> + Send + 'static,
+    job: impl FnOnce() -> Result<(), PortError> + Send + 'static,
     report: impl Fn(Result<Duration, String>) + Clone + Send + 'static,
 ) {
-    let (records, clock, panicked) = (Arc::clone(records), Arc::clone(clock), report.clone());
+    let (clock, panicked) = (Arc::clone(clock), report.clone());
     worker.run(
         move || {
-            let (written, took) = timed(&*clock, || first().and_then(|()| records.store(&record)));
+            let (written, took) = timed(&*clock, job);
             report(written.map(|()| took).map_err(|error| in_words(&*error)));
         },
         move || panicked(Err(PANICKED.to_owned())),

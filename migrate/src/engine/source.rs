@@ -447,43 +447,42 @@ impl Engine {
     }
 
     fn write_record(&self, record: Record) {
-        let (vm, events) = (Arc::clone(&self.vm), self.events.clone());
+        let (vm, records) = (Arc::clone(&self.vm), Arc::clone(&self.records));
         let is_commit = matches!(record.standing, Standing::Committed { .. });
-        store_record(
-            &self.worker,
-            &self.records,
-            &self.clock,
-            record,
-            || Ok(()),
-            move |written| {
-                let event = match written {
-                    Ok(took) => {
-                        // Not before, for until now any failure ends with the guest running here; and not later, for the
-                        // target takes what is let go of as soon as it hears of the commit.
-                        if is_commit {
-                            vm.let_go();
-                        }
-                        Event::RecordWritten { took }
-                    }
-                    Err(reason) => Event::RecordFailed(reason),
-                };
-                let _ = events.send(Happened::Core(event));
-            },
-        );
+        let job = move || {
+            records.store(&record)?;
+            // Not before, for until now any failure ends with the guest running here; and not later, for the target takes
+            // what is let go of as soon as it hears of the commit.
+            if is_commit {
+                vm.let_go();
+            }
+            Ok(())
+        };
+        self.store(job, |written| match written {
+            Ok(took) => Event::RecordWritten { took },
+            Err(reason) => Event::RecordFailed(reason),
+        });
     }
 
     fn rehearse_record(&self, record: Record) {
+        let (vm, records) = (Arc::clone(&self.vm), Arc::clone(&self.records));
         // What is brought to the storage now need not be while the guest stands still, and how long it takes is what that will
         // take then: whatever the guest writes in the meantime.
-        let (vm, events) = (Arc::clone(&self.vm), self.events.clone());
-        let settle = move || vm.settle();
-        store_record(&self.worker, &self.records, &self.clock, record, settle, move |written| {
-            let event = match written {
-                Ok(took) => Event::RecordRehearsed { took },
-                Err(reason) => Event::RehearsalFailed(reason),
-            };
-            let _ = events.send(Happened::Core(event));
+        let job = move || vm.settle().and_then(|()| records.store(&record));
+        self.store(job, |written| match written {
+            Ok(took) => Event::RecordRehearsed { took },
+            Err(reason) => Event::RehearsalFailed(reason),
         });
+    }
+
+    fn store(
+        &self,
+        job: impl FnOnce() -> Result<(), PortError> + Send + 'static,
+        event: fn(Result<Duration, String>) -> Event,
+    ) {
+        let events = self.events.clone();
+        let report = move |written| drop(events.send(Happened::Core(event(written))));
+        store_record(&self.worker, &self.clock, job, report);
     }
 
     fn show_counters(&self) {

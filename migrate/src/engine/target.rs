@@ -6,6 +6,7 @@
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
@@ -459,39 +460,23 @@ impl Attempt {
     }
 
     fn write_record(&self, record: Record) {
-        let events = self.events.clone();
-        store_record(
-            &self.worker,
-            &self.records,
-            &self.clock,
-            record,
-            || Ok(()),
-            move |written| {
-                let event = match written {
-                    Ok(took) => Event::RecordWritten { took },
-                    Err(reason) => Event::RecordFailed(reason),
-                };
-                let _ = events.send(Happened::Core(event));
-            },
-        );
+        self.store(record, |written| match written {
+            Ok(took) => Event::RecordWritten { took },
+            Err(reason) => Event::RecordFailed(reason),
+        });
     }
 
     fn rehearse_record(&self, record: Record) {
-        let events = self.events.clone();
-        store_record(
-            &self.worker,
-            &self.records,
-            &self.clock,
-            record,
-            || Ok(()),
-            move |written| {
-                let event = match written {
-                    Ok(took) => Event::RecordRehearsed { took },
-                    Err(reason) => Event::RehearsalFailed(reason),
-                };
-                let _ = events.send(Happened::Core(event));
-            },
-        );
+        self.store(record, |written| match written {
+            Ok(took) => Event::RecordRehearsed { took },
+            Err(reason) => Event::RehearsalFailed(reason),
+        });
+    }
+
+    fn store(&self, record: Record, event: fn(Result<Duration, String>) -> Event) {
+        let (records, events) = (Arc::clone(&self.records), self.events.clone());
+        let report = move |written| drop(events.send(Happened::Core(event(written))));
+        store_record(&self.worker, &self.clock, move || records.store(&record), report);
     }
 
     /// Runs `job` on the VM's thread and hands its event, `failed` for a panic, to the core.
