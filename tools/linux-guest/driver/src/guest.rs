@@ -122,6 +122,7 @@ impl Images {
 /// A guest that is somewhere.
 #[derive(Debug)]
 pub(crate) struct Guest<'a> {
+    variant: Variant,
     hosts: [Host<'a>; 2],
     /// On which of them it is.
     at: usize,
@@ -135,7 +136,7 @@ impl<'a> Guest<'a> {
         let hosts = [&lab.host_a, &lab.host_b].map(|namespace| Host::inside(&images.ferry, namespace));
         let folder = tempfile::tempdir()?;
         std::fs::File::create(folder.path().join("disk"))?.set_len(DISK_BYTES)?;
-        let mut guest = Self { hosts, at: 0, process: None, folder };
+        let mut guest = Self { variant, hosts, at: 0, process: None, folder };
         let file = |name: &str| images.folder.join(name).display().to_string();
         let kernel = file(&format!("{}/vmlinux", variant.name()));
         let net = format!("tap={TAP},mac={VM_MAC},ip={VM_IPV4}");
@@ -196,18 +197,19 @@ impl<'a> Guest<'a> {
         Ok(report)
     }
 
-    /// Waits until it has switched itself off.
-    pub(crate) fn until_off(&mut self) -> anyhow::Result<()> {
-        let said = self.process.take().context("it is off already")?.end();
+    /// Ends it: by its power button if it has one, otherwise as pulling the plug does.
+    pub(crate) fn end(&mut self) -> anyhow::Result<()> {
+        let verb = match self.variant {
+            Variant::Mptable => "stop",
+            Variant::Acpi => "shutdown",
+        };
+        let said = self.hosts[self.at].ferry(&[verb, NAME]);
+        ensure!(said.code == Some(0), "ferry {verb}: {said:?}");
+        let said = self.process.take().context("it has ended already")?.end();
         ensure!(said.code == Some(0), "its process did not end well: {said:?}");
+        let pressed = self.console().contains("the power button was pressed");
+        ensure!(pressed == (self.variant == Variant::Acpi), "power button pressed: {pressed}");
         Ok(())
-    }
-
-    /// Stops it from outside.
-    pub(crate) fn stop(&mut self) -> anyhow::Result<()> {
-        let said = self.hosts[self.at].ferry(&["stop", NAME]);
-        ensure!(said.code == Some(0), "it can't be stopped: {said:?}");
-        self.until_off()
     }
 
     /// The end of what its console said.

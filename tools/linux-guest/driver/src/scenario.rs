@@ -108,7 +108,7 @@ impl Scenario<'_> {
         if http.failed > 0 || http.ok == 0 {
             self.error(format!("HTTP: {} requests, failures {:?}", http.ok, http.failures));
         }
-        self.guest.stop()
+        self.guest.end()
     }
 
     /// Migrates it there and back, with the load and the clients at work.
