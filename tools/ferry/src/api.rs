@@ -68,6 +68,9 @@ pub(crate) struct VmInfo {
     pub(crate) memory_kind: Option<String>,
     pub(crate) cpus: Option<u8>,
     pub(crate) network: Option<NetworkInfo>,
+    /// The pseudo terminal of its serial port, if it has one.
+    #[serde(default)]
+    pub(crate) terminal: Option<String>,
     /// Where it listens for a VM.
     pub(crate) listen: Option<String>,
     /// Something worth knowing: why it stopped, where it went, what is in doubt.

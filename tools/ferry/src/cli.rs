@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Bandwidth(BandwidthArgs),
     /// List the VMs of this host
     List(Output),
+    /// Attach this terminal to a VM's serial console; Ctrl-] detaches
+    Console(ConsoleArgs),
     /// Show all that is known of a VM
     Info(NameArgs),
     /// Pause a VM
@@ -66,6 +68,12 @@ pub(crate) struct NameArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct ConsoleArgs {
+    /// The VM's name
+    pub(crate) name: VmName,
+}
+
+#[derive(Debug, Args)]
 #[command(group(ArgGroup::new("boot").required(true).args(["kernel", "guest"])))]
 pub(crate) struct RunArgs {
     /// The VM's name on this host
@@ -95,7 +103,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_parser = net, value_name = "tap=IF[,mac=..][,ip=..]")]
     pub(crate) net: Option<NetArg>,
     /// Where the serial console goes
-    #[arg(long, default_value = "stdio", value_parser = serial, value_name = "stdio|null|file=PATH")]
+    #[arg(long, default_value = "stdio", value_parser = serial, value_name = "stdio|pty|socket=PATH|file=PATH|null")]
     pub(crate) serial: SerialTarget,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
@@ -120,7 +128,7 @@ pub(crate) struct ReceiveArgs {
     #[arg(long, value_parser = memory_choices, value_name = "KEY=VALUE[,..]")]
     pub(crate) memory: Option<MemoryChoices>,
     /// Where the serial console goes
-    #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|null|file=PATH")]
+    #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|pty|socket=PATH|file=PATH|null")]
     pub(crate) serial: SerialTarget,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
@@ -330,15 +338,34 @@ fn serial(text: &str) -> Result<SerialTarget, String> {
     match text.split_once('=') {
         None if text == "stdio" => Ok(SerialTarget::Stdio),
         None if text == "null" => Ok(SerialTarget::Null),
+        None if text == "pty" => Ok(SerialTarget::Pty),
+        Some(("socket", path)) if !path.is_empty() => Ok(SerialTarget::Socket(path.into())),
         Some(("file", path)) if !path.is_empty() => Ok(SerialTarget::File(path.into())),
-        _ => Err(format!("'{text}' is not one of stdio, null, file=PATH")),
+        _ => Err(format!("'{text}' is not one of stdio, pty, socket=PATH, file=PATH, null")),
     }
+}
+
+/// The serial port of a process whose standard input may be there for something else.
+pub(crate) fn serial_target(serial: &SerialTarget, stdin_is_taken: bool) -> SerialTarget {
+    if stdin_is_taken && *serial == SerialTarget::Stdio { SerialTarget::Stdout } else { serial.clone() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;
+
+    #[test]
+    fn a_serial_port_goes_to_one_of_five_places() {
+        assert_eq!(serial("pty"), Ok(SerialTarget::Pty));
+        assert_eq!(serial("socket=/run/x"), Ok(SerialTarget::Socket("/run/x".into())));
+        assert_eq!(serial("file=x"), Ok(SerialTarget::File("x".into())));
+        for bad in ["socket=", "socket", "tty", "pty=1"] {
+            assert!(serial(bad).unwrap_err().contains("socket=PATH"), "{bad}");
+        }
+        assert_eq!(serial_target(&SerialTarget::Stdio, true), SerialTarget::Stdout);
+        assert_eq!(serial_target(&SerialTarget::Stdio, false), SerialTarget::Stdio);
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -8,6 +8,7 @@
 //!
 //! Starting and receiving are in `commands/`; the HTTP side is in `server.rs`.
 
+pub(crate) mod console;
 pub(crate) mod migration;
 pub(crate) mod server;
 
@@ -145,6 +146,7 @@ impl VmHost {
             memory_kind: None,
             cpus: None,
             network: None,
+            terminal: None,
             listen: None,
             note: None,
         };
@@ -330,6 +332,7 @@ fn describe(here: &Here, info: &mut VmInfo) {
     info.memory_bytes = Some(machine.ram().regions().iter().map(|region| region.bytes).sum());
     info.memory_kind = Some(machine.memory_kind());
     info.cpus = Some(machine.config().cpus);
+    info.terminal = machine.terminal().map(|path| path.display().to_string());
     info.note = here.migration.as_ref().and_then(|migration| migration.note());
     if let (Some(mac), Some(tap)) = (machine.mac(), &here.tap) {
         let network = here.machine.network();
