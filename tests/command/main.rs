@@ -3,9 +3,12 @@
 //! Whatever is refused must say what and why, and must cost nothing: the guest goes on where it was, and the next
 //! attempt is as good as the first. What moves over a real network is in `tests/lab/`.
 
+mod console;
 mod control;
 mod cpus;
 mod disks;
+#[path = "../../vmm/tests/support/elf.rs"]
+mod elf;
 mod local;
 mod machines;
 mod names;

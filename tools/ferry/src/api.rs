@@ -75,6 +75,9 @@ pub(crate) struct VmInfo {
     #[serde(default)]
     pub(crate) cpu_leaks: Vec<String>,
     pub(crate) network: Option<NetworkInfo>,
+    /// The pseudo terminal of its serial port, if it has one.
+    #[serde(default)]
+    pub(crate) terminal: Option<String>,
     /// Where it listens for a VM.
     pub(crate) listen: Option<String>,
     /// Something worth knowing: why it stopped, where it went, what is in doubt.

@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Bandwidth(BandwidthArgs),
     /// List the VMs of this host
     List(Output),
+    /// Attach this terminal to a VM's serial console; Ctrl-] detaches
+    Console(ConsoleArgs),
     /// Show all that is known of a VM
     Info(NameArgs),
     /// Pause a VM
@@ -69,6 +71,12 @@ pub(crate) struct NameArgs {
     pub(crate) name: VmName,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConsoleArgs {
+    /// The VM's name
+    pub(crate) name: VmName,
 }
 
 #[derive(Debug, Args)]
@@ -118,7 +126,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum, default_value_t = SwitchArg::Off, value_name = "on|off")]
     pub(crate) rng: SwitchArg,
     /// Where the serial console goes
-    #[arg(long, default_value = "stdio", value_parser = serial, value_name = "stdio|null|file=PATH")]
+    #[arg(long, default_value = "stdio", value_parser = serial, value_name = "stdio|pty|socket=PATH|file=PATH|null")]
     pub(crate) serial: SerialTarget,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
@@ -150,7 +158,7 @@ pub(crate) struct ReceiveArgs {
     #[arg(long, default_value = "host", value_parser = cpu_profile, value_name = "host|x86-64-v2|x86-64-v3|FILE")]
     pub(crate) cpu: CpuProfile,
     /// Where the serial console goes
-    #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|null|file=PATH")]
+    #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|pty|socket=PATH|file=PATH|null")]
     pub(crate) serial: SerialTarget,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
@@ -368,15 +376,34 @@ fn serial(text: &str) -> Result<SerialTarget, String> {
     match text.split_once('=') {
         None if text == "stdio" => Ok(SerialTarget::Stdio),
         None if text == "null" => Ok(SerialTarget::Null),
+        None if text == "pty" => Ok(SerialTarget::Pty),
+        Some(("socket", path)) if !path.is_empty() => Ok(SerialTarget::Socket(path.into())),
         Some(("file", path)) if !path.is_empty() => Ok(SerialTarget::File(path.into())),
-        _ => Err(format!("'{text}' is not one of stdio, null, file=PATH")),
+        _ => Err(format!("'{text}' is not one of stdio, pty, socket=PATH, file=PATH, null")),
     }
+}
+
+/// The serial port of a process whose standard input may be there for something else.
+pub(crate) fn serial_target(serial: &SerialTarget, stdin_is_taken: bool) -> SerialTarget {
+    if stdin_is_taken && *serial == SerialTarget::Stdio { SerialTarget::Stdout } else { serial.clone() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;
+
+    #[test]
+    fn a_serial_port_goes_to_one_of_five_places() {
+        assert_eq!(serial("pty"), Ok(SerialTarget::Pty));
+        assert_eq!(serial("socket=/run/x"), Ok(SerialTarget::Socket("/run/x".into())));
+        assert_eq!(serial("file=x"), Ok(SerialTarget::File("x".into())));
+        for bad in ["socket=", "socket", "tty", "pty=1"] {
+            assert!(serial(bad).unwrap_err().contains("socket=PATH"), "{bad}");
+        }
+        assert_eq!(serial_target(&SerialTarget::Stdio, true), SerialTarget::Stdout);
+        assert_eq!(serial_target(&SerialTarget::Stdio, false), SerialTarget::Stdio);
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

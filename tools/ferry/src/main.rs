@@ -18,6 +18,7 @@ mod demo;
 mod host;
 mod quantity;
 mod state_dir;
+mod terminal;
 
 use std::process::ExitCode;
 
@@ -68,6 +69,8 @@ fn wants_json(command: &Command) -> bool {
         | Command::Stop(args) => args.output.json,
         // Their JSON goes into files.
         Command::Demo(_) | Command::Bench { .. } => false,
+        // It shows what the VM says.
+        Command::Console(_) => false,
     }
 }
 
@@ -79,6 +82,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Receive(args) => commands::receive::run(args).await,
             Command::Migrate(args) => commands::migrate::run(args).await,
             Command::List(output) => commands::list::run(output).await,
+            Command::Console(args) => commands::console::run(args).await,
             Command::Info(args) => commands::control::info(args).await,
             Command::Bandwidth(args) => commands::control::bandwidth(args).await,
             Command::Pause(args) => commands::control::pause(args).await,

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!  web.sock        the control API of the process that hosts VM 'web'
+//!  web.console     the serial console of VM 'web', for 'ferry console'
 //!  web.lock        locked by that process as long as it lives; never removed, so that it can't be locked twice
 //!  web.ID.record   the durable record of who owns the VM with that identity, as far as 'web' had to do with it
 //! ```
@@ -48,6 +49,11 @@ impl StateDir {
         self.0.join(format!("{name}.sock"))
     }
 
+    /// The path of `name`'s console socket.
+    pub(crate) fn console(&self, name: &VmName) -> PathBuf {
+        self.0.join(format!("{name}.console"))
+    }
+
     /// `name`'s durable records.
     pub(crate) fn records(&self, name: &VmName) -> FileRecords {
         FileRecords::new(self.0.clone(), name.clone())
@@ -71,8 +77,9 @@ impl StateDir {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => {
                 // A socket that is still there belongs to a process that has died.
-                let _ = fs::remove_file(self.socket(name));
-                Ok(NameLock { socket: self.socket(name), _lock: lock })
+                let sockets = [self.socket(name), self.console(name)];
+                sockets.iter().for_each(|socket| drop(fs::remove_file(socket)));
+                Ok(NameLock { sockets, _lock: lock })
             }
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
                 "the name '{name}' is taken: a ferry process hosts it already (see 'ferry info {name}'); \
@@ -104,13 +111,13 @@ impl StateDir {
 /// A name that this process has.
 #[derive(Debug)]
 pub(crate) struct NameLock {
-    socket: PathBuf,
+    sockets: [PathBuf; 2],
     _lock: Flock<File>,
 }
 
 impl Drop for NameLock {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.socket);
+        self.sockets.iter().for_each(|socket| drop(fs::remove_file(socket)));
     }
 }
 

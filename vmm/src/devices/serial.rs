@@ -206,38 +206,4 @@ impl SerialPort {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn output_reaches_its_file_before_and_after_a_restore() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("console");
-        let port = SerialPort::open(&SerialTarget::File(path.clone())).unwrap();
-        port.write(0, b'a');
-        port.write(7, 0x5a);
-        let saved = port.save();
-        port.write(7, 0);
-        port.restore(&saved).unwrap();
-        assert_eq!(port.save(), saved);
-        assert_eq!(port.read(7), 0x5a);
-        port.write(0, b'b');
-        // Dropping it waits for what was said.
-        drop(port);
-        assert_eq!(std::fs::read(&path).unwrap(), b"ab");
-    }
-
-    #[test]
-    fn an_output_file_that_cannot_be_is_named() {
-        let error = SerialPort::open(&SerialTarget::File("/nonexistent/console".into())).unwrap_err();
-        assert!(error.to_string().contains("/nonexistent/console"), "{error}");
-    }
-
-    #[test]
-    fn a_buffer_longer_than_the_device_is_refused() {
-        let port = SerialPort::open(&SerialTarget::Null).unwrap();
-        let mut saved = port.save();
-        saved.in_buffer = vec![0; 1000];
-        assert!(matches!(port.restore(&saved), Err(StateError::Device { .. })));
-    }
-}
+mod tests;

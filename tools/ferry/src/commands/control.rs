@@ -95,6 +95,7 @@ fn print(info: &VmInfo) {
         let addresses: Vec<String> = network.addresses.iter().map(ToString::to_string).collect();
         row("addresses", Some(addresses.join(", ")).filter(|text| !text.is_empty()));
     }
+    row("terminal", info.terminal.clone());
     row("listens", info.listen.clone());
     row("process", Some(info.pid.to_string()));
     row("note", info.note.clone());

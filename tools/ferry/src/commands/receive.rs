@@ -1,6 +1,7 @@
 //! `ferry receive`: an empty host process that takes in one VM and becomes it.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -15,8 +16,8 @@ use ferry_vmm::LocalChoices;
 use tokio::sync::mpsc;
 
 use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
-use crate::cli::{DiskArg, ReceiveArgs};
-use crate::host::{Here, Life, VmHost, server};
+use crate::cli::{DiskArg, ReceiveArgs, serial_target};
+use crate::host::{Here, Life, VmHost, console, server};
 use crate::state_dir::StateDir;
 
 pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
@@ -36,14 +37,16 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         format!("'{}' is in doubt; once you know that no other host runs it, remove the record", args.name)
     })?;
     let host = VmHost::new(args.name, records, Life::Waiting { listen: args.listen.to_string(), note: None });
+    let console = Arc::new(console::bind(&state, &host.name)?);
     let local = LocalChoices {
         tap: tap.clone(),
         disks: args.disks.iter().map(DiskArg::choice).collect(),
-        serial: args.serial,
+        serial: serial_target(&args.serial, args.exit_with_stdin),
         memory: args.memory.unwrap_or_default(),
         cpu: args.cpu,
     };
-    let machine_host = ReceivingHost { host: Arc::clone(&host), tap, machines: MachineHost::new(local) };
+    let machine_host =
+        ReceivingHost { host: Arc::clone(&host), tap, console, machines: MachineHost::new(local) };
     let (updates, inbox) = mpsc::unbounded_channel();
     let options = ReceiveOptions { listen: args.listen.clone(), host: host_name(), name: None };
     let mut receiver = Receiver::bind(
@@ -91,12 +94,14 @@ fn host_name() -> String {
 struct ReceivingHost {
     host: Arc<VmHost>,
     tap: Option<String>,
+    console: Arc<UnixListener>,
     machines: MachineHost,
 }
 
 impl ReceivingHost {
     fn receiving(&self, vm: VmId, machine: MigratableMachine) -> Arc<dyn TargetVm> {
-        Arc::new(ReceivingVm { host: Arc::clone(&self.host), vm, tap: self.tap.clone(), machine })
+        let (host, console) = (Arc::clone(&self.host), Arc::clone(&self.console));
+        Arc::new(ReceivingVm { host, vm, tap: self.tap.clone(), console, machine })
     }
 }
 
@@ -129,6 +134,7 @@ struct ReceivingVm {
     host: Arc<VmHost>,
     vm: VmId,
     tap: Option<String>,
+    console: Arc<UnixListener>,
     machine: MigratableMachine,
 }
 
@@ -149,6 +155,7 @@ impl TargetVm for ReceivingVm {
         let vm = self.vm;
         let record = self.host.records.load(vm)?.filter(|record| record.standing == Standing::Running);
         let record = record.ok_or("the record that this host runs it is missing")?;
+        console::serve(self.machine.machine(), &self.console);
         self.machine.run(runs)?;
         say_leaks(&self.machine);
         let tap = self.tap.clone();

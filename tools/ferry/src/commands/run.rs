@@ -11,14 +11,15 @@ use ferry_migrate::machine::MigratableMachine;
 use ferry_migrate::ports::RecordStore;
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::{Epoch, VmId};
-use ferry_vmm::{BootSource, ClockMode, CpuModel, Kernel, Machine, MachineConfig, NetConfig};
+use ferry_vmm::{BootSource, ClockMode, CpuModel, Kernel, Machine, MachineConfig, NetConfig, SerialTarget};
 
 use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
-use crate::cli::{ClockArg, DiskArg, NetArg, RunArgs, SwitchArg};
+use crate::cli::{ClockArg, DiskArg, NetArg, RunArgs, SwitchArg, serial_target};
 use crate::host::migration::random_id;
-use crate::host::{Here, Life, VmHost, server};
+use crate::host::{Here, Life, VmHost, console, server};
 use crate::quantity::show_bytes;
 use crate::state_dir::StateDir;
+use crate::terminal::{Mode, Terminal};
 
 pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     if args.exit_with_stdin {
@@ -31,6 +32,7 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     let vm = VmId(random_id().map_err(|refused| anyhow!(refused.0))?);
     let config = config(&args, vm);
     let boot = boot_source(&args)?;
+    let serial = config.serial.clone();
 
     let machine = tokio::task::spawn_blocking(move || -> anyhow::Result<Machine> {
         let machine = Machine::build(&config)?;
@@ -38,6 +40,9 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         Ok(machine)
     })
     .await??;
+    console::serve(&machine, &console::bind(&state, &args.name)?);
+    // From before the guest can ask for anything to when this returns, however it does.
+    let _terminal = keys_of_the_terminal(&serial)?;
     let (ipv4, ipv6) = addresses(args.net.as_ref());
     let machine = MigratableMachine::new(Arc::new(machine), ipv4, ipv6);
     let epoch = Epoch::FIRST;
@@ -58,6 +63,14 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     let code = stay(host, signals, args.output.json).await?;
     server.await??;
     Ok(code)
+}
+
+/// Has keys reach a guest whose serial port is this terminal one by one, and Ctrl-C this process.
+fn keys_of_the_terminal(serial: &SerialTarget) -> anyhow::Result<Option<Terminal>> {
+    if *serial != SerialTarget::Stdio {
+        return Ok(None);
+    }
+    Terminal::enter(Mode::Keys).context("can't set the terminal's mode")
 }
 
 /// A VM of this name whose handover is undecided must not be started a second time.
@@ -89,7 +102,7 @@ fn config(args: &RunArgs, vm: VmId) -> MachineConfig {
         net,
         disks: args.disks.iter().map(DiskArg::config).collect(),
         rng: args.rng == SwitchArg::On,
-        serial: args.serial.clone(),
+        serial: serial_target(&args.serial, args.exit_with_stdin),
         clock: match args.clock {
             ClockArg::Realtime => ClockMode::Realtime,
             ClockArg::Monotonic => ClockMode::Monotonic,
@@ -139,6 +152,9 @@ fn say_running(host: &VmHost, json: bool) -> anyhow::Result<()> {
             show_bytes(info.memory_bytes.unwrap_or_default()),
             info.name,
         ));
+        if let Some(terminal) = info.terminal {
+            err(format_args!("{}: its serial port is the terminal {terminal}", info.name));
+        }
     }
     Ok(())
 }

@@ -8,6 +8,7 @@
 //!
 //! Starting and receiving are in `commands/`; the HTTP side is in `server.rs`.
 
+pub(crate) mod console;
 pub(crate) mod migration;
 pub(crate) mod server;
 
@@ -147,6 +148,7 @@ impl VmHost {
             cpu_profile: None,
             cpu_leaks: Vec::new(),
             network: None,
+            terminal: None,
             listen: None,
             note: None,
         };
@@ -340,6 +342,7 @@ fn describe(here: &Here, info: &mut VmInfo) {
     info.cpus = Some(machine.config().cpus);
     info.cpu_profile = Some(machine.cpu_profile());
     info.cpu_leaks = machine.leaked_features();
+    info.terminal = machine.terminal().map(|path| path.display().to_string());
     info.note = here.migration.as_ref().and_then(|migration| migration.note());
     if let (Some(mac), Some(tap)) = (machine.mac(), &here.tap) {
         let network = here.machine.network();

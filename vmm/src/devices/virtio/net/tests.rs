@@ -11,6 +11,10 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
+
+mod handover;
+mod offloads;
+
 use crate::config::{Backing, MemoryConfig};
 use crate::memory;
 
@@ -515,10 +519,12 @@ fn no_driver_makes_the_interface_panic_or_hang() {
     let running = driver.spawn();
     let rings = proptest::collection::vec(any::<u8>(), 4096);
     let registers = proptest::collection::vec((0_u64..0x140, any::<u32>()), 0..20);
-    let strategy = (rings.clone(), rings.clone(), rings, registers, 0..4_u16);
-    proptest!(ProptestConfig::with_cases(200), |((table, available, used, registers, ahead) in strategy)| {
+    let everything = driver.net.transport.offered_features();
+    let features = prop_oneof![Just(FEATURES), Just(everything)];
+    let strategy = (rings.clone(), rings.clone(), rings, registers, 0..4_u16, features);
+    proptest!(ProptestConfig::with_cases(300), |((table, available, used, registers, ahead, features) in strategy)| {
         running.control.run();
-        driver.start(FEATURES);
+        driver.start(features);
         for base in QUEUE_BASES {
             for (offset, bytes) in [(0, &table), (AVAILABLE, &available), (USED, &used)] {
                 driver.memory.tracked().write_slice(bytes, GuestAddress(base + offset)).unwrap();
