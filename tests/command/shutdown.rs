@@ -89,10 +89,7 @@ fn the_power_button_ends_a_guest_that_listens_and_says_so_of_one_that_does_not()
 #[test]
 fn a_guest_that_ends_itself_while_it_moves_has_ended_here_and_not_there() {
     let Some(_turn) = turn() else { return };
-    for (last, source_says, migration_says) in [
-        (SWITCHES_OFF, "the guest has shut down", "switched itself off"),
-        (RESETS, "the guest has reset itself", "reset itself"),
-    ] {
+    for (last, how) in [(SWITCHES_OFF, "the guest has shut down"), (RESETS, "the guest has reset itself")] {
         let (source, target) = (Host::new(FERRY), Host::new(FERRY));
         let running = runs(&source, last);
         let (waiting, address) = target.receives();
@@ -101,11 +98,10 @@ fn a_guest_that_ends_itself_while_it_moves_has_ended_here_and_not_there() {
         let migrating = source.start(source.command(&arguments));
         migrating.until("transferred");
         press(&source);
-        migrating.end().refusal(&[migration_says]);
+        migrating.end().refusal(&[how, "while it was moving", "ended here"]);
         let event = last_event(running);
-        assert_eq!((&event["event"], &event["reason"]), (&"ended".into(), &source_says.into()));
+        assert_eq!((&event["event"], &event["reason"]), (&"ended".into(), &how.into()));
         target.until_state("web", "waiting");
-        assert!(target.has_no_record_of("web") || target.vm("web")["state"] == "waiting");
         drop(waiting);
     }
 }

@@ -1,6 +1,6 @@
 //! A migration away, as the control API shows it: started once, followed by any number of readers, cancelled.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ferry_migrate::protocol::ident::STREAMS_MAX;
@@ -21,6 +21,8 @@ const EVENTS_MAX: usize = 100_000;
 #[derive(Debug)]
 pub(crate) struct MigrationTask {
     cancel: watch::Sender<bool>,
+    /// How the guest ended, if that is why it was cancelled.
+    guest_ended: OnceLock<String>,
     bandwidth: BandwidthCap,
     log: Mutex<Log>,
     /// Grows with every change of the log.
@@ -42,6 +44,7 @@ impl MigrationTask {
     fn new(bandwidth: BandwidthCap) -> Arc<Self> {
         Arc::new(Self {
             cancel: watch::channel(false).0,
+            guest_ended: OnceLock::new(),
             bandwidth,
             log: Mutex::default(),
             changes: watch::channel(0).0,
@@ -115,6 +118,13 @@ impl MigrationTask {
     /// Asks for it to be given up. Whether that still works shows in its events.
     pub(crate) fn cancel(&self) {
         self.cancel.send_replace(true);
+    }
+
+    /// Gives it up because there is no guest any more that could move.
+    pub(crate) fn cancel_ended(&self, how: &str) {
+        // The first end counts; a guest has only one.
+        let _ = self.guest_ended.set(how.to_owned());
+        self.cancel();
     }
 
     /// The events from number `from` on, and what is sent so far; waits until there is something new.
@@ -279,7 +289,11 @@ async fn drive(host: Arc<VmHost>, here: Here, options: MigrateOptions, task: Arc
             if let Life::Here(now) = &mut *host.life() {
                 now.epoch = epoch;
             }
-            task.add(MigrationEvent::Failed { reason: failure.to_string() });
+            let reason = match task.guest_ended.get() {
+                Some(how) => format!("{how} while it was moving; it has ended here"),
+                None => failure.to_string(),
+            };
+            task.add(MigrationEvent::Failed { reason });
         }
         Err(error) => {
             task.add(MigrationEvent::Failed { reason: format!("no thread could be started: {error}") })

@@ -52,7 +52,7 @@ pub(crate) enum Life {
     Ended { reason: String, failed: bool },
 }
 
-/// How long [`VmHost::stop`] waits for a receiver, in steps.
+/// How long is waited for a receiver or a migration to give up, in steps.
 const STOP_PATIENCE_STEPS: u32 = 300;
 const STOP_STEP: Duration = Duration::from_millis(10);
 
@@ -316,12 +316,26 @@ impl VmHost {
                 };
                 machine.stop();
                 if let Ok(here) = host.here() {
+                    give_up_migration(&here, &reason);
                     host.record(&here, Standing::Stopped);
                     host.set_life(Life::Ended { reason, failed });
                 }
                 return;
             }
         });
+    }
+}
+
+/// Has a migration under way end with its guest, which it would otherwise go on copying, and gives it time to tell both
+/// its target and whoever watches it.
+fn give_up_migration(here: &Here, reason: &str) {
+    let Some(migration) = &here.migration else { return };
+    migration.cancel_ended(reason);
+    for _ in 0..STOP_PATIENCE_STEPS {
+        if migration.is_over() {
+            return;
+        }
+        std::thread::sleep(STOP_STEP);
     }
 }
 
