@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use super::tests::{HALTING, config, kvm_or_skip};
+use super::tests::{HALTING, config, kvm_or_skip, pause_when_halted};
 use super::*;
 use crate::config::{BootSource, Kernel};
 use crate::tiny_kernel::elf;
@@ -26,8 +26,7 @@ fn write() {
     let boot = BootSource { kernel: Kernel::File(kernel), initrd: None, cmdline: String::new(), acpi: false };
     source.load(&boot).unwrap();
     source.run().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(50));
-    source.pause().unwrap();
+    pause_when_halted(&source);
     let saved = source.decode(&source.save_state().unwrap()).unwrap();
     let mut writer = Writer::new();
     writer.add(&source.shape()).unwrap();

@@ -207,8 +207,7 @@ fn a_state_comes_back_from_kvm_as_it_went_in() {
     source.load(&boot).unwrap();
     set_what_no_guest_here_can(&source);
     source.run().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(50));
-    source.pause().unwrap();
+    pause_when_halted(&source);
     let first = source.save_state().unwrap();
 
     let target = Machine::build(&config()).unwrap();
@@ -236,6 +235,20 @@ fn a_state_comes_back_from_kvm_as_it_went_in() {
     for (first, second) in first.vcpus.into_iter().zip(second.vcpus) {
         assert_same_vcpu(first, second);
     }
+}
+
+/// Pauses a machine whose first vCPU halts for good, once it does.
+pub(super) fn pause_when_halted(machine: &Machine) {
+    for _ in 0..500 {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        machine.pause().unwrap();
+        let state = machine.vcpus[0].lock().get_mp_state().unwrap();
+        if state.mp_state == kvm_bindings::KVM_MP_STATE_HALTED {
+            return;
+        }
+        machine.run().unwrap();
+    }
+    panic!("the guest has not halted in 10 s");
 }
 
 /// Registers that take instructions which not every KVM back end has in ring 0.
