@@ -12,7 +12,8 @@ use ferry_tests::process::{Host, Process, wait_until};
 use nix::pty::openpty;
 use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
 
-use crate::{FERRY, elf, turn};
+use crate::tiny_kernel::elf;
+use crate::{FERRY, turn};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const DETACH: u8 = 0x1d;
@@ -31,7 +32,7 @@ const ECHOING: &[u8] = &[
 
 fn echoing_guest(host: &Host<'_>) -> Process {
     let kernel = host.file("echoing");
-    fs::write(&kernel, elf::elf(ECHOING)).unwrap();
+    fs::write(&kernel, elf(ECHOING)).unwrap();
     let kernel = kernel.to_str().unwrap();
     host.hosts(&["run", "--name", "web", "--kernel", kernel, "--memory", "16M", "--serial", "null"])
 }

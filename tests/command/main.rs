@@ -7,8 +7,6 @@ mod console;
 mod control;
 mod cpus;
 mod disks;
-#[path = "../../vmm/tests/support/elf.rs"]
-mod elf;
 mod local;
 mod machines;
 mod names;
