@@ -39,6 +39,8 @@ fn main() -> ExitCode {
             tracing_subscriber::EnvFilter::try_from_env("FERRY_LOG").unwrap_or_else(|_| "warn".into()),
         )
         .with_writer(std::io::stderr)
+        // It would be told with a macro that panics, and a guest must outlive whoever read what its host says.
+        .log_internal_errors(false)
         .without_time()
         .with_target(false)
         .init();
