@@ -12,6 +12,8 @@ mod machines;
 mod names;
 mod shutdown;
 mod targets;
+#[path = "../../vmm/tests/support/elf.rs"]
+mod tiny_kernel;
 mod under_way;
 
 /// The program under test.

@@ -5,7 +5,7 @@ use std::fs;
 use ferry_tests::process::{Host, Process};
 use serde_json::Value;
 
-use crate::elf::elf;
+use crate::tiny_kernel::elf;
 use crate::{FERRY, turn};
 
 /// Entered by PVH: enables the power button where ACPI's tables have it, waits until it is pressed, and does what
