@@ -40,10 +40,10 @@ fn say_leaks(machine: &MigratableMachine) {
     let leaks = machine.leaked_features();
     if !leaks.is_empty() {
         tracing::warn!(
-            "this host's KVM lets features of its processor show through whatever CPUID says ({}), so the guest can \
-             only move to hosts whose processor has them as well: {}",
-            machine.cpu_profile(),
-            leaks.join(" ")
+            "this host's KVM shows the guest {} features of its processor that it was told to hide (profile {}), so the \
+             guest can only move to hosts that have them too; 'ferry info' lists them",
+            leaks.len(),
+            machine.cpu_profile()
         );
     }
     if let Some(reason) = machine.leaks_unknown() {

@@ -100,6 +100,8 @@ struct ReceivingHost {
 
 impl ReceivingHost {
     fn receiving(&self, vm: VmId, machine: MigratableMachine) -> Arc<dyn TargetVm> {
+        // Now, and not in the downtime.
+        say_leaks(&machine);
         let (host, console) = (Arc::clone(&self.host), Arc::clone(&self.console));
         Arc::new(ReceivingVm { host, vm, tap: self.tap.clone(), console, machine })
     }
@@ -157,7 +159,6 @@ impl TargetVm for ReceivingVm {
         let record = record.ok_or("the record that this host runs it is missing")?;
         console::serve(self.machine.machine(), &self.console);
         self.machine.run(runs)?;
-        say_leaks(&self.machine);
         let tap = self.tap.clone();
         let machine = self.machine.clone();
         let here = Here { machine: machine.clone(), vm, epoch: record.epoch, tap, migration: None };
