@@ -1,7 +1,6 @@
 //! The guest as an operator of two hosts sees it: started, received, migrated, stopped, with `ferry`.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -49,13 +48,6 @@ impl Variant {
         }
     }
 
-    /// Whether this `ferry` can run it; if not, that is said.
-    pub(crate) fn runs(self, offers: Offers) -> bool {
-        let possible = self == Self::Mptable || offers.acpi;
-        let why = "this ferry knows no --acpi".to_owned();
-        ferry_tests::tier::runs("linux guest with ACPI", if possible { Ok(()) } else { Err(why) })
-    }
-
     fn processors(self) -> &'static str {
         match self {
             Self::Mptable => "2",
@@ -63,10 +55,10 @@ impl Variant {
         }
     }
 
-    fn arguments(self, offers: Offers) -> &'static [&'static str] {
+    fn acpi(self) -> &'static str {
         match self {
-            Self::Mptable if offers.acpi => &["--acpi", "off"],
-            Self::Mptable | Self::Acpi => &[],
+            Self::Mptable => "off",
+            Self::Acpi => "on",
         }
     }
 
@@ -78,28 +70,6 @@ impl Variant {
     }
 }
 
-/// What the command under test can do, as its help has it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Offers {
-    acpi: bool,
-    disk: bool,
-}
-
-impl Offers {
-    /// Asks `ferry`.
-    pub(crate) fn of(ferry: &Path) -> Self {
-        let help = Command::new(ferry).args(["run", "--help"]).output().map(|output| output.stdout);
-        let help = String::from_utf8(help.unwrap_or_default()).unwrap_or_default();
-        Self { acpi: help.contains("--acpi"), disk: help.contains("--disk") }
-    }
-
-    /// Whether a guest gets a disk; if not, that is said.
-    pub(crate) fn a_disk(self) -> bool {
-        let why = "this ferry knows no --disk".to_owned();
-        ferry_tests::tier::runs("linux guest with a disk", if self.disk { Ok(()) } else { Err(why) })
-    }
-}
-
 /// What is run.
 #[derive(Debug)]
 pub(crate) struct Images {
@@ -107,8 +77,6 @@ pub(crate) struct Images {
     pub(crate) ferry: PathBuf,
     /// Where the kernels and the initramfs are.
     pub(crate) folder: PathBuf,
-    /// What that command can do.
-    pub(crate) offers: Offers,
 }
 
 impl Images {
@@ -149,11 +117,8 @@ impl<'a> Guest<'a> {
         let mut arguments = vec!["run", "--name", NAME, "--kernel", &kernel, "--initrd"];
         let initrd = file("initramfs.cpio");
         arguments.extend([&initrd, "--cmdline", &cmdline, "--memory", "128M", "--net", &net]);
-        arguments.extend(["--cpus", variant.processors(), "--serial", &serial]);
-        arguments.extend(variant.arguments(images.offers));
-        if images.offers.disk {
-            arguments.extend(["--disk", &disk]);
-        }
+        arguments.extend(["--cpus", variant.processors(), "--serial", &serial, "--disk", &disk]);
+        arguments.extend(["--acpi", variant.acpi()]);
         guest.process = Some(guest.hosts[0].hosts(&arguments));
         Ok(guest)
     }

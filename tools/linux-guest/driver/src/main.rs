@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use ferry_lab::{Lab, LabClock};
 
-use guest::{Images, Offers, Variant};
+use guest::{Images, Variant};
 use scenario::Outcome;
 
 #[derive(Debug, Parser)]
@@ -42,10 +42,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let clock = LabClock::start();
-    let offers = Offers::of(&cli.ferry);
-    let images = Images { ferry: cli.ferry, folder: cli.images, offers };
-    let mut variants = cli.variant.map_or_else(|| Variant::ALL.to_vec(), |variant| vec![variant]);
-    variants.retain(|variant| variant.runs(offers));
+    let images = Images { ferry: cli.ferry, folder: cli.images };
+    let variants = cli.variant.map_or_else(|| Variant::ALL.to_vec(), |variant| vec![variant]);
     // At the same time: most of it is waiting, and guests that compete for processors meet more of what can go wrong.
     let outcomes: Vec<Outcome> = std::thread::scope(|scope| {
         let start = |variant: Variant| {

@@ -88,9 +88,6 @@ impl Scenario<'_> {
         let requests = HttpLoad::start(&self.lab.client, self.clock, web, 1)?;
         let wall_clock = Ahead::measure(&mut agent, self.clock)?;
         for (load, start) in LOADS {
-            if load == "disk" && !images.offers.a_disk() {
-                continue;
-            }
             agent.ask(start)?;
             self.move_about(&mut agent, load, migrations_each, wall_clock)?;
             let report = agent.ask(&format!("{load} stop"))?;
