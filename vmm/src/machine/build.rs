@@ -105,9 +105,7 @@ impl Machine {
     ) -> Result<Self, BuildError> {
         config.check()?;
         let (kvm, capabilities) = capability::open()?;
-        if usize::from(config.cpus) > capabilities.vcpus_max {
-            return Err(BuildError::TooManyCpus { wanted: config.cpus, max: capabilities.vcpus_max });
-        }
+        check_cpus(config.cpus, capabilities.vcpus_max)?;
         install_signal_handler().map_err(KvmCallError::new("have its vCPUs interrupted by a signal"))?;
         let ram = memory(&config.memory)?;
         let vm = Arc::new(kvm.create_vm().map_err(KvmCallError::new("create a machine"))?);
@@ -183,6 +181,11 @@ impl InterruptLevel for AcpiInterrupt {
     }
 }
 
+/// Whether this host's KVM allows a machine so many vCPUs.
+fn check_cpus(wanted: u8, max: usize) -> Result<(), BuildError> {
+    if usize::from(wanted) > max { Err(BuildError::TooManyCpus { wanted, max }) } else { Ok(()) }
+}
+
 fn create_interrupt_controllers(vm: &VmFd, capabilities: &Capabilities) -> Result<(), KvmCallError> {
     vm.set_tss_address(capability::TSS_ADDRESS)
         .map_err(KvmCallError::new("set its task segment's address"))?;
@@ -251,4 +254,16 @@ fn connect(vm: &VmFd, bus: &Bus) -> Result<(), KvmCallError> {
         address += WINDOW_BYTES;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_vcpus_than_kvm_allows_are_refused_with_both_numbers() {
+        check_cpus(4, 4).unwrap();
+        let text = check_cpus(5, 4).unwrap_err().to_string();
+        assert!(text.contains("allows 4 vCPUs") && text.contains("5 were asked for"), "{text}");
+    }
 }
