@@ -33,7 +33,7 @@ use self::request::{Medium, Request, Serial};
 use super::VirtioDevice;
 use super::in_flight::Ticket;
 use super::mmio::{BrokenQueue, DeviceKind, MmioTransport, Registers};
-use super::ring::{refuse_indirect, wants_interrupt};
+use super::ring::{Interrupts, refuse_indirect};
 use super::wait::{DeviceKick, QueueWait};
 use crate::disk::{Disk, SECTOR_BYTES};
 use crate::memory::GuestRam;
@@ -165,8 +165,9 @@ impl Block {
         }
         let memory = self.ram.tracked();
         let queue = &mut registers.queues[QUEUE];
+        let interrupts = Interrupts::before(queue);
         let used = queue.add_used(memory, head, written).map_err(BrokenQueue::from);
-        match used.and_then(|()| wants_interrupt(queue, memory)) {
+        match used.and_then(|()| interrupts.are_due(queue, memory)) {
             Ok(true) => self.transport.interrupt_for_queue(),
             Ok(false) => {}
             Err(error) => self.transport.need_reset(&mut registers, &error),

@@ -25,9 +25,10 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use self::queue::{Interrupts, Placed, place_frame};
+use self::queue::{Placed, place_frame};
 use super::mmio::{BrokenQueue, DeviceKind, MmioTransport};
-use super::ring::refuse_indirect;
+use super::ring::{Interrupts, Served, serve_chains};
+use super::wait::DeviceKick;
 use crate::memory::GuestRam;
 use crate::parking::{Control, Kick, PanicGuard};
 use crate::saved::StateError;
@@ -74,28 +75,12 @@ pub(crate) struct Net {
     /// Gone once the machine was stopped.
     tap: Mutex<Option<Arc<Tap>>>,
     observer: Mutex<Option<FrameObserver>>,
-    kick: Arc<NetKick>,
+    kick: Arc<DeviceKick>,
 }
 
 impl std::fmt::Debug for Net {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Net").field("mac", &self.mac).field("tap", &self.tap).finish_non_exhaustive()
-    }
-}
-
-/// Wakes the thread from its wait.
-#[derive(Debug)]
-struct NetKick(EventFd);
-
-impl Kick for NetKick {
-    fn kick(&self) {
-        // A full counter is a kick already.
-        let _ = self.0.write(1);
-    }
-
-    fn reset(&self) {
-        // It fails if there was no kick.
-        let _ = self.0.read();
     }
 }
 
@@ -131,7 +116,7 @@ impl Net {
             ram,
             tap: Mutex::new(Some(Arc::new(tap))),
             observer: Mutex::new(None),
-            kick: Arc::new(NetKick(eventfd()?)),
+            kick: Arc::new(DeviceKick::new()?),
         })
     }
 
@@ -291,38 +276,30 @@ impl Net {
         features: u64,
         line: &mut Line,
     ) -> Result<Turn, BrokenQueue> {
+        // A frame can be long work, and a pause waits for no more than one.
+        let should_stop = || control.should_park();
         let memory = self.ram.tracked();
-        let mut frames_left = FRAMES_PER_TURN;
-        let interrupts = Interrupts::before(queue);
-        let turn = 'turn: loop {
-            queue.disable_notification(memory)?;
-            while let Some(chain) = queue.iter(memory)?.next() {
-                let head = chain.head_index();
-                refuse_indirect(queue, memory, head)?;
-                let mut reader = chain.reader(memory)?;
-                let length = reader.available_bytes();
-                // What is no frame is dropped, as a wire would.
-                if let Some(bytes) = line.outgoing.get_mut(..length)
-                    && length >= VNET_HEADER_BYTES + ETHERNET_HEADER_BYTES
-                    && reader.read_exact(bytes).is_ok()
-                {
-                    self.transmit_frame(&line.tap, features, bytes);
-                }
-                queue.add_used(memory, head, 0)?;
-                frames_left -= 1;
-                // A frame can be long work, and a pause waits for no more than one.
-                if frames_left == 0 || control.should_park() {
-                    break 'turn Turn::More;
-                }
+        let served = serve_chains(queue, memory, FRAMES_PER_TURN, &should_stop, |chain| {
+            let mut reader = chain.reader(memory)?;
+            let length = reader.available_bytes();
+            // What is no frame is dropped, as a wire would.
+            if let Some(bytes) = line.outgoing.get_mut(..length)
+                && length >= VNET_HEADER_BYTES + ETHERNET_HEADER_BYTES
+                && reader.read_exact(bytes).is_ok()
+            {
+                self.transmit_frame(&line.tap, features, bytes);
             }
-            if !queue.enable_notification(memory)? {
-                break Turn::Done;
-            }
-        };
-        if interrupts.are_due(queue, memory)? {
+            Ok(0)
+        })?;
+        Ok(self.turn_after(served))
+    }
+
+    fn turn_after(&self, served: Served) -> Turn {
+        let Served { has_more, interrupt } = served;
+        if interrupt {
             self.transport.interrupt_for_queue();
         }
-        Ok(turn)
+        if has_more { Turn::More } else { Turn::Done }
     }
 
     fn transmit_frame(&self, tap: &Tap, features: u64, bytes: &mut [u8]) {
@@ -392,14 +369,14 @@ impl Net {
     /// Watches everything that the thread waits for, but the tap.
     fn watch(&self) -> io::Result<Waiter> {
         let epoll = Epoll::new()?;
-        let watch = |file: &EventFd, token: usize| {
+        let watch = |file: &dyn AsRawFd, token: usize| {
             let event = EpollEvent::new(EventSet::IN, token as u64);
             epoll.ctl(ControlOperation::Add, file.as_raw_fd(), event)
         };
         for (token, file) in self.transport.notifiers().iter().enumerate() {
             watch(file, token)?;
         }
-        watch(&self.kick.0, KICK)?;
+        watch(&*self.kick, KICK)?;
         Ok(Waiter { epoll, watches_tap: false })
     }
 

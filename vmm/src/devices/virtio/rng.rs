@@ -6,12 +6,12 @@ use std::thread::{self, JoinHandle};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::VirtioDevice;
 use super::mmio::{BrokenQueue, DeviceKind, MmioTransport};
-use super::ring::{refuse_indirect, wants_interrupt};
+use super::ring::{Served, serve_chains};
 use super::wait::{DeviceKick, QueueWait};
 use crate::memory::GuestRam;
 use crate::parking::{Control, Kick, PanicGuard};
@@ -33,13 +33,6 @@ pub(crate) struct Rng {
     kick: Arc<DeviceKick>,
 }
 
-/// What is left to do after a turn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Turn {
-    Done,
-    More,
-}
-
 impl Rng {
     pub(crate) fn new(slot: u8, ram: GuestRam) -> io::Result<Self> {
         let kind = DeviceKind {
@@ -56,7 +49,7 @@ impl Rng {
 
     fn serve(&self, control: &Control, wait: &QueueWait) {
         while !control.should_park() {
-            if self.turn() == Turn::More {
+            if self.turn() {
                 continue;
             }
             if let Err(error) = wait.wait(self.transport.notify(QUEUE)) {
@@ -68,47 +61,37 @@ impl Rng {
         }
     }
 
-    fn turn(&self) -> Turn {
+    /// Serves some requests, and says whether there are more.
+    fn turn(&self) -> bool {
         let mut registers = self.transport.lock();
         if !registers.is_live() || !registers.queues[QUEUE].ready() {
-            return Turn::Done;
+            return false;
         }
         self.serve_queue(&mut registers.queues[QUEUE]).unwrap_or_else(|error| {
             self.transport.need_reset(&mut registers, &error);
-            Turn::Done
+            false
         })
     }
 
-    fn serve_queue(&self, queue: &mut Queue) -> Result<Turn, BrokenQueue> {
+    fn serve_queue(&self, queue: &mut Queue) -> Result<bool, BrokenQueue> {
         let memory = self.ram.tracked();
         if !queue.is_valid(memory) {
             return Err(BrokenQueue(virtio_queue::Error::QueueNotReady));
         }
-        let mut turn = Turn::More;
-        let mut used = false;
-        for _ in 0..REQUESTS_PER_TURN {
-            let Some(chain) = queue.iter(memory)?.next() else {
-                if !queue.enable_notification(memory)? {
-                    turn = Turn::Done;
-                    break;
-                }
-                continue;
-            };
-            let head = chain.head_index();
-            refuse_indirect(queue, memory, head)?;
+        let served = serve_chains(queue, memory, REQUESTS_PER_TURN, &|| false, |chain| {
             let mut writer = chain.writer(memory)?;
             let mut bytes = [0; REQUEST_BYTES_MAX];
             let wanted = &mut bytes[..writer.available_bytes().min(REQUEST_BYTES_MAX)];
             // The kernel refuses only before it has gathered entropy at boot; the request then gets none.
             let given = getrandom::fill(wanted).is_ok() && writer.write_all(wanted).is_ok();
             let length = if given { wanted.len() } else { 0 };
-            queue.add_used(memory, head, u32::try_from(length).expect("REQUEST_BYTES_MAX fits"))?;
-            used = true;
-        }
-        if used && wants_interrupt(queue, memory)? {
+            Ok(u32::try_from(length).expect("REQUEST_BYTES_MAX fits"))
+        })?;
+        let Served { has_more, interrupt } = served;
+        if interrupt {
             self.transport.interrupt_for_queue();
         }
-        Ok(turn)
+        Ok(has_more)
     }
 }
 

@@ -1,7 +1,7 @@
 //! How a device's thread waits for its guest: on a queue's notification and on the kick that ends its wait.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -34,6 +34,12 @@ impl Kick for DeviceKick {
     }
 }
 
+impl AsRawFd for DeviceKick {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 /// What one thread waits with. A kick wakes all threads of a device, a notification as few as possible.
 #[derive(Debug)]
 pub(super) struct QueueWait(Epoll);
@@ -43,7 +49,7 @@ impl QueueWait {
         let epoll = Epoll::new()?;
         let notified = EpollEvent::new(EventSet::IN | EventSet::EXCLUSIVE, TOKEN_NOTIFY);
         epoll.ctl(ControlOperation::Add, notify.as_raw_fd(), notified)?;
-        epoll.ctl(ControlOperation::Add, kick.0.as_raw_fd(), EpollEvent::new(EventSet::IN, TOKEN_KICK))?;
+        epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), EpollEvent::new(EventSet::IN, TOKEN_KICK))?;
         Ok(Self(epoll))
     }
 

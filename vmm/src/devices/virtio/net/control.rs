@@ -10,12 +10,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_ERR, VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS, VIRTIO_NET_OK, VIRTIO_NET_S_ANNOUNCE,
 };
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::Queue;
 
-use super::queue::Interrupts;
 use super::{Net, Turn, offload};
 use crate::devices::virtio::mmio::BrokenQueue;
-use crate::devices::virtio::ring::refuse_indirect;
+use crate::devices::virtio::ring::serve_chains;
 use crate::parking::Control;
 
 /// Where the status lies in the configuration space, behind the MAC address; both bits are in its first byte.
@@ -47,37 +46,20 @@ impl Net {
 
     /// Answers the guest's commands.
     pub(super) fn serve_commands(&self, control: &Control, queue: &mut Queue) -> Result<Turn, BrokenQueue> {
+        let should_stop = || control.should_park();
         let memory = self.ram.tracked();
-        let interrupts = Interrupts::before(queue);
-        let mut commands_left = COMMANDS_PER_TURN;
-        let turn = 'turn: loop {
-            queue.disable_notification(memory)?;
-            while let Some(chain) = queue.iter(memory)?.next() {
-                let head = chain.head_index();
-                refuse_indirect(queue, memory, head)?;
-                let mut command = [0; ACKNOWLEDGE.len()];
-                let is_whole = chain.clone().reader(memory)?.read_exact(&mut command).is_ok();
-                let answer = if is_whole && command == ACKNOWLEDGE {
-                    self.transport.change_config(STATUS_OFFSET, |status| *status &= !ANNOUNCE);
-                    DONE
-                } else {
-                    REFUSED
-                };
-                // A driver that leaves no room for the answer does not want it.
-                let answered = chain.writer(memory)?.write_all(&[answer]).is_ok();
-                queue.add_used(memory, head, u32::from(answered))?;
-                commands_left -= 1;
-                if commands_left == 0 || control.should_park() {
-                    break 'turn Turn::More;
-                }
-            }
-            if !queue.enable_notification(memory)? {
-                break Turn::Done;
-            }
-        };
-        if interrupts.are_due(queue, memory)? {
-            self.transport.interrupt_for_queue();
-        }
-        Ok(turn)
+        let served = serve_chains(queue, memory, COMMANDS_PER_TURN, &should_stop, |chain| {
+            let mut command = [0; ACKNOWLEDGE.len()];
+            let is_whole = chain.clone().reader(memory)?.read_exact(&mut command).is_ok();
+            let answer = if is_whole && command == ACKNOWLEDGE {
+                self.transport.change_config(STATUS_OFFSET, |status| *status &= !ANNOUNCE);
+                DONE
+            } else {
+                REFUSED
+            };
+            // A driver that leaves no room for the answer does not want it.
+            Ok(u32::from(chain.writer(memory)?.write_all(&[answer]).is_ok()))
+        })?;
+        Ok(self.turn_after(served))
     }
 }

@@ -1,22 +1,16 @@
-//! What virtio-queue leaves to a device: frames in several buffers, when to interrupt, and which chains are refused.
+//! What the receive queue needs beside what all queues do: frames in several buffers, handed over at once.
 
 use std::io::Write;
-use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::Bytes;
 
 use super::offload;
 use crate::devices::virtio::mmio::BrokenQueue;
-use crate::devices::virtio::ring::refuse_indirect;
+use crate::devices::virtio::ring::{RING_HEADER_BYTES, offset, refuse_indirect};
 use crate::memory::TrackedMemory;
 
 const USED_ELEMENT_BYTES: u64 = 8;
-
-/// Flags and index, in front of the elements of both rings.
-const RING_HEADER_BYTES: u64 = 4;
-const AVAILABLE_ELEMENT_BYTES: u64 = 2;
 
 /// What became of a frame for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,46 +82,4 @@ fn add_used_at_once(
     }
     // Only this one writes the index that the driver looks at.
     Ok(queue.add_used(memory, *last_head, *last_bytes)?)
-}
-
-/// Finds out whether the driver wants an interrupt for what a turn has used.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Interrupts {
-    used_before: u16,
-}
-
-impl Interrupts {
-    /// From the beginning of a turn.
-    pub(super) fn before(queue: &Queue) -> Self {
-        Self { used_before: queue.next_used() }
-    }
-
-    /// At the end of the turn. virtio-queue's own count does not know of several buffers at once.
-    pub(super) fn are_due(self, queue: &Queue, memory: &TrackedMemory) -> Result<bool, BrokenQueue> {
-        let used = queue.next_used();
-        if used == self.used_before {
-            return Ok(false);
-        }
-        // The driver says what it waits for, and then looks at the index once more; this side does it the other way
-        // around.
-        fence(Ordering::SeqCst);
-        if !queue.event_idx_enabled() {
-            let flags = load(memory, GuestAddress(queue.avail_ring()))?;
-            return Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0);
-        }
-        let behind_ring = RING_HEADER_BYTES + AVAILABLE_ELEMENT_BYTES * u64::from(queue.size());
-        let event = load(memory, offset(queue.avail_ring(), behind_ring)?)?;
-        // vring_need_event of the specification (virtio 1.2, section 2.7.7.2).
-        let passed = used.wrapping_sub(event).wrapping_sub(1);
-        Ok(passed < used.wrapping_sub(self.used_before))
-    }
-}
-
-fn load(memory: &TrackedMemory, address: GuestAddress) -> Result<u16, BrokenQueue> {
-    let value: Result<u16, _> = memory.load(address, Ordering::Relaxed);
-    Ok(u16::from_le(value.map_err(virtio_queue::Error::GuestMemory)?))
-}
-
-fn offset(start: u64, bytes: u64) -> Result<GuestAddress, BrokenQueue> {
-    Ok(GuestAddress(start.checked_add(bytes).ok_or(virtio_queue::Error::AddressOverflow)?))
 }
