@@ -10,6 +10,8 @@ mod disks;
 mod local;
 mod machines;
 mod names;
+#[path = "../../vmm/tests/support/power_button.rs"]
+mod power_button;
 mod shutdown;
 mod targets;
 #[path = "../../vmm/tests/support/elf.rs"]

@@ -5,30 +5,11 @@ use std::fs;
 use ferry_tests::process::{Host, Process};
 use serde_json::Value;
 
+use crate::power_button::{SWITCHES_OFF, WAITS_FOR_THE_BUTTON};
 use crate::tiny_kernel::elf;
 use crate::{FERRY, turn};
 
-/// Entered by PVH: enables the power button where ACPI's tables have it, waits until it is pressed, and does what
-/// follows in [`SWITCHES_OFF`] or [`RESETS`].
-const WAITS_FOR_THE_BUTTON: &[u8] = &[
-    0x8b, 0x7b, 0x20, // mov edi, [ebx + 32]: ACPI's root pointer
-    0x8b, 0x77, 0x18, // mov esi, [edi + 24]: the XSDT
-    0x8b, 0x76, 0x24, // mov esi, [esi + 36]: the FADT
-    0x8b, 0x56, 0x38, // mov edx, [esi + 56]: PM1a events
-    0x83, 0xc2, 0x02, // add edx, 2
-    0x66, 0xb8, 0x00, 0x01, // mov ax, 0x100
-    0x66, 0xef, // out dx, ax
-    0x83, 0xea, 0x02, // sub edx, 2
-    0xff, 0x05, 0x00, 0x00, 0x20, 0x00, // next: inc dword [0x200000]
-    0x66, 0xed, // in ax, dx
-    0xf6, 0xc4, 0x01, // test ah, 1
-    0x74, 0xf3, // jz next
-];
-
-/// Sleep type 5, now, into PM1a control.
-const SWITCHES_OFF: &[u8] = &[0x8b, 0x56, 0x40, 0x66, 0xb8, 0x00, 0x34, 0x66, 0xef, 0xf4, 0xeb, 0xfd];
-
-/// ACPI's reset register.
+/// Behind [`WAITS_FOR_THE_BUTTON`]: ACPI's reset register.
 const RESETS: &[u8] = &[0x66, 0xba, 0xf9, 0x0c, 0xb0, 0x06, 0xee, 0xf4, 0xeb, 0xfd];
 
 /// What a migration has to send for some seconds.

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use crate::power_button::{SWITCHES_OFF, WAITS_FOR_THE_BUTTON};
 use crate::support::*;
 use crate::tiny_linux::{bzimage, elf_without_note};
 use ferry_vmm::{BootSource, Kernel, Machine, MachineConfig, MachineEvent, MachineStatus, RunError};
@@ -29,28 +30,6 @@ const LOOKING_AROUND: &[u8] = &[
     0x48, 0x8b, 0x5b, 0x24, // mov rbx, [rbx + 36]: the FADT
     0x8b, 0x53, 0x40, // mov edx, [rbx + 64]: PM1a control
     0x66, 0xb8, 0x00, 0x34, // mov ax, 0x3400: sleep type 5, now
-    0x66, 0xef, // out dx, ax
-    0xf4, // halt: hlt
-    0xeb, 0xfd, // jmp halt
-];
-
-/// Entered by PVH with the start info in EBX: enables the power button by the register that ACPI's tables name, counts
-/// until it is pressed, and switches off.
-const WAITING_FOR_THE_BUTTON: &[u8] = &[
-    0x8b, 0x7b, 0x20, // mov edi, [ebx + 32]: ACPI's root pointer
-    0x8b, 0x77, 0x18, // mov esi, [edi + 24]: the XSDT
-    0x8b, 0x76, 0x24, // mov esi, [esi + 36]: the FADT
-    0x8b, 0x56, 0x38, // mov edx, [esi + 56]: PM1a events
-    0x83, 0xc2, 0x02, // add edx, 2
-    0x66, 0xb8, 0x00, 0x01, // mov ax, 0x100
-    0x66, 0xef, // out dx, ax
-    0x83, 0xea, 0x02, // sub edx, 2
-    0xff, 0x05, 0x00, 0x00, 0x20, 0x00, // next: inc dword [COUNTER_ADDRESS]
-    0x66, 0xed, // in ax, dx
-    0xf6, 0xc4, 0x01, // test ah, 1
-    0x74, 0xf3, // jz next
-    0x8b, 0x56, 0x40, // mov edx, [esi + 64]: PM1a control
-    0x66, 0xb8, 0x00, 0x34, // mov ax, 0x3400
     0x66, 0xef, // out dx, ax
     0xf4, // halt: hlt
     0xeb, 0xfd, // jmp halt
@@ -89,7 +68,7 @@ fn a_guest_shuts_down_by_its_power_button_here_and_where_it_has_moved() {
     if !kvm_or_skip() {
         return;
     }
-    let here = machine_with(&config(MEMORY_BYTES), WAITING_FOR_THE_BUTTON);
+    let here = machine_with(&config(MEMORY_BYTES), &[WAITS_FOR_THE_BUTTON, SWITCHES_OFF].concat());
     assert!(matches!(here.press_power_button(), Err(RunError::WrongStatus { .. })), "it has not started");
     here.run().unwrap();
     let_count(&here, 10);

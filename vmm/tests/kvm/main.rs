@@ -2,6 +2,8 @@
 
 mod boot;
 mod life;
+#[path = "../support/power_button.rs"]
+mod power_button;
 #[path = "../support/mod.rs"]
 mod support;
 mod taps;
