@@ -20,7 +20,6 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
 use crate::loads::{Errors, Options, Workers};
-use crate::tsc;
 
 /// How often each processor's thread reads the clocks.
 const PERIOD: Duration = Duration::from_millis(10);
@@ -48,11 +47,11 @@ struct Reading {
 
 impl Reading {
     fn take() -> anyhow::Result<Self> {
-        let tsc = tsc::read();
+        let tsc = tick_counter::start();
         let monotonic_ns = read_ns(ClockId::CLOCK_MONOTONIC)?;
         let realtime_ns = read_ns(ClockId::CLOCK_REALTIME)?;
         let boottime_ns = read_ns(ClockId::CLOCK_BOOTTIME)?;
-        let span_cycles = tsc::read().wrapping_sub(tsc);
+        let span_cycles = tick_counter::start().wrapping_sub(tsc);
         Ok(Self { tsc, monotonic_ns, realtime_ns, boottime_ns, span_cycles })
     }
 

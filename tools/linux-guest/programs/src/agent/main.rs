@@ -10,7 +10,6 @@ mod loads;
 mod memory;
 mod power;
 mod serve;
-mod tsc;
 
 fn main() -> anyhow::Result<()> {
     power::watch_button();
