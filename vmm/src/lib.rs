@@ -18,6 +18,7 @@ mod parking;
 mod saved;
 mod socket;
 pub mod tap;
+pub mod unix_listener;
 mod vcpu;
 
 #[cfg(test)]

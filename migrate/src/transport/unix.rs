@@ -1,61 +1,36 @@
 //! Unix sockets as a migration within one host needs them: a listener that only its own user reaches, and bytes with
 //! descriptors beside them.
 
-use std::fs;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use ferry_vmm::unix_listener::{SocketFile, listen_at};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
-use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 
-/// Connections that may wait to be accepted.
-const BACKLOG: i32 = 128;
-
-/// Only the user whose process listens may connect. The owner of the socket's file is asked by the kernel; who is at the
-/// other end of a connection is asked again below.
-const MODE: u32 = 0o600;
-
-/// A listener whose file goes with it.
+/// A listener that only its own user reaches: the kernel asks the owner of its file, and who is at the other end of a
+/// connection is asked again below.
 #[derive(Debug)]
 pub(crate) struct Listener {
     listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode of its file: another process may have put its own in place since.
-    file: (u64, u64),
+    file: SocketFile,
 }
 
 impl Listener {
     /// Listens at `path`. A socket that is there already is replaced if nobody listens on it any more.
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
-        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        let address = SockAddr::unix(path)?;
-        if let Err(error) = socket.bind(&address) {
-            if error.kind() != io::ErrorKind::AddrInUse {
-                return Err(error);
-            }
-            remove_stale(path)?;
-            socket.bind(&address)?;
-        }
-        let metadata = fs::symlink_metadata(path)?;
-        let file = (metadata.dev(), metadata.ino());
-        // Nobody can connect before it listens, so there is no moment in which others could.
-        fs::set_permissions(path, fs::Permissions::from_mode(MODE))?;
-        socket.listen(BACKLOG)?;
-        socket.set_nonblocking(true)?;
-        let listener = UnixListener::from_std(OwnedFd::from(socket).into())?;
-        Ok(Self { listener, path: path.to_owned(), file })
+        let (listener, file) = listen_at(path)?;
+        Ok(Self { listener: UnixListener::from_std(listener)?, file })
     }
 
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     /// The next connection of this user, with a name for its other end. Others are turned away.
@@ -69,29 +44,6 @@ impl Listener {
             }
             tracing::warn!("process {pid} was turned away: it is of user {}", peer.uid());
         }
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let ours = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == self.file;
-        if fs::symlink_metadata(&self.path).is_ok_and(ours)
-            && let Err(error) = fs::remove_file(&self.path)
-        {
-            tracing::warn!("the socket {} can't be removed: {error}", self.path.display());
-        }
-    }
-}
-
-fn remove_stale(path: &Path) -> io::Result<()> {
-    if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        let text = "there is a file that is no socket; it is left alone";
-        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
-    }
-    match std::os::unix::net::UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-        Err(error) => Err(error),
-        Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on it")),
     }
 }
 
@@ -155,6 +107,8 @@ fn send_now(socket: BorrowedFd<'_>, bytes: &[u8], descriptor: Option<BorrowedFd<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
     use std::os::unix::net::UnixStream as StdStream;
 
     #[tokio::test]

@@ -1,11 +1,11 @@
 //! Opening what a serial port is connected to.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 
 use nix::pty::openpty;
 use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
@@ -13,9 +13,7 @@ use nix::unistd::ttyname;
 
 use super::{SerialError, Terminal};
 use crate::config::SerialTarget;
-
-/// Only the user whose process listens may connect.
-const SOCKET_MODE: u32 = 0o600;
+use crate::unix_listener::{self, SocketFile};
 
 /// This process's standard input, to be opened a second time.
 const STDIN: &str = "/proc/self/fd/0";
@@ -36,13 +34,6 @@ pub(super) struct Opened {
 pub(super) struct Listener {
     pub(super) socket: UnixListener,
     _file: Option<SocketFile>,
-}
-
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    /// Device and inode: another process may have put its own in place since.
-    identity: (u64, u64),
 }
 
 pub(super) fn open(target: &SerialTarget) -> Result<Opened, SerialError> {
@@ -105,44 +96,9 @@ impl Listener {
         Ok(Self { socket, _file: None })
     }
 
-    /// Listens at `path`. A socket that is there already is replaced if nobody listens on it any more.
+    /// Listens at `path`. Who connects gets nothing before the machine runs.
     fn bind(path: &Path) -> io::Result<Self> {
-        let socket = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                remove_stale(path)?;
-                UnixListener::bind(path)?
-            }
-            other => other?,
-        };
-        let metadata = fs::symlink_metadata(path)?;
-        let file = SocketFile { path: path.to_owned(), identity: (metadata.dev(), metadata.ino()) };
-        let listener = Self { socket, _file: Some(file) };
-        // Who connected before this can't have got anything: connections are taken only while the machine runs.
-        fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE))?;
-        listener.socket.set_nonblocking(true)?;
-        Ok(listener)
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let ours = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == self.identity;
-        if fs::symlink_metadata(&self.path).is_ok_and(ours)
-            && let Err(error) = fs::remove_file(&self.path)
-        {
-            tracing::warn!(%error, path = %self.path.display(), "the serial port's socket can't be removed");
-        }
-    }
-}
-
-fn remove_stale(path: &Path) -> io::Result<()> {
-    if !fs::symlink_metadata(path)?.file_type().is_socket() {
-        let text = "there is a file that is no socket; it is left alone";
-        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-        Err(error) => Err(error),
-        Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens on it")),
+        let (socket, file) = unix_listener::listen_at(path)?;
+        Ok(Self { socket, _file: Some(file) })
     }
 }
