@@ -47,11 +47,11 @@ struct Reading {
 
 impl Reading {
     fn take() -> anyhow::Result<Self> {
-        let tsc = tick_counter::start();
+        let tsc = read_tsc();
         let monotonic_ns = read_ns(ClockId::CLOCK_MONOTONIC)?;
         let realtime_ns = read_ns(ClockId::CLOCK_REALTIME)?;
         let boottime_ns = read_ns(ClockId::CLOCK_BOOTTIME)?;
-        let span_cycles = tick_counter::start().wrapping_sub(tsc);
+        let span_cycles = read_tsc().wrapping_sub(tsc);
         Ok(Self { tsc, monotonic_ns, realtime_ns, boottime_ns, span_cycles })
     }
 
@@ -90,6 +90,13 @@ impl Rate {
         let ns = i128::from(cycles) * i128::from(self.ns) / i128::from(self.cycles);
         i64::try_from(ns).unwrap_or(i64::MAX)
     }
+}
+
+/// The counter, after everything before it has been done.
+///
+/// By RDTSCP: the crate's `start` and `stop` overwrite RDX without telling the compiler, so what was there is lost.
+fn read_tsc() -> u64 {
+    tick_counter::x86_64_processor_id().0
 }
 
 fn read_ns(clock: ClockId) -> anyhow::Result<i64> {
