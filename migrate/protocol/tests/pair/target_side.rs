@@ -3,13 +3,12 @@
 use std::time::Duration;
 
 use ferry_protocol::PageBitmap;
-use ferry_protocol::target::{self, Target};
+use ferry_protocol::target::{Action, Event, Target};
 
 use crate::world::{Due, Guest, PAGES, Pair, STREAMS, VM_WORK, digest, layout};
 
 impl Pair {
-    pub(crate) fn perform_target(&mut self, action: target::Action) {
-        use target::{Action, Event};
+    pub(crate) fn perform_target(&mut self, action: Action) {
         match action {
             Action::Send(message) => self.deliver_to_source(message),
             Action::WriteRecord(record) => {
@@ -31,36 +30,13 @@ impl Pair {
             Action::BuildMachine { description, layout: built, streams, verify } => {
                 self.streams_verify = (self.streams_verify.0, verify);
                 assert_eq!((description, built, streams), (vec![1, 2, 3], layout(), STREAMS));
-                let event = match self.build_refusal {
-                    None => Event::MachineBuilt,
-                    Some((code, text)) => Event::BuildFailed { code, sentence: text.to_owned() },
-                };
-                self.target_guest.exists = self.build_refusal.is_none();
-                self.after(VM_WORK, Due::Target(event));
+                self.build(false);
             }
             Action::AdoptMemory { description, layout: built } => {
                 assert_eq!((description, built), (vec![1, 2, 3], layout()));
-                let event = match self.build_refusal {
-                    None => Event::MachineBuilt,
-                    Some((code, text)) => Event::BuildFailed { code, sentence: text.to_owned() },
-                };
-                self.target_guest.exists = self.build_refusal.is_none();
-                self.adopted = self.target_guest.exists;
-                self.after(VM_WORK, Due::Target(event));
+                self.build(true);
             }
-            Action::EndStreams => {
-                // What was under way is lost, but for the lower half of the round.
-                self.end_streams();
-                let mut arrived = PageBitmap::empty(PAGES);
-                let count = usize::try_from(self.round.count() / 2).unwrap();
-                self.round
-                    .ranges()
-                    .flat_map(|r| r.first()..r.first() + r.count())
-                    .take(count)
-                    .for_each(|page| arrived.insert(page));
-                let ended = Event::StreamsEnded { arrived, digest: digest(7) };
-                self.after(VM_WORK, Due::Target(ended));
-            }
+            Action::EndStreams => self.end_streams_at_target(),
             Action::ExpectStreams { session, digest: _ } => {
                 assert!(session > 0);
                 self.round = PageBitmap::empty(PAGES);
@@ -95,5 +71,26 @@ impl Pair {
                 }
             }
         }
+    }
+
+    fn build(&mut self, adopted: bool) {
+        let event = match self.build_refusal {
+            None => Event::MachineBuilt,
+            Some((code, text)) => Event::BuildFailed { code, sentence: text.to_owned() },
+        };
+        self.target_guest.exists = self.build_refusal.is_none();
+        self.adopted = adopted && self.target_guest.exists;
+        self.after(VM_WORK, Due::Target(event));
+    }
+
+    /// What was under way is lost, but for the lower half of the round.
+    fn end_streams_at_target(&mut self) {
+        self.end_streams();
+        let mut arrived = PageBitmap::empty(PAGES);
+        let count = usize::try_from(self.round.count() / 2).unwrap();
+        let pages = self.round.ranges().flat_map(|range| range.first()..range.first() + range.count());
+        pages.take(count).for_each(|page| arrived.insert(page));
+        let ended = Event::StreamsEnded { arrived, digest: digest(7) };
+        self.after(VM_WORK, Due::Target(ended));
     }
 }

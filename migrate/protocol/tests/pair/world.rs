@@ -469,28 +469,27 @@ impl Pair {
                 self.after(VM_WORK, Due::Source(Event::VmResumed));
             }
             Action::ReleaseVm => self.source_guest = Guest::default(),
-            Action::WriteRecord(record) => {
-                let took = self.source_disk.next_took();
-                let event = match self.source_disk.write(record) {
-                    Ok(()) => Event::RecordWritten { took },
-                    Err(reason) => Event::RecordFailed(reason),
-                };
-                self.after(took, Due::Source(event));
-            }
-            Action::RehearseRecord(record) => {
-                let took = self.source_disk.next_took();
-                let event = match self.source_disk.rehearse(record) {
-                    Ok(()) => Event::RecordRehearsed { took },
-                    Err(reason) => Event::RehearsalFailed(reason),
-                };
-                self.after(took, Due::Source(event));
-            }
+            Action::WriteRecord(record) => self.write_source_record(record, false),
+            Action::RehearseRecord(record) => self.write_source_record(record, true),
             Action::Report(progress) => self.source_progress.push(progress),
             Action::Finish(outcome) => {
                 assert!(self.source_outcome.replace(outcome).is_none(), "the source ends once");
                 self.close();
             }
         }
+    }
+
+    fn write_source_record(&mut self, record: Record, rehearsal: bool) {
+        use source::Event;
+        let took = self.source_disk.next_took();
+        let event = if rehearsal {
+            let written = self.source_disk.rehearse(record);
+            written.map_or_else(Event::RehearsalFailed, |()| Event::RecordRehearsed { took })
+        } else {
+            let written = self.source_disk.write(record);
+            written.map_or_else(Event::RecordFailed, |()| Event::RecordWritten { took })
+        };
+        self.after(took, Due::Source(event));
     }
 
     fn next_dirty_pages(&mut self) -> PageBitmap {
