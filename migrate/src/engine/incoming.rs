@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use ferry_protocol::frame::Join;
 use ferry_protocol::target::Event;
 use ferry_protocol::{MemoryDigest, StreamIndex};
+use ferry_vmm::confine::{self, Role};
 use tokio::net::TcpStream;
 
 use crate::ports::TargetVm;
@@ -77,6 +78,7 @@ impl Streams {
         let part = Part { verify: self.verify, session: join.session, digest };
         let name = format!("ferry-recv-{}", index.number());
         let thread = std::thread::Builder::new().name(name).spawn(move || {
+            confine::enter(Role::Data);
             let report = |event| {
                 report(match event {
                     StreamEvent::Fence { fence, digest } => {

@@ -13,6 +13,7 @@ use ferry_protocol::page::Compression;
 use ferry_protocol::source::RoundSent;
 use ferry_protocol::streams::StreamTuner;
 use ferry_protocol::{ChunkIndex, MemoryDigest, MigrationId, PageBitmap, PageMask, StreamIndex};
+use ferry_vmm::confine::{self, Role};
 
 use super::encoders::{Encoders, Tools};
 use super::sender::Sender;
@@ -31,6 +32,8 @@ const IDLE_FOR: Duration = Duration::from_millis(1);
 
 /// What all streams of a migration share.
 pub(crate) struct SenderOptions {
+    /// How many threads pack, which a data thread could not find out.
+    pub(super) packers: usize,
     /// The target as the operator gave it.
     pub(crate) target: String,
     /// Where the first control connection led.
@@ -84,6 +87,7 @@ impl SenderOptions {
             counters,
             clock,
             sent,
+            packers: Encoders::threads(),
             encoders: Mutex::new(None),
             tuner,
             working,
@@ -122,7 +126,7 @@ impl SenderOptions {
             return Ok(Arc::clone(encoders));
         }
         let (pages, sent, clock) = (Arc::clone(&self.pages), Arc::clone(&self.sent), Arc::clone(&self.clock));
-        let started = Arc::new(Encoders::start(Tools { pages, sent, clock })?);
+        let started = Arc::new(Encoders::start(Tools { pages, sent, clock }, self.packers)?);
         Ok(Arc::clone(encoders.insert(started)))
     }
 
@@ -289,9 +293,10 @@ impl Senders {
             let digest = std::mem::take(&mut digest);
             let mut sender = Sender::new(options, socket, stream, verify, digest);
             let done = Arc::clone(done);
-            let thread = thread::Builder::new()
-                .name(format!("ferry-send-{number}"))
-                .spawn(move || sender.run(&rounds, &*done))?;
+            let thread = thread::Builder::new().name(format!("ferry-send-{number}")).spawn(move || {
+                confine::enter(Role::Data);
+                sender.run(&rounds, &*done);
+            })?;
             senders.threads.push(thread);
         }
         Ok(senders)

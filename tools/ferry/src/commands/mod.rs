@@ -14,7 +14,7 @@ use std::sync::Arc;
 use ferry_migrate::machine::MigratableMachine;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::host::{Life, VmHost};
+use crate::host::{Life, VmHost, confined};
 
 /// A line on standard output. That nobody reads any more must never cost a VM.
 pub(crate) fn out(line: impl std::fmt::Display) {
@@ -75,10 +75,15 @@ impl Signals {
 
 /// Stays until the VM is gone; a signal stops it.
 async fn stay(host: Arc<VmHost>, mut signals: Signals, json: bool) -> anyhow::Result<ExitCode> {
+    let mut refusals = confined::Refusals::default();
     loop {
         tokio::select! {
             () = host.until_ended() => break,
             () = signals.next() => {}
+            () = refusals.wait() => {
+                refusals.say();
+                continue;
+            }
         }
         let stopping = Arc::clone(&host);
         let stopped =
@@ -87,6 +92,7 @@ async fn stay(host: Arc<VmHost>, mut signals: Signals, json: bool) -> anyhow::Re
             err(format_args!("ferry: {}", refused.0));
         }
     }
+    refusals.say();
     let (text, failed) = match &*host.life() {
         Life::Ended { reason, failed } => (reason.clone(), *failed),
         Life::Gone { target, .. } => (format!("it has moved to {target}"), false),
