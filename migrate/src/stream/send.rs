@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -172,6 +172,8 @@ pub(super) struct Round {
     pub(super) paused: bool,
     /// Whether no round has reached the target yet.
     pub(super) first: bool,
+    /// The streams are being closed: there is nothing more to do.
+    closed: Arc<AtomicBool>,
     pub(super) gathered: Mutex<Gathered>,
 }
 
@@ -183,7 +185,7 @@ impl Round {
         options: &SenderOptions,
     ) -> Option<(ChunkIndex, PageMask)> {
         let page_count = self.pages.page_count();
-        loop {
+        while !self.closed.load(Ordering::Relaxed) {
             if !options.works(stream) {
                 // Only the first round is long enough to change one's mind in it. In any other a stream that waits would
                 // only keep the rest waiting for its fence.
@@ -200,6 +202,7 @@ impl Round {
                 return Some((chunk, mask));
             }
         }
+        None
     }
 }
 
@@ -255,6 +258,7 @@ pub(crate) struct Senders {
     queues: Vec<mpsc::Sender<Arc<Round>>>,
     sockets: Vec<TcpStream>,
     threads: Vec<JoinHandle<()>>,
+    closed: Arc<AtomicBool>,
 }
 
 impl Senders {
@@ -279,6 +283,7 @@ impl Senders {
             queues: Vec::new(),
             sockets: Vec::new(),
             threads: Vec::new(),
+            closed: Arc::default(),
         };
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
@@ -317,7 +322,15 @@ impl Senders {
             busy_max: Duration::ZERO,
             whole,
         });
-        let round = Arc::new(Round { pages, next: AtomicU64::new(0), fence, paused, first, gathered });
+        let round = Arc::new(Round {
+            pages,
+            next: AtomicU64::new(0),
+            fence,
+            paused,
+            first,
+            closed: Arc::clone(&self.closed),
+            gathered,
+        });
         self.options.interrupt_tuning();
         for queue in &self.queues {
             // A thread that has ended has said why through `done`.
@@ -331,6 +344,7 @@ impl Drop for Senders {
     /// Shuts the sockets, which ends whatever the threads are doing, and waits for them.
     fn drop(&mut self) {
         self.queues.clear();
+        self.closed.store(true, Ordering::Relaxed);
         for socket in &self.sockets {
             let _ = socket.shutdown(Shutdown::Both);
         }
