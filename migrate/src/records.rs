@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use ferry_protocol::record::RecordError;
 use ferry_protocol::{Record, VmId, VmName};
 
+use crate::fault::{self, RecordOf, RecordStep, Step};
 use crate::ports::{PortError, RecordStore};
 
 /// Why a record could not be read or written.
@@ -47,6 +48,9 @@ pub struct FileRecords {
 }
 
 const EXTENSION: &str = "record";
+
+/// Of the temporary file that becomes the record.
+const EXTENSION_NEW: &str = "record-new";
 
 impl FileRecords {
     /// The records of `name` in `folder`, which must exist.
@@ -90,14 +94,22 @@ impl FileRecords {
         move |source| RecordFileError::Io { action, path, source }
     }
 
-    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), RecordFileError> {
-        let temporary = path.with_extension("record-new");
+    fn write(&self, path: &Path, record: &Record) -> Result<(), RecordFileError> {
+        let at = |step| fault::try_point(Step::Record(RecordOf::from(&record.standing), step));
+        let temporary = path.with_extension(EXTENSION_NEW);
+        at(RecordStep::Begins).map_err(Self::io_error("create", &temporary))?;
         let mut file = File::create(&temporary).map_err(Self::io_error("create", &temporary))?;
-        file.write_all(bytes).map_err(Self::io_error("write", &temporary))?;
-        file.sync_all().map_err(Self::io_error("sync", &temporary))?;
-        fs::rename(&temporary, path).map_err(Self::io_error("replace", path))?;
-        File::open(&self.folder)
+        at(RecordStep::Created)
+            .and_then(|()| file.write_all(&record.encode()))
+            .map_err(Self::io_error("write", &temporary))?;
+        at(RecordStep::Written).and_then(|()| file.sync_all()).map_err(Self::io_error("sync", &temporary))?;
+        at(RecordStep::Synced)
+            .and_then(|()| fs::rename(&temporary, path))
+            .map_err(Self::io_error("replace", path))?;
+        at(RecordStep::Renamed)
+            .and_then(|()| File::open(&self.folder))
             .and_then(|folder| folder.sync_all())
+            .and_then(|()| at(RecordStep::Durable))
             .map_err(Self::io_error("sync the folder of", path))
     }
 
@@ -118,7 +130,7 @@ impl RecordStore for FileRecords {
     }
 
     fn store(&self, record: &Record) -> Result<(), PortError> {
-        Ok(self.write(&self.path(record.vm), &record.encode())?)
+        Ok(self.write(&self.path(record.vm), record)?)
     }
 }
 

@@ -18,6 +18,7 @@ use tokio::task::JoinHandle;
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::bandwidth::{Bandwidth, BandwidthCap};
+use crate::fault;
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
 use crate::report::StreamWork;
 use crate::stream::{SenderOptions, Senders, StreamSettings, TransferCounters};
@@ -266,6 +267,7 @@ impl Engine {
                     continue;
                 }
             };
+            fault::source_event(&event);
             self.core.handle(self.clock.now(), event);
         }
     }
@@ -312,6 +314,7 @@ impl Engine {
     }
 
     fn perform(&mut self, action: Action) {
+        fault::source_action(&action);
         match action {
             Action::Connect { delay } => self.connect(delay),
             Action::Send(message) => {

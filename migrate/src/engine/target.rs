@@ -20,6 +20,7 @@ use super::door::{Door, Knock, Link, STRANGERS_MAX, sort};
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
+use crate::fault;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
 use crate::stream::{ReceivedMemory, StreamEvent, receive_stream};
 use crate::transport::control::{ControlWriter, Incoming, UNHANDLED_MAX};
@@ -288,6 +289,7 @@ impl Attempt {
                 }
             };
             if let Some(event) = event {
+                fault::target_event(&event);
                 self.core.handle(self.clock.now(), event);
             }
         }
@@ -379,6 +381,7 @@ impl Attempt {
     }
 
     fn perform(&mut self, action: Action) {
+        fault::target_action(&action);
         match action {
             Action::Send(message) => self.connection.writer.send(&message),
             Action::WriteRecord(record) => self.write_record(record),
