@@ -237,7 +237,9 @@ impl Attempt {
         let now = receiver.clock.now();
         let mut core = Target::new(config, now);
         let (vm, migration) = (hello.vm, hello.migration);
-        core.handle(now, Event::Message(Message::Hello(hello)));
+        let greeted = Event::Message(Message::Hello(hello));
+        fault::target_event(&greeted);
+        core.handle(now, greeted);
         let (events, inbox) = mpsc::unbounded_channel();
         let connection = connect(link, 0, &events);
         Ok(Self {
