@@ -12,6 +12,7 @@ use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
 use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, StreamIndex, VmId, VmName};
+use ferry_vmm::confine::{self, Role};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -586,6 +587,7 @@ fn receive_on(
     let (pages, received, verify) = (streams.vm.pages(), Arc::clone(&streams.received), streams.verify);
     let name = format!("ferry-recv-{}", index.number());
     let thread = std::thread::Builder::new().name(name).spawn(move || {
+        confine::enter(Role::Data);
         let report = |event| {
             let event = match event {
                 StreamEvent::Fence { fence, digest } => Event::FenceReached { stream: index, fence, digest },

@@ -11,6 +11,7 @@ use ferry_migrate::ListenAddress;
 use ferry_migrate::protocol::VmName;
 use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
+use ferry_vmm::confine::Seccomp;
 use ferry_vmm::{Backing, CpuProfile, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
 
 use crate::cpu_profile::cpu_profile;
@@ -128,6 +129,10 @@ pub(crate) struct RunArgs {
     /// Where the serial console goes
     #[arg(long, default_value = "stdio", value_parser = serial, value_name = "stdio|pty|socket=PATH|file=PATH|null")]
     pub(crate) serial: SerialTarget,
+    /// What becomes of system calls that the VM's host process has no use for: 'on' refuses and counts them ('ferry info'), 'log' carries
+    /// them out and has the kernel log them
+    #[arg(long, value_enum, default_value_t = SeccompArg::On, value_name = "on|log|off")]
+    pub(crate) seccomp: SeccompArg,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
     pub(crate) exit_with_stdin: bool,
@@ -160,6 +165,10 @@ pub(crate) struct ReceiveArgs {
     /// Where the serial console goes
     #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|pty|socket=PATH|file=PATH|null")]
     pub(crate) serial: SerialTarget,
+    /// What becomes of system calls that the VM's host process has no use for: 'on' refuses and counts them ('ferry info'), 'log' carries
+    /// them out and has the kernel log them
+    #[arg(long, value_enum, default_value_t = SeccompArg::On, value_name = "on|log|off")]
+    pub(crate) seccomp: SeccompArg,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
     pub(crate) exit_with_stdin: bool,
@@ -198,6 +207,26 @@ pub(crate) enum SwitchArg {
     On,
     /// It is left out
     Off,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SeccompArg {
+    /// They are refused and counted
+    On,
+    /// They are carried out, and the kernel logs them
+    Log,
+    /// There is no filter
+    Off,
+}
+
+impl From<SeccompArg> for Seccomp {
+    fn from(arg: SeccompArg) -> Self {
+        match arg {
+            SeccompArg::On => Self::On,
+            SeccompArg::Log => Self::Log,
+            SeccompArg::Off => Self::Off,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
