@@ -51,8 +51,11 @@ impl Census {
             }
         }
         for file in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-            if let Ok(target) = fs::read_link(file.path()) {
-                *files.entry(kind(&target.to_string_lossy())).or_default() += 1;
+            let Ok(target) = fs::read_link(file.path()) else { continue };
+            let kind = kind(&target.to_string_lossy());
+            // Opened by a machine's first migration and kept with its memory.
+            if !kind.ends_with("/pagemap") {
+                *files.entry(kind).or_default() += 1;
             }
         }
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;

@@ -40,7 +40,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     let program = program::with_fault_points()?;
     let seed = match cli.seed {
         Some(seed) => seed,
-        None => u64::from(getrandom::u32()?),
+        None => u64::from(getrandom::u32().map_err(|error| anyhow::anyhow!("no random seed: {error}"))?),
     };
     let numbers: Vec<u64> = if cli.only.is_empty() { (0..cli.count).collect() } else { cli.only.clone() };
     println!("faults: seed {seed}, {} faults, {} at a time", numbers.len(), cli.jobs);

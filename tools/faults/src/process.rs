@@ -171,7 +171,7 @@ impl Process {
     pub fn last_words(&self) -> String {
         let lines = self.lines();
         let last = &lines[lines.len().saturating_sub(4)..];
-        let shorten = |line: &String| line.chars().take(400).collect::<String>();
+        let shorten = |line: &String| line.chars().take(200).collect::<String>();
         let last: Vec<String> = last.iter().map(shorten).collect();
         format!("{} said: {} | {}", self.what, last.join(" / "), locked(&self.errors).trim())
     }
