@@ -79,6 +79,20 @@ impl FileRecords {
         Ok(records)
     }
 
+    /// Removes what a process that was killed while it wrote a record of the name has left: never the record itself, and
+    /// nothing that anybody reads. Only for whoever alone may write records of the name.
+    pub fn remove_unfinished(&self) {
+        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|extension| extension == EXTENSION_NEW)
+                && self.is_ours(&path.with_extension(EXTENSION))
+            {
+                // It is as harmless as it is useless.
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+
     fn path(&self, vm: VmId) -> PathBuf {
         self.folder.join(format!("{}.{vm}.{EXTENSION}", self.name))
     }
@@ -172,6 +186,21 @@ mod tests {
         other.store(&record(5)).unwrap();
         assert_eq!(records.all().unwrap().len(), 2);
         assert_eq!(other.all().unwrap(), [record(5)]);
+    }
+
+    #[test]
+    fn what_a_killed_writer_has_left_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let records = records(folder.path());
+        records.store(&record(1)).unwrap();
+        let unfinished = records.path(VmId([3; 16])).with_extension(EXTENSION_NEW);
+        let of_another = FileRecords::new(folder.path().to_owned(), "we".parse().unwrap());
+        let of_another = of_another.path(VmId([3; 16])).with_extension(EXTENSION_NEW);
+        fs::write(&unfinished, "half").unwrap();
+        fs::write(&of_another, "half").unwrap();
+        records.remove_unfinished();
+        assert!(!unfinished.exists() && of_another.exists());
+        assert_eq!(records.all().unwrap(), [record(1)]);
     }
 
     #[test]

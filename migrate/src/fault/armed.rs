@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `kill` | SIGKILL |
 //! | `stop` | SIGSTOP; whoever watches continues it |
-//! | `hold=PATH` | the step's name goes to the Unix socket PATH, and the thread waits for a byte or the end |
+//! | `hold=PATH` | the step's name goes to the Unix socket PATH, and the thread waits for a byte or the end; it is connected to at the first step of all, because not every thread may |
 //! | `fail` | the step fails with "no space left on device", where it can |
 //! | `damage` | a page that has just arrived is changed, at `target-frame-arrives` |
 //!
@@ -39,7 +39,7 @@ enum Action {
     Damage,
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Fault {
     step: Step,
     nth: u64,
@@ -70,6 +70,8 @@ fn parse_one(text: &str) -> Result<Fault, String> {
 
 struct Points {
     faults: Vec<Fault>,
+    /// Connections to those who will hold this process.
+    holders: Mutex<HashMap<PathBuf, UnixStream>>,
     log: Option<File>,
     reached: Mutex<HashMap<Step, u64>>,
 }
@@ -79,7 +81,15 @@ impl Points {
         let faults = parse(&std::env::var(FAULTS).unwrap_or_default())?;
         let open = |path| OpenOptions::new().append(true).create(true).open(path);
         let log = std::env::var_os(LOG).map(open).transpose().map_err(|error| error.to_string())?;
-        Ok(Self { faults, log, reached: Mutex::default() })
+        let mut holders = HashMap::new();
+        for fault in &faults {
+            if let Action::Hold(path) = &fault.action {
+                let stream =
+                    UnixStream::connect(path).map_err(|error| format!("{}: {error}", path.display()))?;
+                holders.insert(path.clone(), stream);
+            }
+        }
+        Ok(Self { faults, holders: Mutex::new(holders), log, reached: Mutex::default() })
     }
 
     /// Counts that `step` is reached, and says what shall happen.
@@ -98,16 +108,15 @@ impl Points {
     }
 }
 
-fn reach(step: Step) -> Option<&'static Action> {
+fn points() -> &'static Points {
     static POINTS: OnceLock<Points> = OnceLock::new();
-    let points = POINTS.get_or_init(|| {
+    POINTS.get_or_init(|| {
         Points::from_environment().unwrap_or_else(|why| {
             // A test that names a fault that there is not must not pass because nothing happens.
             eprintln!("ferry: {FAULTS}: {why}");
             std::process::abort();
         })
-    });
-    points.reach(step)
+    })
 }
 
 fn signal(signal: Signal) {
@@ -116,11 +125,11 @@ fn signal(signal: Signal) {
 }
 
 fn hold(path: &PathBuf, step: Step) {
-    let held = UnixStream::connect(path).and_then(|mut stream| {
-        stream.write_all(format!("{step}\n").as_bytes())?;
-        stream.read(&mut [0])
-    });
-    if let Err(error) = held {
+    let holder = points().holders.lock().unwrap_or_else(PoisonError::into_inner).remove(path);
+    let Some(mut holder) = holder else { return };
+    let mut hold = || holder.write_all(format!("{step}\n").as_bytes()).and_then(|()| holder.read(&mut [0]));
+    // Only what comes to the step is held, not the connections that the same thread of the runtime looks after.
+    if let Err(error) = tokio::task::block_in_place(&mut hold) {
         tracing::warn!("nobody holds this process at {step} through {}: {error}", path.display());
     }
 }
@@ -132,7 +141,7 @@ pub(crate) fn point(step: Step) {
 
 /// A step is reached that can fail.
 pub(crate) fn try_point(step: Step) -> io::Result<()> {
-    match reach(step) {
+    match points().reach(step) {
         Some(Action::Kill) => signal(Signal::SIGKILL),
         Some(Action::Stop) => signal(Signal::SIGSTOP),
         Some(Action::Hold(path)) => hold(path, step),
@@ -144,7 +153,7 @@ pub(crate) fn try_point(step: Step) -> io::Result<()> {
 
 /// A step is reached; whether what it has done shall be damaged.
 pub(crate) fn damages(step: Step) -> bool {
-    match reach(step) {
+    match points().reach(step) {
         Some(Action::Damage) => return true,
         Some(Action::Kill) => signal(Signal::SIGKILL),
         Some(Action::Stop) => signal(Signal::SIGSTOP),
@@ -279,7 +288,7 @@ mod tests {
     #[test]
     fn a_fault_happens_once() {
         let faults = parse("source-pauses:2:fail").unwrap();
-        let points = Points { faults, log: None, reached: Mutex::default() };
+        let points = Points { faults, holders: Mutex::default(), log: None, reached: Mutex::default() };
         let step = Step::Source(SourceStep::Pauses);
         let happens: Vec<bool> = (0..4).map(|_| points.reach(step).is_some()).collect();
         assert_eq!(happens, [false, true, false, false]);

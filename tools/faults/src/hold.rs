@@ -4,21 +4,21 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 /// A socket for one process that is to be held.
 #[derive(Debug)]
 pub struct Hold {
     listener: UnixListener,
     path: PathBuf,
+    /// The process's, from its first step on.
+    stream: Option<UnixStream>,
 }
 
 /// A process that is held. Dropping it lets it go on.
 #[derive(Debug)]
 pub struct Held {
     stream: UnixStream,
-    /// Where it is held.
-    pub step: String,
 }
 
 impl Hold {
@@ -29,7 +29,7 @@ impl Hold {
     pub fn new(path: PathBuf) -> anyhow::Result<Self> {
         let listener = UnixListener::bind(&path).with_context(|| path.display().to_string())?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, path })
+        Ok(Self { listener, path, stream: None })
     }
 
     /// Where the process is to connect.
@@ -38,23 +38,32 @@ impl Hold {
         &self.path
     }
 
-    /// The process, once it is there.
+    /// The process, once it is held.
     ///
     /// # Errors
-    /// If the socket fails.
-    pub fn held(&self) -> anyhow::Result<Option<Held>> {
-        let mut stream = match self.listener.accept() {
-            Ok((stream, _)) => stream,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
-            Err(error) => return Err(error.into()),
+    /// If the socket fails, or the process has ended.
+    pub fn held(&mut self) -> anyhow::Result<Option<Held>> {
+        let mut stream = match self.stream.take() {
+            Some(stream) => stream,
+            None => match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error.into()),
+            },
         };
-        stream.set_nonblocking(false)?;
-        let mut step = String::new();
-        let mut byte = [0];
-        while stream.read(&mut byte)? == 1 && byte != *b"\n" {
-            step.push(char::from(byte[0]));
+        stream.set_nonblocking(true)?;
+        match stream.read(&mut [0; 64]) {
+            Ok(0) => bail!("the process has ended"),
+            Ok(_) => {
+                stream.set_nonblocking(false)?;
+                Ok(Some(Held { stream }))
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.stream = Some(stream);
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
         }
-        Ok(Some(Held { stream, step }))
     }
 }
 

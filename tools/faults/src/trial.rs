@@ -152,7 +152,7 @@ impl<'a> Trial<'a> {
 
     /// Cancels the migration when its first round is over.
     fn cancel(&mut self) -> anyhow::Result<()> {
-        let hold = &self.hold_for_cancel;
+        let hold = &mut self.hold_for_cancel;
         let held = wait_for("the end of the first round", STRIKE_PATIENCE, || hold.held())?;
         let mut cancelling = self.source.cancel()?;
         // It has asked as soon as it hears of what has happened so far.

@@ -300,6 +300,10 @@ impl Trial<'_> {
     fn is_well(&mut self, side: Side) -> anyhow::Result<()> {
         let host = self.host(side);
         host.until_state(&["running"], PATIENCE)?;
+        let refused = &host.get("/api/v1/vm")?["refused_system_calls"];
+        if refused.as_array().is_some_and(|calls| !calls.is_empty()) {
+            bail!("ferry's own filters refused what it needs: {refused}");
+        }
         let report = |host: &crate::host::Host<'_>| host.get("/api/v1/guest");
         let first = report(host)?["heartbeats"].as_u64().context("no heartbeats")?;
         let last: Value = wait_for("heartbeats", PATIENCE, || {
