@@ -149,8 +149,6 @@ impl<'a> Host<'a> {
         let what = format!("'ferry {}' at the {}", arguments[0], self.side);
         let mut process = Process::start(&what, self.namespace, self.command(arguments))?;
         let code = process.end(PATIENCE)?.code();
-        // Its pipes are read to their end a moment after its own.
-        std::thread::sleep(Duration::from_millis(20));
         Ok((code, process.last_words()))
     }
 

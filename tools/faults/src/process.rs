@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -47,6 +47,7 @@ pub struct Process {
     child: Child,
     ended: Option<ExitStatus>,
     _stdin: Option<ChildStdin>,
+    readers: Vec<JoinHandle<()>>,
     lines: Arc<Mutex<Vec<String>>>,
     errors: Arc<Mutex<String>>,
 }
@@ -67,21 +68,20 @@ impl Process {
         let mut stderr = child.stderr.take().context("a pipe is missing")?;
         let (lines, errors) = (Arc::<Mutex<Vec<String>>>::default(), Arc::<Mutex<String>>::default());
         let (all_lines, all_errors) = (Arc::clone(&lines), Arc::clone(&errors));
-        thread::spawn(move || {
-            BufReader::new(stdout)
-                .lines()
-                .map_while(Result::ok)
-                .for_each(|line| locked(&all_lines).push(line));
+        let reads_lines = thread::spawn(move || {
+            let keep = |line| locked(&all_lines).push(line);
+            BufReader::new(stdout).lines().map_while(Result::ok).for_each(keep);
         });
-        thread::spawn(move || {
+        let reads_errors = thread::spawn(move || {
             let mut bytes = [0; 4096];
             while let Ok(count @ 1..) = stderr.read(&mut bytes) {
                 let text: &mut String = &mut locked(&all_errors);
                 text.push_str(&String::from_utf8_lossy(&bytes[..count]));
             }
         });
+        let readers = vec![reads_lines, reads_errors];
         let stdin = child.stdin.take();
-        Ok(Self { what: what.to_owned(), child, ended: None, _stdin: stdin, lines, errors })
+        Ok(Self { what: what.to_owned(), child, ended: None, _stdin: stdin, readers, lines, errors })
     }
 
     /// Its process id.
@@ -97,6 +97,10 @@ impl Process {
     pub fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
         if self.ended.is_none() {
             self.ended = self.child.try_wait()?;
+            if self.ended.is_some() {
+                // Its pipes have closed with it; what it said last is to be there.
+                self.readers.drain(..).for_each(|reader| drop(reader.join()));
+            }
         }
         Ok(self.ended)
     }
