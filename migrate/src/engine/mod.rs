@@ -3,6 +3,7 @@
 //! Decisions are the core's; what stands here is plumbing: tasks, threads, channels.
 
 mod door;
+mod incoming;
 pub mod source;
 pub mod target;
 mod vm_worker;

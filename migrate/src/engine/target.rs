@@ -3,7 +3,6 @@
 //! Whatever knocks is sorted by its first bytes: a control connection, a data stream of the migration under way,
 //! or neither. Garbage, strangers and failed attempts leave the receiver as it was, ready for the next one.
 
-use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,22 +10,20 @@ use std::time::Duration;
 use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
-use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, StreamIndex, VmId, VmName};
-use ferry_vmm::confine::{self, Role};
+use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, VmId, VmName};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::door::{Door, Knock, Link, STRANGERS_MAX, sort};
+use super::incoming::Streams;
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
 use crate::fault;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
-use crate::stream::{ReceivedMemory, StreamEvent, receive_stream};
 use crate::transport::control::{ControlWriter, Incoming, UNHANDLED_MAX};
 use crate::transport::endpoint::ListenAddress;
-use crate::transport::tcp;
 
 /// What the caller of [`Receiver::bind`] chooses.
 #[derive(Debug, Clone)]
@@ -180,31 +177,6 @@ struct Connection {
     reader: JoinHandle<()>,
 }
 
-/// The data streams that the migration under way expects.
-struct Streams {
-    vm: Arc<dyn TargetVm>,
-    count: u16,
-    /// Whether they take digests.
-    verify: bool,
-    /// What arrived by any of them.
-    received: Arc<ReceivedMemory>,
-    joined: Vec<bool>,
-    sockets: Vec<std::net::TcpStream>,
-    threads: Vec<std::thread::JoinHandle<()>>,
-}
-
-impl Streams {
-    /// Shuts the sockets, which ends the threads; what is returned waits for them.
-    fn end(&mut self) -> impl FnOnce() + Send + use<> {
-        for socket in self.sockets.drain(..) {
-            let _ = socket.shutdown(Shutdown::Both);
-        }
-        let threads = std::mem::take(&mut self.threads);
-        // A thread's panic is a stream that ended, which it had no way to report.
-        move || threads.into_iter().for_each(|thread| drop(thread.join()))
-    }
-}
-
 /// One migration from `Hello` to its end.
 struct Attempt {
     core: Target,
@@ -217,7 +189,7 @@ struct Attempt {
     worker: VmWorker,
     events: mpsc::UnboundedSender<Happened>,
     inbox: mpsc::UnboundedReceiver<Happened>,
-    connection: Connection,
+    connection: Option<Connection>,
     connection_number: u64,
     /// What the source has handed over, until a machine is built on it.
     memory: Option<OwnedFd>,
@@ -254,7 +226,7 @@ impl Attempt {
             worker: VmWorker::start()?,
             events,
             inbox,
-            connection,
+            connection: Some(connection),
             connection_number: 0,
             memory: None,
             streams: None,
@@ -272,6 +244,7 @@ impl Attempt {
     ) -> Ended {
         loop {
             while let Some(action) = self.core.poll_action() {
+                fault::target_action(&action);
                 self.perform(action);
             }
             if let Some(outcome) = self.outcome.take() {
@@ -322,10 +295,7 @@ impl Attempt {
                         sentence: sentence.to_owned(),
                     });
                 }
-                let joined = vec![false; usize::from(count)];
-                let (sockets, threads) = (Vec::new(), Vec::new());
-                let received = Arc::new(ReceivedMemory::new(vm.pages().layout().page_count()));
-                self.streams = Some(Streams { vm, count, verify, received, joined, sockets, threads });
+                self.streams = Some(Streams::new(vm, count, verify));
                 Some(Event::MachineBuilt)
             }
             Happened::Built(Err(refusal)) => {
@@ -341,7 +311,9 @@ impl Attempt {
             Knock::Hello(hello, link) if self.core.resumed_by(&hello) => {
                 self.connection_number += 1;
                 let connection = connect(link, self.connection_number, &self.events);
-                std::mem::replace(&mut self.connection, connection).reader.abort();
+                if let Some(old) = self.connection.replace(connection) {
+                    old.reader.abort();
+                }
                 Some(Event::Reconnected)
             }
             Knock::Hello(hello, link)
@@ -365,28 +337,35 @@ impl Attempt {
     /// Takes a data stream, if it belongs to this migration and has not joined before.
     fn join(&mut self, join: Join, stream: TcpStream) -> Option<Event> {
         let streams = self.streams.as_mut().filter(|_| join.migration == self.migration)?;
-        let index = StreamIndex::new(join.stream, streams.count)?;
-        let joined = streams.joined.get_mut(usize::from(join.stream))?;
-        if std::mem::replace(joined, true) {
-            return None;
-        }
-        match receive_on(stream, streams, index, self.events.clone()) {
-            Ok((socket, thread)) => {
-                streams.sockets.push(socket);
-                streams.threads.push(thread);
-                None
-            }
-            Err(error) => Some(Event::StreamFailed {
-                code: AbortCode::Internal,
-                sentence: format!("data stream {} can't be taken: {error}", join.stream),
-            }),
-        }
+        let events = self.events.clone();
+        let report = move |event| drop(events.send(Happened::Core(event)));
+        let error = streams.take(&join, stream, report).err()?;
+        Some(Event::StreamFailed {
+            code: AbortCode::Internal,
+            sentence: format!("data stream {} can't be taken: {error}", join.stream),
+        })
     }
 
     fn perform(&mut self, action: Action) {
-        fault::target_action(&action);
         match action {
-            Action::Send(message) => self.connection.writer.send(&message),
+            Action::Send(message) => {
+                if let Some(connection) = &self.connection {
+                    connection.writer.send(&message);
+                }
+            }
+            Action::EndStreams => self.interrupt_streams(),
+            Action::ExpectStreams { session, digest } => {
+                if let Some(streams) = &mut self.streams {
+                    streams.expect(session, digest);
+                }
+            }
+            Action::HangUp => {
+                self.connection_number += 1;
+                if let Some(Connection { writer, reader }) = self.connection.take() {
+                    reader.abort();
+                    drop(writer);
+                }
+            }
             Action::WriteRecord(record) => self.write_record(record),
             Action::RehearseRecord(record) => self.rehearse_record(record),
             Action::BuildMachine { description, layout, streams, verify } => {
@@ -508,11 +487,28 @@ impl Attempt {
         tokio::spawn(announce::announce(Arc::clone(&streams.vm), network));
     }
 
+    /// Ends the streams and finds out what they have brought.
+    fn interrupt_streams(&mut self) {
+        let Some(streams) = &mut self.streams else { return };
+        let interrupt = streams.interrupt();
+        let (events, panicked) = (self.events.clone(), self.events.clone());
+        self.worker.run(
+            move || drop(events.send(Happened::Core(interrupt()))),
+            move || drop(panicked.send(Happened::Core(Event::RestoreFailed(PANICKED.to_owned())))),
+        );
+    }
+
     /// Ends the streams: nothing a peer sends from now on may reach guest memory. Jobs on the VM that are queued
     /// afterwards find their threads gone.
     fn end_streams(&mut self) {
         if let Some(streams) = &mut self.streams {
-            self.worker.run(streams.end(), || {});
+            let end = streams.end();
+            self.worker.run(
+                move || {
+                    end();
+                },
+                || {},
+            );
         }
     }
 
@@ -534,9 +530,10 @@ impl Attempt {
                 vm.discard();
             }
         }
-        let Connection { writer, reader } = self.connection;
-        let _ = tokio::time::timeout(CLOSE_TIMEOUT, writer.finish()).await;
-        reader.abort();
+        if let Some(Connection { writer, reader }) = self.connection {
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, writer.finish()).await;
+            reader.abort();
+        }
         match (outcome, streams) {
             (Outcome::Discarded { reason }, _) => Ended::Discarded { reason, newer: self.newer },
             (outcome @ Outcome::Running { digest, .. }, Some(streams)) => {
@@ -572,33 +569,4 @@ fn connect(link: Link, number: u64, events: &mpsc::UnboundedSender<Happened>) ->
         }
     });
     Connection { writer, reader }
-}
-
-/// Starts a stream's thread; gives it back with its socket for shutting it.
-fn receive_on(
-    stream: TcpStream,
-    streams: &Streams,
-    index: StreamIndex,
-    events: mpsc::UnboundedSender<Happened>,
-) -> std::io::Result<(std::net::TcpStream, std::thread::JoinHandle<()>)> {
-    let socket = stream.into_std()?;
-    tcp::set_up_data(&socket, None)?;
-    let handle = socket.try_clone()?;
-    let (pages, received, verify) = (streams.vm.pages(), Arc::clone(&streams.received), streams.verify);
-    let name = format!("ferry-recv-{}", index.number());
-    let thread = std::thread::Builder::new().name(name).spawn(move || {
-        confine::enter(Role::Data);
-        let report = |event| {
-            let event = match event {
-                StreamEvent::Fence { fence, digest } => Event::FenceReached { stream: index, fence, digest },
-                StreamEvent::Failed(error) => Event::StreamFailed {
-                    code: error.code(),
-                    sentence: format!("data stream {}: {error}", index.number()),
-                },
-            };
-            let _ = events.send(Happened::Core(event));
-        };
-        receive_stream(socket, pages, received, verify, &report);
-    })?;
-    Ok((handle, thread))
 }

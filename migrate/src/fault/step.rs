@@ -37,6 +37,8 @@ steps! {
         StreamFailed,
         /// It is about to close them.
         ClosesStreams,
+        /// It is about to connect new ones, after the link broke.
+        ReopensStreams,
         /// The dirty log is about to be switched on.
         StartsDirtyLog,
         /// It is on.
@@ -95,6 +97,14 @@ steps! {
         StreamFailed,
         /// The control connection is lost.
         Disconnected,
+        /// The streams are about to be ended, because the link broke.
+        EndsStreams,
+        /// They have ended.
+        StreamsEnded,
+        /// It is about to let in new ones.
+        ExpectsStreams,
+        /// It is about to close the control connection.
+        HangsUp,
         /// The source is back.
         Reconnected,
         /// Frames that queued for the guest are about to be forgotten.

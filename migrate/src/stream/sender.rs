@@ -29,7 +29,7 @@ use ferry_protocol::{ChunkIndex, MemoryDigest, PageMask, PageRange, StreamIndex,
 use ferry_vmm::tcp_busy_time;
 use socket2::SockRef;
 
-use super::encoders::{Done, Encoders, Job};
+use super::encoders::{Done, Job};
 use super::send::{Round, STALL_MAX, SenderOptions};
 use crate::bandwidth::{Pieces, Waits};
 use crate::fault::{self, SourceStep, Step};
@@ -96,10 +96,11 @@ impl Sender {
         socket: TcpStream,
         stream: StreamIndex,
         verify: bool,
+        digest: MemoryDigest,
     ) -> Self {
         let now = options.clock.now();
         let streams = usize::from(options.streams);
-        let packers = Encoders::threads().div_ceil(streams);
+        let packers = options.packers.div_ceil(streams);
         let (reply, ready) = mpsc::channel();
         let within_host = tcp::is_within_host(&socket);
         Self {
@@ -113,7 +114,7 @@ impl Sender {
                 within_host,
             ),
             round: RoundSent::default(),
-            digest: MemoryDigest::ZERO,
+            digest,
             capped: true,
             verify,
             waits: Waits::default(),
@@ -166,14 +167,14 @@ impl Sender {
         self.packing = PackingWork::default();
         let busy_before = tcp_busy_time(self.socket.as_fd());
         self.window = Window { began: self.options.clock.now(), bytes: 0, writing: Duration::ZERO };
-        let again = round.fence > 1;
+        let again = !round.first;
         if again && self.stream.number() == 0 && self.options.sent.is_short() {
             self.make_room(round);
         }
         while let Some((chunk, mask)) = round.next(self.stream, &self.options) {
             let mask = if again { mask } else { self.touched(chunk, mask) };
             if !mask.is_empty() {
-                fault::point(Step::Source(SourceStep::ChunkSends));
+                fault::try_point(Step::Source(SourceStep::ChunkSends))?;
                 self.send_chunk(chunk, mask, again)?;
             }
         }
@@ -213,7 +214,7 @@ impl Sender {
         self.options.counters.add(self.stream, &work);
     }
 
-    /// The pages of the first round that need to travel: what was never touched is zero on both sides. The round's
+    /// The pages of the first round (and of what is left of it if the link broke) that need to travel: what was never touched is zero on both sides. The round's
     /// dirty log has been read, and thereby reset, before, so that a page that is touched from now on comes again.
     fn touched(&mut self, chunk: ChunkIndex, mask: PageMask) -> PageMask {
         let touched = self.options.pages.touched(chunk);

@@ -121,14 +121,15 @@ impl<'a> Host<'a> {
         self.hosts(&["receive", "--name", NAME, "--listen", &address, "--net", &net], faults, "listening")
     }
 
-    /// Starts `ferry migrate` from here to `target`.
+    /// Starts `ferry migrate` from here to `target`, whose link is made again within `reconnect`.
     ///
     /// # Errors
     /// If it can't be started.
-    pub fn migrate(&self, target: &str) -> anyhow::Result<Process> {
+    pub fn migrate(&self, target: &str, reconnect: &str) -> anyhow::Result<Process> {
         // A guest that dirties little fits any budget; what is looked at here is not how long it takes.
         let arguments = ["migrate", NAME, "--to", target, "--downtime", "10s", "--timeout", "60s"];
-        let command = self.command(&[&arguments[..], &["--streams", "2", "--json"]].concat());
+        let command =
+            self.command(&[&arguments[..], &["--streams", "2", "--reconnect", reconnect, "--json"]].concat());
         Process::start(&format!("'ferry migrate' at the {}", self.side), self.namespace, command)
     }
 

@@ -14,6 +14,8 @@ pub struct Place {
     pub side: Side,
     /// At which step.
     pub step: Step,
+    /// At the how manieth time at first, from 1.
+    pub nth_min: u64,
     /// How often a migration comes to it at least.
     pub nth_max: u64,
     /// What has to go wrong before.
@@ -21,9 +23,10 @@ pub struct Place {
 }
 
 /// What the source says and hears when all goes well, in order.
-const SOURCE_SAYS: [MessageType; 8] = [
+const SOURCE_SAYS: [MessageType; 9] = [
     MessageType::Hello,
     MessageType::Describe,
+    MessageType::KeepFor,
     MessageType::Ping,
     MessageType::Rehearse,
     MessageType::Stopping,
@@ -88,7 +91,9 @@ const TARGET_DOES: [(TargetStep, u64); 13] = [
 #[must_use]
 pub fn all() -> Vec<Place> {
     let mut places = Vec::new();
-    let mut add = |side, step, nth_max, before| places.push(Place { side, step, nth_max, before });
+    let mut add = |side, step, nth_max, before| {
+        places.push(Place { side, step, nth_min: 1, nth_max, before });
+    };
     let none = Before::Nothing;
     for (says, side) in [(&SOURCE_SAYS[..], Side::Source), (&TARGET_SAYS[..], Side::Target)] {
         for message in says {
@@ -109,7 +114,38 @@ pub fn all() -> Vec<Place> {
     SOURCE_DOES.iter().for_each(|(step, nth)| add(Side::Source, Step::Source(*step), *nth, none));
     TARGET_DOES.iter().for_each(|(step, nth)| add(Side::Target, Step::Target(*step), *nth, none));
     after_failures(&mut add);
+    after_a_broken_link(&mut places);
     places
+}
+
+/// Places that are only come to once the link has broken: the migration is taken up again.
+fn after_a_broken_link(places: &mut Vec<Place>) {
+    let (source, target) = (Side::Source, Side::Target);
+    let first = [
+        (source, Step::Source(SourceStep::StreamFailed)),
+        (source, Step::Source(SourceStep::ClosesStreams)),
+        (source, Step::Sends(MessageType::Resume)),
+        (source, Step::Sent(MessageType::Resume)),
+        (source, Step::Receives(MessageType::Arrived)),
+        (source, Step::Source(SourceStep::ReopensStreams)),
+        (target, Step::Target(TargetStep::EndsStreams)),
+        (target, Step::Target(TargetStep::StreamsEnded)),
+        (target, Step::Target(TargetStep::Reconnected)),
+        (target, Step::Receives(MessageType::Resume)),
+        (target, Step::Target(TargetStep::ExpectsStreams)),
+        (target, Step::Sends(MessageType::Arrived)),
+        (target, Step::Sent(MessageType::Arrived)),
+    ];
+    let second = [
+        (source, Step::Source(SourceStep::Connects)),
+        (source, Step::Source(SourceStep::Connected)),
+        (source, Step::Sends(MessageType::Hello)),
+        (source, Step::Source(SourceStep::StreamsOpened)),
+    ];
+    let before = Before::LinkBroken;
+    let first = first.into_iter().map(|(side, step)| Place { side, step, nth_min: 1, nth_max: 1, before });
+    let second = second.into_iter().map(|(side, step)| Place { side, step, nth_min: 2, nth_max: 2, before });
+    places.extend(first.chain(second));
 }
 
 /// Places that are only come to once something has failed.

@@ -76,6 +76,8 @@ pub enum Effect {
     Cut(Cut, Duration),
     /// The link is cut until both sides have noticed.
     CutForLong(Cut),
+    /// The link is cut until the source tries to make it again.
+    CutUntilNoticed(Cut),
 }
 
 impl Effect {
@@ -89,6 +91,16 @@ impl Effect {
             Self::StallPeer(_) => "peer stalled",
             Self::Cut(..) => "cut",
             Self::CutForLong(_) => "long cut",
+            Self::CutUntilNoticed(_) => "noticed cut",
+        }
+    }
+
+    /// Whether a migration must get over it.
+    #[must_use]
+    pub const fn is_passing(self) -> bool {
+        match self {
+            Self::Stall(_) | Self::StallPeer(_) | Self::Cut(..) | Self::CutUntilNoticed(_) => true,
+            Self::Kill | Self::KillPeer | Self::CutForLong(_) => false,
         }
     }
 }
@@ -106,9 +118,20 @@ pub enum Before {
     NoSpaceAtTarget,
     /// The operator cancels when the first round is over.
     Cancelled,
+    /// A data stream breaks in the first round, so that the link has to be made again.
+    LinkBroken,
 }
 
 impl Before {
+    /// Whether a migration must get over it.
+    #[must_use]
+    pub const fn is_passing(self) -> bool {
+        match self {
+            Self::Nothing | Self::LinkBroken => true,
+            Self::PageDamaged | Self::NoSpaceAtSource | Self::NoSpaceAtTarget | Self::Cancelled => false,
+        }
+    }
+
     /// The fault that this is, and in which process.
     #[must_use]
     pub const fn fault(self) -> Option<(Side, &'static str)> {
@@ -116,6 +139,7 @@ impl Before {
             Self::Nothing | Self::Cancelled => None,
             Self::PageDamaged => Some((Side::Target, "target-frame-arrives:2:damage")),
             Self::NoSpaceAtSource => Some((Side::Source, "record-committed-written:1:fail")),
+            Self::LinkBroken => Some((Side::Source, "source-chunk-sends:4:fail")),
             Self::NoSpaceAtTarget => Some((Side::Target, "record-running-written:1:fail")),
         }
     }
@@ -179,8 +203,9 @@ fn effect(which: u64, random: &mut ChaCha8Rng) -> Effect {
         9 => Effect::Cut(Cut::TowardsTarget, time),
         10 => Effect::Cut(Cut::TowardsSource, time),
         _ => {
-            let ways = [Cut::TowardsTarget, Cut::TowardsSource];
-            Effect::CutForLong(ways[usize::from(random.random_bool(0.5))])
+            let ways = [Cut::TowardsTarget, Cut::TowardsSource, Cut::BothWays, cable];
+            let way = ways[random.random_range(0..ways.len())];
+            if random.random_bool(0.5) { Effect::CutForLong(way) } else { Effect::CutUntilNoticed(way) }
         }
     }
 }
@@ -195,13 +220,13 @@ pub fn fault(seed: u64, number: u64) -> Fault {
     let mut shuffler = ChaCha8Rng::seed_from_u64(seed ^ cycle.rotate_right(8));
     order.shuffle(&mut shuffler);
     let index = order[usize::try_from(position).expect("below their count")];
-    let Place { side, step, nth_max, before } = places[index];
+    let Place { side, step, nth_min, nth_max, before } = places[index];
     let own = splitmix(seed ^ splitmix(number));
     let mut random = ChaCha8Rng::seed_from_u64(own);
     // Each place begins elsewhere in the list of effects, by the seed, and goes on from there cycle by cycle.
     let first = splitmix(seed.wrapping_add(u64::try_from(index).expect("a few hundred")));
     let effect = effect(first.wrapping_add(cycle.wrapping_mul(5)), &mut random);
-    let nth = random.random_range(1..=nth_max);
+    let nth = random.random_range(nth_min..=nth_max);
     let load = if random.random_bool(0.5) { Load::Network } else { Load::Memory };
     Fault { number, seed: own, side, step, nth, before, effect, load }
 }
@@ -230,7 +255,7 @@ mod tests {
             assert!(faults.iter().any(|fault| comes(&fault)), "{place:?} is left out");
         }
         let kinds: HashSet<_> = faults.iter().map(|fault| fault.effect.kind()).collect();
-        assert_eq!(kinds.len(), 6, "{kinds:?}");
+        assert_eq!(kinds.len(), 7, "{kinds:?}");
     }
 
     #[test]

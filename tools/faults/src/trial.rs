@@ -31,7 +31,7 @@ use crate::watch::Watch;
 const STRIKE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long both sides may take to notice that the link is cut.
-const NOTICE_PATIENCE: Duration = Duration::from_secs(30);
+const NOTICE_PATIENCE: Duration = Duration::from_secs(45);
 
 /// How long a target whose source is gone may keep what it has before it is told to give up. It would by itself after 30 s.
 const KEEPS_PATIENCE: Duration = Duration::from_millis(1500);
@@ -133,7 +133,7 @@ impl<'a> Trial<'a> {
     /// Migrates until the fault's place is reached, and has the fault happen. Afterwards nothing stands still and the link
     /// is whole; who was killed is down.
     pub(crate) fn strike(&mut self) -> anyhow::Result<()> {
-        self.migrating = Some(self.source.migrate(&self.target.listens_on())?);
+        self.migrating = Some(self.source.migrate(&self.target.listens_on(), self.reconnects_for())?);
         if self.fault.before == Before::Cancelled {
             self.cancel()?;
         }
@@ -148,6 +148,19 @@ impl<'a> Trial<'a> {
             link::mend(self.lab, cut)?;
         }
         happened
+    }
+
+    /// How long the source may try to reach the target again: a link that is cut for long is to be given up soon.
+    const fn reconnects_for(&self) -> &'static str {
+        match self.fault.effect {
+            Effect::CutForLong(_) => "2s",
+            Effect::Kill
+            | Effect::KillPeer
+            | Effect::Stall(_)
+            | Effect::StallPeer(_)
+            | Effect::Cut(..)
+            | Effect::CutUntilNoticed(_) => "20s",
+        }
     }
 
     /// Cancels the migration when its first round is over.
@@ -171,9 +184,11 @@ impl<'a> Trial<'a> {
         wait_for("the place", STRIKE_PATIENCE, || match effect {
             Effect::Kill => Ok(self.host(side).is_down()?.then_some(None)),
             Effect::Stall(_) => Ok(self.host(side).process()?.is_stopped().then_some(None)),
-            Effect::KillPeer | Effect::StallPeer(_) | Effect::Cut(..) | Effect::CutForLong(_) => {
-                Ok(self.hold.held()?.map(Some))
-            }
+            Effect::KillPeer
+            | Effect::StallPeer(_)
+            | Effect::Cut(..)
+            | Effect::CutForLong(_)
+            | Effect::CutUntilNoticed(_) => Ok(self.hold.held()?.map(Some)),
         })
     }
 
@@ -213,6 +228,11 @@ impl<'a> Trial<'a> {
                 drop(held);
                 self.until_noticed()?;
             }
+            Effect::CutUntilNoticed(how) => {
+                self.cut(how)?;
+                drop(held);
+                self.until_reconnecting()?;
+            }
         }
         Ok(())
     }
@@ -220,6 +240,20 @@ impl<'a> Trial<'a> {
     fn cut(&mut self, how: Cut) -> anyhow::Result<()> {
         self.cut = Some(how);
         link::cut(self.lab, how)
+    }
+
+    /// Waits until the source tries to reach the target again, for whatever reason.
+    fn until_reconnecting(&mut self) -> anyhow::Result<()> {
+        let (source, migrating) = (&mut self.source, self.migrating.as_mut().context("no migration")?);
+        // Once before the cut does not count.
+        let tries = |process: &Process| {
+            process.events().iter().filter(|event| event["event"] == "reconnecting").count()
+        };
+        let before = tries(migrating);
+        wait_for("the source to make the link again", NOTICE_PATIENCE, || {
+            let in_doubt = source.vm_state().as_deref() == Some("in-doubt");
+            Ok((in_doubt || tries(migrating) > before || migrating.ended()?.is_some()).then_some(()))
+        })
     }
 
     /// Waits until the source knows how the migration has ended, or that it can't know; then gives the target some time.
@@ -310,7 +344,11 @@ fn faults_of(fault: &Fault, side: Side, hold: &Hold, hold_for_cancel: &Hold) -> 
         let action = match fault.effect {
             Effect::Kill => "kill".to_owned(),
             Effect::Stall(_) => "stop".to_owned(),
-            Effect::KillPeer | Effect::StallPeer(_) | Effect::Cut(..) | Effect::CutForLong(_) => {
+            Effect::KillPeer
+            | Effect::StallPeer(_)
+            | Effect::Cut(..)
+            | Effect::CutForLong(_)
+            | Effect::CutUntilNoticed(_) => {
                 format!("hold={}", hold.path().display())
             }
         };

@@ -135,6 +135,10 @@ fn go_through(
     if owner.ending.is_none() && beats.is_empty() {
         verdict.lost = Some(format!("nobody has it: {}", owner.records));
     }
+    let gets_over = fault.effect.is_passing() && fault.before.is_passing();
+    if gets_over && owner.ending != Some(Ending::Moved) {
+        verdict.wrong = Some("a disturbance that passed has cost the migration".to_owned());
+    }
     if !verdict.is_good() {
         return Ok(());
     }
@@ -258,7 +262,7 @@ impl Trial<'_> {
             self.watch.add(Side::Source, pid);
         }
         let address = self.host(to).listens_on();
-        let mut migrating = self.host(from).migrate(&address)?;
+        let mut migrating = self.host(from).migrate(&address, "20s")?;
         let status = migrating.end(PATIENCE)?;
         let report = migrating.events().pop().unwrap_or_default();
         if !status.success() || report["event"] != "moved" {
