@@ -104,11 +104,14 @@ impl<'a> Host<'a> {
     ///
     /// # Errors
     /// What ferry says.
-    pub fn run(&mut self, load: Load, faults: &str) -> anyhow::Result<()> {
+    pub fn run(&mut self, load: Load, has_disk: bool, faults: &str) -> anyhow::Result<()> {
         let (memory, net) = (format!("{MEMORY_MIB}M"), format!("tap={TAP},mac={VM_MAC}"));
         let (workload, disk) = (workload(load), format!("path={}", self.disk.display()));
         let mut arguments = vec!["run", "--name", NAME, "--memory", &memory, "--serial", "null"];
-        arguments.extend(["--net", &net, "--disk", &disk, "--guest", &workload]);
+        arguments.extend(["--net", &net, "--guest", &workload]);
+        if has_disk {
+            arguments.extend(["--disk", &disk]);
+        }
         self.hosts(&arguments, faults, "running")
     }
 

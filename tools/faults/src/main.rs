@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ferry_faults::campaign::{self, Judged};
-use ferry_faults::{program, summary};
+use ferry_faults::{plan, program, summary};
 
 /// How many at the same time: mostly they wait.
 const AT_ONCE: usize = 3;
@@ -21,6 +21,9 @@ struct Cli {
     /// Only these faults of it, by number
     #[arg(long, value_delimiter = ',')]
     only: Vec<u64>,
+    /// Only say which faults these are
+    #[arg(long)]
+    list: bool,
     /// How many at the same time
     #[arg(long, default_value_t = AT_ONCE)]
     jobs: usize,
@@ -37,12 +40,16 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
-    let program = program::with_fault_points()?;
     let seed = match cli.seed {
         Some(seed) => seed,
         None => u64::from(getrandom::u32().map_err(|error| anyhow::anyhow!("no random seed: {error}"))?),
     };
     let numbers: Vec<u64> = if cli.only.is_empty() { (0..cli.count).collect() } else { cli.only.clone() };
+    if cli.list {
+        numbers.iter().for_each(|number| println!("{}", plan::fault(seed, *number)));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let program = program::with_fault_points()?;
     println!("faults: seed {seed}, {} faults, {} at a time", numbers.len(), cli.jobs);
     let tell = |judged: &Judged| {
         println!("{}: {} ({:.1} s)", judged.fault, judged.verdict, judged.took.as_secs_f64());

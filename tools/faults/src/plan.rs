@@ -66,6 +66,8 @@ pub enum Cut {
 pub enum Effect {
     /// The process that comes there is killed (SIGKILL).
     Kill,
+    /// The same, but before that it is held for a moment, in which whatever it has started too early shows.
+    HoldAndKill,
     /// The other one is.
     KillPeer,
     /// The process that comes there stands still (SIGSTOP) for a time.
@@ -85,7 +87,7 @@ impl Effect {
     #[must_use]
     pub const fn kind(self) -> &'static str {
         match self {
-            Self::Kill => "killed",
+            Self::Kill | Self::HoldAndKill => "killed",
             Self::KillPeer => "peer killed",
             Self::Stall(_) => "stalled",
             Self::StallPeer(_) => "peer stalled",
@@ -100,7 +102,7 @@ impl Effect {
     pub const fn is_passing(self) -> bool {
         match self {
             Self::Stall(_) | Self::StallPeer(_) | Self::Cut(..) | Self::CutUntilNoticed(_) => true,
-            Self::Kill | Self::KillPeer | Self::CutForLong(_) => false,
+            Self::Kill | Self::HoldAndKill | Self::KillPeer | Self::CutForLong(_) => false,
         }
     }
 }
@@ -173,12 +175,15 @@ pub struct Fault {
     pub effect: Effect,
     /// What the guest does meanwhile.
     pub load: Load,
+    /// Whether it has a disk, whose lock alone would keep it from running twice.
+    pub disk: bool,
 }
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { number, seed, side, step, nth, before, effect, load } = self;
+        let Self { number, seed, side, step, nth, before, effect, load, disk } = self;
         write!(f, "fault {number} (seed {seed:016x}): {effect:?} at {side} {step}:{nth}, guest {load:?}")?;
+        write!(f, "{}", if *disk { " with a disk" } else { "" })?;
         if *before == Before::Nothing { Ok(()) } else { write!(f, ", after {before:?}") }
     }
 }
@@ -194,7 +199,8 @@ fn effect(which: u64, random: &mut ChaCha8Rng) -> Effect {
     let time = Duration::from_millis(random.random_range(SHORT_MS));
     let cable = if random.random_bool(0.5) { Cut::CableOfSource } else { Cut::CableOfTarget };
     match which % EFFECTS {
-        0 | 4 | 8 => Effect::Kill,
+        0 | 4 => Effect::Kill,
+        8 => Effect::HoldAndKill,
         1 | 6 => Effect::KillPeer,
         2 => Effect::Stall(time),
         3 => Effect::Cut(cable, time),
@@ -228,7 +234,8 @@ pub fn fault(seed: u64, number: u64) -> Fault {
     let effect = effect(first.wrapping_add(cycle.wrapping_mul(5)), &mut random);
     let nth = random.random_range(nth_min..=nth_max);
     let load = if random.random_bool(0.5) { Load::Network } else { Load::Memory };
-    Fault { number, seed: own, side, step, nth, before, effect, load }
+    let disk = random.random_bool(0.5);
+    Fault { number, seed: own, side, step, nth, before, effect, load, disk }
 }
 
 /// The finaliser of SplitMix64: numbers that lie close together become far apart.

@@ -36,6 +36,9 @@ const NOTICE_PATIENCE: Duration = Duration::from_secs(45);
 /// How long a target whose source is gone may keep what it has before it is told to give up. It would by itself after 30 s.
 const KEEPS_PATIENCE: Duration = Duration::from_millis(1500);
 
+/// How long a process is held before it is killed.
+const HELD_FOR: Duration = Duration::from_millis(25);
+
 /// How long the target's side is waited for when the source's has noticed that the link is cut.
 const TARGET_NOTICE: Duration = Duration::from_secs(3);
 
@@ -76,7 +79,7 @@ impl<'a> Trial<'a> {
         let mut target = Host::new(Side::Target, &lab.host_b, program, folder.path(), &disk)?;
         let faults = |side| faults_of(fault, side, &hold, &hold_for_cancel);
         target.receive(&faults(Side::Target))?;
-        source.run(fault.load, &faults(Side::Source))?;
+        source.run(fault.load, fault.disk, &faults(Side::Source))?;
         let watch = Watch::start()?;
         let pids = [source.process()?.id(), target.process()?.id()];
         watch.add(Side::Source, pids[0]);
@@ -155,6 +158,7 @@ impl<'a> Trial<'a> {
         match self.fault.effect {
             Effect::CutForLong(_) => "2s",
             Effect::Kill
+            | Effect::HoldAndKill
             | Effect::KillPeer
             | Effect::Stall(_)
             | Effect::StallPeer(_)
@@ -184,7 +188,8 @@ impl<'a> Trial<'a> {
         wait_for("the place", STRIKE_PATIENCE, || match effect {
             Effect::Kill => Ok(self.host(side).is_down()?.then_some(None)),
             Effect::Stall(_) => Ok(self.host(side).process()?.is_stopped().then_some(None)),
-            Effect::KillPeer
+            Effect::HoldAndKill
+            | Effect::KillPeer
             | Effect::StallPeer(_)
             | Effect::Cut(..)
             | Effect::CutForLong(_)
@@ -202,6 +207,11 @@ impl<'a> Trial<'a> {
                 if killed != Some(nix::libc::SIGKILL) {
                     bail!("{status}: {}", self.host(side).process()?.last_words());
                 }
+                self.killed = Some(side);
+            }
+            Effect::HoldAndKill => {
+                thread::sleep(HELD_FOR);
+                self.host(side).process()?.kill()?;
                 self.killed = Some(side);
             }
             Effect::KillPeer => {
@@ -344,7 +354,8 @@ fn faults_of(fault: &Fault, side: Side, hold: &Hold, hold_for_cancel: &Hold) -> 
         let action = match fault.effect {
             Effect::Kill => "kill".to_owned(),
             Effect::Stall(_) => "stop".to_owned(),
-            Effect::KillPeer
+            Effect::HoldAndKill
+            | Effect::KillPeer
             | Effect::StallPeer(_)
             | Effect::Cut(..)
             | Effect::CutForLong(_)

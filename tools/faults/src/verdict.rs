@@ -285,14 +285,14 @@ impl Trial<'_> {
             .find(|record| matches!(record.standing, Standing::Committed { .. }));
         if let Some(record) = in_doubt {
             // Whether the target runs it can't be known here, so no guest of the name may be started.
-            let refused = self.source.run(self.fault.load, "");
+            let refused = self.source.run(self.fault.load, self.fault.disk, "");
             let text = refused.err().map(|error| format!("{error:#}"));
             if !text.as_ref().is_some_and(|text| text.contains("in doubt")) {
                 bail!("a name in doubt was not refused: {text:?}");
             }
             std::fs::remove_file(self.source.state.join(format!("{NAME}.{}.record", record.vm)))?;
         }
-        self.source.run(self.fault.load, "")?;
+        self.source.run(self.fault.load, self.fault.disk, "")?;
         self.until_ready()?;
         let pids = [self.source.process()?.id(), self.target.process()?.id()];
         self.watch.add(Side::Source, pids[0]);

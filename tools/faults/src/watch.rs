@@ -17,7 +17,7 @@ use ferry_guest_abi::report::Stage;
 use crate::host::MEMORY_MIB;
 use crate::plan::Side;
 
-const EVERY: Duration = Duration::from_millis(2);
+const EVERY: Duration = Duration::from_millis(1);
 
 /// A process without a guest is searched for one every so many looks.
 const LOOKS_PER_SEARCH: u32 = 8;
