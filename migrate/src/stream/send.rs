@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -172,6 +172,8 @@ pub(super) struct Round {
     pub(super) paused: bool,
     /// Whether no round has reached the target yet.
     pub(super) first: bool,
+    /// Set when the streams are closed, which one whose turn to work has not come would not notice by its socket.
+    closing: Arc<AtomicBool>,
     pub(super) gathered: Mutex<Gathered>,
 }
 
@@ -187,7 +189,7 @@ impl Round {
             if !options.works(stream) {
                 // Only the first round is long enough to change one's mind in it. In any other a stream that waits would
                 // only keep the rest waiting for its fence.
-                if !self.first || self.paused {
+                if !self.first || self.paused || self.closing.load(Ordering::Relaxed) {
                     return None;
                 }
                 ChunkIndex::new(self.next.load(Ordering::Relaxed), page_count)?;
@@ -255,6 +257,7 @@ pub(crate) struct Senders {
     queues: Vec<mpsc::Sender<Arc<Round>>>,
     sockets: Vec<TcpStream>,
     threads: Vec<JoinHandle<()>>,
+    closing: Arc<AtomicBool>,
 }
 
 impl Senders {
@@ -279,6 +282,7 @@ impl Senders {
             queues: Vec::new(),
             sockets: Vec::new(),
             threads: Vec::new(),
+            closing: Arc::default(),
         };
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
@@ -317,7 +321,9 @@ impl Senders {
             busy_max: Duration::ZERO,
             whole,
         });
-        let round = Arc::new(Round { pages, next: AtomicU64::new(0), fence, paused, first, gathered });
+        let closing = Arc::clone(&self.closing);
+        let next = AtomicU64::new(0);
+        let round = Arc::new(Round { pages, next, fence, paused, first, closing, gathered });
         self.options.interrupt_tuning();
         for queue in &self.queues {
             // A thread that has ended has said why through `done`.
@@ -330,6 +336,7 @@ impl Senders {
 impl Drop for Senders {
     /// Shuts the sockets, which ends whatever the threads are doing, and waits for them.
     fn drop(&mut self) {
+        self.closing.store(true, Ordering::Relaxed);
         self.queues.clear();
         for socket in &self.sockets {
             let _ = socket.shutdown(Shutdown::Both);
