@@ -20,6 +20,7 @@ use super::incoming::Streams;
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
+use crate::fault;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
 use crate::transport::control::{ControlWriter, Incoming, UNHANDLED_MAX};
 use crate::transport::endpoint::ListenAddress;
@@ -209,7 +210,9 @@ impl Attempt {
         let now = receiver.clock.now();
         let mut core = Target::new(config, now);
         let (vm, migration) = (hello.vm, hello.migration);
-        core.handle(now, Event::Message(Message::Hello(hello)));
+        let greeted = Event::Message(Message::Hello(hello));
+        fault::target_event(&greeted);
+        core.handle(now, greeted);
         let (events, inbox) = mpsc::unbounded_channel();
         let connection = connect(link, 0, &events);
         Ok(Self {
@@ -241,6 +244,7 @@ impl Attempt {
     ) -> Ended {
         loop {
             while let Some(action) = self.core.poll_action() {
+                fault::target_action(&action);
                 self.perform(action);
             }
             if let Some(outcome) = self.outcome.take() {
@@ -261,6 +265,7 @@ impl Attempt {
                 }
             };
             if let Some(event) = event {
+                fault::target_event(&event);
                 self.core.handle(self.clock.now(), event);
             }
         }

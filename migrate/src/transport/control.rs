@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::unix;
+use crate::fault;
 
 /// Why a control connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -167,9 +168,11 @@ enum WriteHalf {
 impl WriteHalf {
     async fn write_all(&mut self, Outgoing { bytes, memory }: Outgoing) -> io::Result<()> {
         match self {
-            Self::Tcp(half) => half.write_all(&bytes).await,
-            Self::Unix(stream) => unix::send(stream, &bytes, memory.as_ref().map(AsFd::as_fd)).await,
+            Self::Tcp(half) => half.write_all(&bytes).await?,
+            Self::Unix(stream) => unix::send(stream, &bytes, memory.as_ref().map(AsFd::as_fd)).await?,
         }
+        fault::sent(&bytes);
+        Ok(())
     }
 }
 
