@@ -31,3 +31,6 @@ pub use engine::target::{ReceiveOptions, Receiver};
 pub use ferry_protocol as protocol;
 pub use records::FileRecords;
 pub use transport::endpoint::{Endpoint, EndpointError, ListenAddress};
+pub use transport::security::{Security, SecurityError};
+pub use transport::tls;
+pub use transport::tls::{Tls, TlsError};

@@ -214,9 +214,11 @@ pub enum AbortCode {
     Internal = 10,
     /// The other side stands in the way of this host's records.
     Epoch = 11,
+    /// By its certificate, or for lack of one, a side may not do this.
+    Forbidden = 12,
 }
 
-const ABORT_CODES: [AbortCode; 11] = [
+const ABORT_CODES: [AbortCode; 12] = [
     AbortCode::Cancelled,
     AbortCode::Version,
     AbortCode::Occupied,
@@ -228,6 +230,7 @@ const ABORT_CODES: [AbortCode; 11] = [
     AbortCode::Timeout,
     AbortCode::Internal,
     AbortCode::Epoch,
+    AbortCode::Forbidden,
 ];
 
 impl From<AbortCode> for u16 {

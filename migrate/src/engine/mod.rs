@@ -2,6 +2,7 @@
 //!
 //! Decisions are the core's; what stands here is plumbing: tasks, threads, channels.
 
+mod arriving;
 mod door;
 pub mod source;
 pub mod target;

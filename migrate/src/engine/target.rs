@@ -3,7 +3,6 @@
 //! Whatever knocks is sorted by its first bytes: a control connection, a data stream of the migration under way,
 //! or neither. Garbage, strangers and failed attempts leave the receiver as it was, ready for the next one.
 
-use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,25 +11,27 @@ use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
 use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, StreamIndex, VmId, VmName};
-use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::door::{Door, Knock, Link, STRANGERS_MAX, sort};
+use super::arriving::Streams;
+use super::door::{Door, Joining, Knock, Link, STRANGERS_MAX, sort};
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
-use crate::stream::{ReceivedMemory, StreamEvent, receive_stream};
 use crate::transport::control::{ControlWriter, Incoming, UNHANDLED_MAX};
 use crate::transport::endpoint::ListenAddress;
-use crate::transport::tcp;
+use crate::transport::security::Security;
+use crate::transport::tls::identity::HostIdentity;
 
 /// What the caller of [`Receiver::bind`] chooses.
 #[derive(Debug, Clone)]
 pub struct ReceiveOptions {
     /// Where to listen.
     pub listen: ListenAddress,
+    /// Who is let in. Without TLS and without [`Security::Insecure`] only what comes from this very host.
+    pub security: Security,
     /// This host's name, shown at the source.
     pub host: String,
     /// The only VM that is taken, if the operator said one.
@@ -74,7 +75,8 @@ impl Receiver {
     /// Binds the listener. `updates` hears of what happens from then on.
     ///
     /// # Errors
-    /// What the operating system says of the address.
+    /// What the operating system says of the address, and `PermissionDenied` with the ways out for one that is open to
+    /// a network without TLS.
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -85,7 +87,7 @@ impl Receiver {
         clock: Arc<dyn Clock>,
         updates: mpsc::UnboundedSender<Progress>,
     ) -> std::io::Result<Self> {
-        let door = Door::open(&options.listen)?;
+        let door = Door::open(&options.listen, &options.security)?;
         Ok(Self { door, options, host, records, clock, updates })
     }
 
@@ -178,31 +180,6 @@ struct Connection {
     reader: JoinHandle<()>,
 }
 
-/// The data streams that the migration under way expects.
-struct Streams {
-    vm: Arc<dyn TargetVm>,
-    count: u16,
-    /// Whether they take digests.
-    verify: bool,
-    /// What arrived by any of them.
-    received: Arc<ReceivedMemory>,
-    joined: Vec<bool>,
-    sockets: Vec<std::net::TcpStream>,
-    threads: Vec<std::thread::JoinHandle<()>>,
-}
-
-impl Streams {
-    /// Shuts the sockets, which ends the threads; what is returned waits for them.
-    fn end(&mut self) -> impl FnOnce() + Send + use<> {
-        for socket in self.sockets.drain(..) {
-            let _ = socket.shutdown(Shutdown::Both);
-        }
-        let threads = std::mem::take(&mut self.threads);
-        // A thread's panic is a stream that ended, which it had no way to report.
-        move || threads.into_iter().for_each(|thread| drop(thread.join()))
-    }
-}
-
 /// One migration from `Hello` to its end.
 struct Attempt {
     core: Target,
@@ -217,6 +194,8 @@ struct Attempt {
     inbox: mpsc::UnboundedReceiver<Happened>,
     connection: Connection,
     connection_number: u64,
+    /// What the source's certificate says, with TLS.
+    identity: Option<HostIdentity>,
     /// What the source has handed over, until a machine is built on it.
     memory: Option<OwnedFd>,
     streams: Option<Streams>,
@@ -238,6 +217,7 @@ impl Attempt {
         let (vm, migration) = (hello.vm, hello.migration);
         core.handle(now, Event::Message(Message::Hello(hello)));
         let (events, inbox) = mpsc::unbounded_channel();
+        let identity = link.identity.clone();
         let connection = connect(link, 0, &events);
         Ok(Self {
             core,
@@ -252,6 +232,7 @@ impl Attempt {
             inbox,
             connection,
             connection_number: 0,
+            identity,
             memory: None,
             streams: None,
             newer: None,
@@ -317,10 +298,7 @@ impl Attempt {
                         sentence: sentence.to_owned(),
                     });
                 }
-                let joined = vec![false; usize::from(count)];
-                let (sockets, threads) = (Vec::new(), Vec::new());
-                let received = Arc::new(ReceivedMemory::new(vm.pages().layout().page_count()));
-                self.streams = Some(Streams { vm, count, verify, received, joined, sockets, threads });
+                self.streams = Some(Streams::new(vm, count, verify));
                 Some(Event::MachineBuilt)
             }
             Happened::Built(Err(refusal)) => {
@@ -333,8 +311,9 @@ impl Attempt {
     async fn knock(&mut self, knock: Knock) -> Option<Event> {
         match knock {
             Knock::Join(join, stream) => self.join(join, stream),
-            Knock::Hello(hello, link) if self.core.resumed_by(&hello) => {
+            Knock::Hello(hello, link) if self.core.resumed_by(&hello) && self.is_source(&link) => {
                 self.connection_number += 1;
+                self.identity.clone_from(&link.identity);
                 let connection = connect(link, self.connection_number, &self.events);
                 std::mem::replace(&mut self.connection, connection).reader.abort();
                 Some(Event::Reconnected)
@@ -357,25 +336,42 @@ impl Attempt {
         }
     }
 
-    /// Takes a data stream, if it belongs to this migration and has not joined before.
-    fn join(&mut self, join: Join, stream: TcpStream) -> Option<Event> {
-        let streams = self.streams.as_mut().filter(|_| join.migration == self.migration)?;
-        let index = StreamIndex::new(join.stream, streams.count)?;
-        let joined = streams.joined.get_mut(usize::from(join.stream))?;
-        if std::mem::replace(joined, true) {
+    /// Whether a connection is of the host that this migration comes from. Its certificate may have been renewed.
+    fn is_source(&self, link: &Link) -> bool {
+        match (&self.identity, &link.identity) {
+            (Some(known), Some(identity)) => known.host() == identity.host(),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        }
+    }
+
+    /// Takes a data stream, if it belongs to this migration, comes from its source and has not joined before.
+    fn join(&mut self, join: Join, joining: Joining) -> Option<Event> {
+        let same = match (&self.identity, &joining.identity) {
+            (Some(known), Some(identity)) => known.is_same(identity),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        };
+        let streams = self.streams.as_mut().filter(|_| same && join.migration == self.migration);
+        let claimed = streams.and_then(|streams| {
+            let index = StreamIndex::new(join.stream, streams.count)?;
+            streams.claim(index).then_some((streams, index))
+        });
+        let Some((streams, index)) = claimed else {
+            tracing::warn!(
+                "{} was turned away: its data stream is none of the migration under way",
+                joining.peer
+            );
             return None;
-        }
-        match receive_on(stream, streams, index, self.events.clone()) {
-            Ok((socket, thread)) => {
-                streams.sockets.push(socket);
-                streams.threads.push(thread);
-                None
-            }
-            Err(error) => Some(Event::StreamFailed {
-                code: AbortCode::Internal,
-                sentence: format!("data stream {} can't be taken: {error}", join.stream),
-            }),
-        }
+        };
+        let events = self.events.clone();
+        let report = move |event| drop(events.send(Happened::Core(event)));
+        let started = joining.into_reader().and_then(|reader| streams.start(reader, index, report));
+        let failed = |error: std::io::Error| Event::StreamFailed {
+            code: AbortCode::Internal,
+            sentence: format!("data stream {} can't be taken: {error}", join.stream),
+        };
+        started.err().map(failed)
     }
 
     fn perform(&mut self, action: Action) {
@@ -566,32 +562,4 @@ fn connect(link: Link, number: u64, events: &mpsc::UnboundedSender<Happened>) ->
         }
     });
     Connection { writer, reader }
-}
-
-/// Starts a stream's thread; gives it back with its socket for shutting it.
-fn receive_on(
-    stream: TcpStream,
-    streams: &Streams,
-    index: StreamIndex,
-    events: mpsc::UnboundedSender<Happened>,
-) -> std::io::Result<(std::net::TcpStream, std::thread::JoinHandle<()>)> {
-    let socket = stream.into_std()?;
-    tcp::set_up_data(&socket, None)?;
-    let handle = socket.try_clone()?;
-    let (pages, received, verify) = (streams.vm.pages(), Arc::clone(&streams.received), streams.verify);
-    let name = format!("ferry-recv-{}", index.number());
-    let thread = std::thread::Builder::new().name(name).spawn(move || {
-        let report = |event| {
-            let event = match event {
-                StreamEvent::Fence { fence, digest } => Event::FenceReached { stream: index, fence, digest },
-                StreamEvent::Failed(error) => Event::StreamFailed {
-                    code: error.code(),
-                    sentence: format!("data stream {}: {error}", index.number()),
-                },
-            };
-            let _ = events.send(Happened::Core(event));
-        };
-        receive_stream(socket, pages, received, verify, &report);
-    })?;
-    Ok((handle, thread))
 }

@@ -3,9 +3,7 @@
 //! Everything the peer names has been checked by [`Frame::decode`] before it is used; a thread holds at most one
 //! packed group (512 KiB) besides guest memory.
 
-use std::io::{self, Read};
-use std::net::TcpStream;
-use std::os::fd::AsFd;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ferry_protocol::bitmap::CHUNK_PAGES;
@@ -17,6 +15,7 @@ use ferry_protocol::message::AbortCode;
 use ferry_protocol::{ChunkIndex, MemoryDigest, PageDigest, PageMask, PageRange};
 
 use crate::ports::GuestPages;
+use crate::transport::data::DataReader;
 
 /// What a receiving stream reports.
 #[derive(Debug)]
@@ -47,7 +46,7 @@ impl StreamError {
 /// Reads frames until the stream ends, which it always does with [`StreamEvent::Failed`]. Digests are taken only if
 /// `verify` says so.
 pub(crate) fn receive_stream(
-    socket: TcpStream,
+    reader: DataReader,
     pages: Arc<dyn GuestPages>,
     received: Arc<ReceivedMemory>,
     verify: bool,
@@ -55,7 +54,7 @@ pub(crate) fn receive_stream(
 ) {
     let page_count = pages.layout().page_count();
     let mut receiver = Receiver {
-        socket,
+        reader,
         pages,
         page_count,
         verify,
@@ -101,7 +100,7 @@ struct ReceivedChunk {
 }
 
 struct Receiver {
-    socket: TcpStream,
+    reader: DataReader,
     pages: Arc<dyn GuestPages>,
     page_count: u64,
     /// Whether anybody wants to compare digests.
@@ -117,7 +116,7 @@ impl Receiver {
     /// Takes in one frame; the fence's number if it was one.
     fn next_frame(&mut self) -> Result<Option<u32>, StreamError> {
         let mut header = [0; FRAME_HEADER_BYTES];
-        self.socket.read_exact(&mut header)?;
+        self.reader.read_exact(&mut header)?;
         match Frame::decode(&header, self.page_count)? {
             Frame::Raw { chunk, mask } => self.raw(chunk, &mask)?,
             Frame::Zero { chunk, mask } => self.zero(chunk, &mask)?,
@@ -131,7 +130,7 @@ impl Receiver {
 
     fn raw(&mut self, chunk: ChunkIndex, mask: &PageMask) -> Result<(), StreamError> {
         let ranges: Vec<PageRange> = chunk.ranges(mask).collect();
-        self.pages.receive(self.socket.as_fd(), &ranges)?;
+        self.reader.receive(&*self.pages, &ranges)?;
         self.take_digests(chunk, mask);
         Ok(())
     }
@@ -175,7 +174,7 @@ impl Receiver {
     /// Reads a frame's body, whose length its header's check has bounded.
     fn read_body(&mut self, body_bytes: u32) -> io::Result<()> {
         self.body.resize(usize::try_from(body_bytes).expect("u32 fits usize"), 0);
-        self.socket.read_exact(&mut self.body)
+        self.reader.read_exact(&mut self.body)
     }
 
     fn packed(

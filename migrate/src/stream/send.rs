@@ -1,10 +1,10 @@
 //! The source's data streams: their connections, the rounds that they are handed, and what they share. What each does
 //! with a round is in [`super::sender`].
 
-use std::io::{self, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::io;
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use super::sent::SentMemory;
 use crate::bandwidth::Bandwidth;
 use crate::ports::{Clock, GuestPages};
 use crate::report::StreamWork;
-use crate::transport::tcp;
+use crate::transport::security::Dialer;
 
 /// How long a stream may be unable to write before it counts as stalled.
 pub(super) const STALL_MAX: Duration = Duration::from_secs(10);
@@ -30,10 +30,8 @@ const IDLE_FOR: Duration = Duration::from_millis(1);
 
 /// What all streams of a migration share.
 pub(crate) struct SenderOptions {
-    /// The target as the operator gave it.
-    pub(crate) target: String,
-    /// Where the first control connection led.
-    pub(crate) pinned: OnceLock<SocketAddr>,
+    /// Makes the connections.
+    pub(crate) dialer: Arc<Dialer>,
     pub(crate) migration: MigrationId,
     pub(crate) streams: u16,
     pub(crate) compression: Compression,
@@ -52,7 +50,7 @@ pub(crate) struct SenderOptions {
 
 /// What the engine decides about the streams.
 pub(crate) struct StreamSettings {
-    pub(crate) target: String,
+    pub(crate) dialer: Arc<Dialer>,
     pub(crate) migration: MigrationId,
     pub(crate) streams: u16,
     /// Whether only as many of them work as pay.
@@ -68,13 +66,12 @@ impl SenderOptions {
         counters: Arc<TransferCounters>,
         clock: Arc<dyn Clock>,
     ) -> Self {
-        let StreamSettings { target, migration, streams, adapt_streams, compression } = settings;
+        let StreamSettings { dialer, migration, streams, adapt_streams, compression } = settings;
         let tuner = adapt_streams.then(|| Mutex::new(StreamTuner::new(streams, clock.now())));
         let working = AtomicU16::new(if adapt_streams { 1 } else { streams });
         let sent = Arc::new(SentMemory::new(pages.layout().page_count()));
         Self {
-            target,
-            pinned: OnceLock::new(),
+            dialer,
             migration,
             streams,
             compression,
@@ -117,11 +114,6 @@ impl SenderOptions {
         let (pages, sent, clock) = (Arc::clone(&self.pages), Arc::clone(&self.sent), Arc::clone(&self.clock));
         let started = Arc::new(Encoders::start(Tools { pages, sent, clock })?);
         Ok(Arc::clone(encoders.insert(started)))
-    }
-
-    /// Where to connect: to the host that was reached first, once there is one.
-    pub(crate) fn address(&self) -> String {
-        self.pinned.get().map_or_else(|| self.target.clone(), ToString::to_string)
     }
 }
 
@@ -236,13 +228,12 @@ impl Senders {
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
             let stream = StreamIndex::new(number, options.streams).expect("numbered below their count");
-            let mut socket = tcp::connect(&options.address())?;
-            tcp::set_up_data(&socket, Some(STALL_MAX))?;
-            socket.write_all(&Join { migration: options.migration, stream: number }.encode())?;
-            senders.sockets.push(socket.try_clone()?);
+            let mut writer = options.dialer.data(STALL_MAX).map_err(io::Error::other)?;
+            writer.write_all(&Join { migration: options.migration, stream: number }.encode())?;
+            senders.sockets.push(writer.socket().try_clone()?);
             let (queue, rounds) = mpsc::channel::<Arc<Round>>();
             senders.queues.push(queue);
-            let mut sender = Sender::new(options, socket, stream, verify);
+            let mut sender = Sender::new(options, writer, stream, verify);
             let done = Arc::clone(done);
             let thread = thread::Builder::new()
                 .name(format!("ferry-send-{number}"))

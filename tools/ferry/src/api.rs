@@ -112,6 +112,12 @@ pub(crate) struct MigrationRequest {
     pub(crate) verify: bool,
     pub(crate) timeout_ms: f64,
     pub(crate) on_timeout: OnTimeoutWord,
+    /// The folder with this host's certificate, instead of the one that the VM was started with.
+    #[serde(default)]
+    pub(crate) tls_dir: Option<std::path::PathBuf>,
+    /// Whether to go without TLS over any network.
+    #[serde(default)]
+    pub(crate) insecure: bool,
 }
 
 /// `PUT /api/v1/migration/bandwidth`.

@@ -1,6 +1,7 @@
 //! The command line as clap reads it, and the small languages inside some of its values.
 
 mod disk;
+mod security;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use ferry_vmm::{Backing, CpuProfile, HugePages, MemoryChoices, MemoryConfig, Ser
 use crate::cpu_profile::cpu_profile;
 use crate::quantity;
 pub(crate) use disk::DiskArg;
+pub(crate) use security::{SecurityArgs, TlsArgs};
 
 /// ferry moves a running virtual machine from one host to another, and proves that it did.
 #[derive(Debug, Parser)]
@@ -128,6 +130,8 @@ pub(crate) struct RunArgs {
     /// Where the serial console goes
     #[arg(long, default_value = "stdio", value_parser = serial, value_name = "stdio|pty|socket=PATH|file=PATH|null")]
     pub(crate) serial: SerialTarget,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
     pub(crate) exit_with_stdin: bool,
@@ -160,6 +164,8 @@ pub(crate) struct ReceiveArgs {
     /// Where the serial console goes
     #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|pty|socket=PATH|file=PATH|null")]
     pub(crate) serial: SerialTarget,
+    #[command(flatten)]
+    pub(crate) security: SecurityArgs,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
     pub(crate) exit_with_stdin: bool,
@@ -239,6 +245,8 @@ pub(crate) struct MigrateArgs {
     /// What to do when that time is over
     #[arg(long, value_enum, default_value_t = OnTimeoutArg::Cancel)]
     pub(crate) on_timeout: OnTimeoutArg,
+    #[command(flatten)]
+    pub(crate) security: SecurityArgs,
     #[command(flatten)]
     pub(crate) output: Output,
 }

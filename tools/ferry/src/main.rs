@@ -17,6 +17,7 @@ mod cpu_profile;
 mod demo;
 mod host;
 mod quantity;
+mod security;
 mod state_dir;
 mod terminal;
 

@@ -11,13 +11,15 @@ use ferry_migrate::ports::{BuildRefusal, GuestPages, PortError, RecordStore, Tar
 use ferry_migrate::protocol::record::Standing;
 use ferry_migrate::protocol::target::Progress;
 use ferry_migrate::protocol::{MemoryLayout, VmId};
-use ferry_migrate::{ReceiveOptions, Receiver};
+use ferry_migrate::tls::identity::Role;
+use ferry_migrate::{ListenAddress, ReceiveOptions, Receiver, Security};
 use ferry_vmm::LocalChoices;
 use tokio::sync::mpsc;
 
 use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
 use crate::cli::{DiskArg, ReceiveArgs, serial_target};
 use crate::host::{Here, Life, VmHost, console, server};
+use crate::security;
 use crate::state_dir::StateDir;
 
 pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
@@ -25,6 +27,7 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         exit_with_stdin();
     }
     let json = args.output.json;
+    let security = security_for(&args)?;
     let state = StateDir::from_environment()?;
     let _lock = state.claim(&args.name)?;
     let tap = args.net.as_ref().map(|net| net.tap.clone());
@@ -37,6 +40,9 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         format!("'{}' is in doubt; once you know that no other host runs it, remove the record", args.name)
     })?;
     let host = VmHost::new(args.name, records, Life::Waiting { listen: args.listen.to_string(), note: None });
+    if let Some(tls) = security.tls() {
+        let _ = host.tls_folder.set(tls.folder().to_owned());
+    }
     let console = Arc::new(console::bind(&state, &host.name)?);
     let local = LocalChoices {
         tap: tap.clone(),
@@ -48,7 +54,7 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
     let machine_host =
         ReceivingHost { host: Arc::clone(&host), tap, console, machines: MachineHost::new(local) };
     let (updates, inbox) = mpsc::unbounded_channel();
-    let options = ReceiveOptions { listen: args.listen.clone(), host: host_name(), name: None };
+    let options = ReceiveOptions { listen: args.listen.clone(), security, host: host_name(), name: None };
     let mut receiver = Receiver::bind(
         options,
         Arc::new(machine_host),
@@ -83,6 +89,20 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
     follower.abort();
     server.await??;
     Ok(code)
+}
+
+/// Who is let in. A host that must not be a target is told so now.
+fn security_for(args: &ReceiveArgs) -> anyhow::Result<Security> {
+    let folder = security::folder(args.security.tls.tls_dir.clone()).map(std::path::absolute).transpose()?;
+    let security = match &args.listen {
+        ListenAddress::Tcp(_) => security::security(folder.as_deref(), args.security.insecure)?,
+        // The kernel says who is at the other end.
+        ListenAddress::Unix(_) => Security::LoopbackOnly,
+    };
+    if let Some(tls) = security.tls() {
+        tls.check_own_role(Role::Target)?;
+    }
+    Ok(security)
 }
 
 fn host_name() -> String {

@@ -12,7 +12,8 @@ pub(crate) mod console;
 pub(crate) mod migration;
 pub(crate) mod server;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ferry_guest_abi::{REPORT_GPA, Report, report::Stage};
@@ -66,6 +67,8 @@ pub(crate) struct VmHost {
     pub(crate) name: VmName,
     pub(crate) records: Arc<FileRecords>,
     pub(crate) clock: Arc<dyn Clock>,
+    /// The folder with this host's certificate, read anew for each migration so that it can be renewed.
+    pub(crate) tls_folder: OnceLock<PathBuf>,
     life: Mutex<Life>,
     /// Held by whatever changes what the VM does, from looking whether it may to having done it.
     change: Mutex<()>,
@@ -82,6 +85,7 @@ impl VmHost {
             name,
             records: Arc::new(records),
             clock: Arc::new(SystemClock::default()),
+            tls_folder: OnceLock::new(),
             life: Mutex::new(life),
             change: Mutex::default(),
             ended: watch::channel(false).0,
