@@ -135,17 +135,19 @@ impl Dialer {
     }
 
     async fn control_by_tcp(&self, target: &str) -> Result<ControlStream, DialError> {
-        let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address").into();
+        let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
         for address in tokio::net::lookup_host(self.address()).await? {
             match self.control_at(address, target).await {
                 Ok(stream) => {
                     let _ = self.pinned.set(address);
                     return Ok(stream);
                 }
-                Err(error) => failed = error,
+                Err(DialError::Io(error)) => failed = error,
+                // Somebody is there, and is not to be gone past.
+                Err(error @ (DialError::Insecure(_) | DialError::Handshake(_))) => return Err(error),
             }
         }
-        Err(failed)
+        Err(failed.into())
     }
 
     async fn control_at(&self, address: SocketAddr, target: &str) -> Result<ControlStream, DialError> {
@@ -177,15 +179,15 @@ impl Dialer {
     }
 
     fn socket(&self) -> Result<StdStream, DialError> {
-        let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address").into();
+        let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
         for address in self.address().to_socket_addrs()? {
             self.security.check_connect(address)?;
             match StdStream::connect_timeout(&address, tcp::CONNECT_TIMEOUT) {
                 Ok(stream) => return Ok(stream),
-                Err(error) => failed = DialError::Io(error),
+                Err(error) => failed = error,
             }
         }
-        Err(failed)
+        Err(failed.into())
     }
 }
 

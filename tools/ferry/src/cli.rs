@@ -1,5 +1,6 @@
 //! The command line as clap reads it, and the small languages inside some of its values.
 
+mod cert;
 mod disk;
 mod security;
 
@@ -16,6 +17,7 @@ use ferry_vmm::{Backing, CpuProfile, HugePages, MemoryChoices, MemoryConfig, Ser
 
 use crate::cpu_profile::cpu_profile;
 use crate::quantity;
+pub(crate) use cert::{CertCommand, CertInitArgs, CertIssueArgs, CertShowArgs};
 pub(crate) use disk::DiskArg;
 pub(crate) use security::{SecurityArgs, TlsArgs};
 
@@ -51,6 +53,9 @@ pub(crate) enum Command {
     Shutdown(NameArgs),
     /// Stop a VM at once, or a waiting 'ferry receive'
     Stop(NameArgs),
+    /// Make an authority and certificates, so that only hosts of your own migrate to each other
+    #[command(subcommand)]
+    Cert(CertCommand),
     /// Show a live migration from start to end: two hosts, a loaded web server, one command
     Demo(DemoArgs),
     /// Measure ferry and its peers on this machine, side by side; the same as ferry-bench

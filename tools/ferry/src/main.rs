@@ -70,6 +70,7 @@ fn wants_json(command: &Command) -> bool {
         | Command::Resume(args)
         | Command::Shutdown(args)
         | Command::Stop(args) => args.output.json,
+        Command::Cert(command) => command.output().json,
         // Their JSON goes into files.
         Command::Demo(_) | Command::Bench { .. } => false,
         // It shows what the VM says.
@@ -92,6 +93,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Resume(args) => commands::control::resume(args).await,
             Command::Shutdown(args) => commands::control::shutdown(args).await,
             Command::Stop(args) => commands::control::stop(args).await,
+            Command::Cert(command) => commands::cert::run(command),
             Command::Demo(args) => demo::run(args).await,
             // It waits on threads of its own.
             Command::Bench { task } => {

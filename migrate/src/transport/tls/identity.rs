@@ -247,6 +247,12 @@ impl HostIdentity {
         &self.vms
     }
 
+    /// The certificate, in DER.
+    #[must_use]
+    pub fn certificate(&self) -> &[u8] {
+        &self.certificate
+    }
+
     /// Whether this is the same host by the same certificate.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
