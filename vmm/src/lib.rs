@@ -9,6 +9,7 @@
 mod boot;
 mod capability;
 mod config;
+pub mod confine;
 mod cpu;
 mod devices;
 mod disk;

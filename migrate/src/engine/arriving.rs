@@ -6,6 +6,7 @@ use std::thread::{Builder, JoinHandle};
 
 use ferry_protocol::StreamIndex;
 use ferry_protocol::target::Event;
+use ferry_vmm::confine::{self, Role};
 
 use crate::ports::TargetVm;
 use crate::stream::{ReceivedMemory, StreamEvent, receive_stream};
@@ -47,6 +48,7 @@ impl Streams {
         let handle = reader.socket().try_clone()?;
         let (pages, received, verify) = (self.vm.pages(), Arc::clone(&self.received), self.verify);
         let thread = Builder::new().name(format!("ferry-recv-{}", index.number())).spawn(move || {
+            confine::enter(Role::Data);
             let report = |event| {
                 report(match event {
                     StreamEvent::Fence { fence, digest } => {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use ferry_protocol::encode::pack::Method;
 use ferry_protocol::encode::{Encoded, Encoder, Way};
 use ferry_protocol::{ChunkIndex, PageMask};
+use ferry_vmm::confine::{self, Role};
 
 use super::sent::SentMemory;
 use crate::ports::{Clock, GuestPages, timed};
@@ -61,9 +62,10 @@ impl Encoders {
         let mut encoders = Self { jobs: Some(jobs), threads: Vec::new() };
         for number in 0..Self::threads() {
             let (queue, tools) = (Arc::clone(&queue), Arc::clone(&tools));
-            let thread = thread::Builder::new()
-                .name(format!("ferry-pack-{number}"))
-                .spawn(move || work(&queue, &tools))?;
+            let thread = thread::Builder::new().name(format!("ferry-pack-{number}")).spawn(move || {
+                confine::enter(Role::Data);
+                work(&queue, &tools);
+            })?;
             encoders.threads.push(thread);
         }
         Ok(encoders)

@@ -13,6 +13,7 @@ use ferry_protocol::page::Compression;
 use ferry_protocol::source::RoundSent;
 use ferry_protocol::streams::StreamTuner;
 use ferry_protocol::{ChunkIndex, MigrationId, PageBitmap, PageMask, StreamIndex};
+use ferry_vmm::confine::{self, Role};
 
 use super::encoders::{Encoders, Tools};
 use super::sender::Sender;
@@ -235,9 +236,10 @@ impl Senders {
             senders.queues.push(queue);
             let mut sender = Sender::new(options, writer, stream, verify);
             let done = Arc::clone(done);
-            let thread = thread::Builder::new()
-                .name(format!("ferry-send-{number}"))
-                .spawn(move || sender.run(&rounds, &*done))?;
+            let thread = thread::Builder::new().name(format!("ferry-send-{number}")).spawn(move || {
+                confine::enter(Role::Data);
+                sender.run(&rounds, &*done);
+            })?;
             senders.threads.push(thread);
         }
         Ok(senders)

@@ -78,10 +78,22 @@ pub(crate) struct VmInfo {
     /// The pseudo terminal of its serial port, if it has one.
     #[serde(default)]
     pub(crate) terminal: Option<String>,
+    /// System calls that its host process has no use for, but tried.
+    #[serde(default)]
+    pub(crate) refused_system_calls: Vec<RefusedSystemCall>,
     /// Where it listens for a VM.
     pub(crate) listen: Option<String>,
     /// Something worth knowing: why it stopped, where it went, what is in doubt.
     pub(crate) note: Option<String>,
+}
+
+/// What a thread of the host process was refused by its seccomp filter.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct RefusedSystemCall {
+    /// What kind of thread: `opener`, `control`, `vCPU`, `device` or `data`.
+    pub(crate) thread: String,
+    pub(crate) system_call: String,
+    pub(crate) count: u64,
 }
 
 /// A VM's interface.

@@ -13,6 +13,7 @@ use ferry_migrate::ListenAddress;
 use ferry_migrate::protocol::VmName;
 use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
+use ferry_vmm::confine::Seccomp;
 use ferry_vmm::{Backing, CpuProfile, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
 
 use crate::cpu_profile::cpu_profile;
@@ -137,6 +138,10 @@ pub(crate) struct RunArgs {
     pub(crate) serial: SerialTarget,
     #[command(flatten)]
     pub(crate) tls: TlsArgs,
+    /// What becomes of system calls that the VM's host process has no use for: 'on' refuses and counts them ('ferry info'), 'log' carries
+    /// them out and has the kernel log them
+    #[arg(long, value_enum, default_value_t = SeccompArg::On, value_name = "on|log|off")]
+    pub(crate) seccomp: SeccompArg,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
     pub(crate) exit_with_stdin: bool,
@@ -171,6 +176,10 @@ pub(crate) struct ReceiveArgs {
     pub(crate) serial: SerialTarget,
     #[command(flatten)]
     pub(crate) security: SecurityArgs,
+    /// What becomes of system calls that the VM's host process has no use for: 'on' refuses and counts them ('ferry info'), 'log' carries
+    /// them out and has the kernel log them
+    #[arg(long, value_enum, default_value_t = SeccompArg::On, value_name = "on|log|off")]
+    pub(crate) seccomp: SeccompArg,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
     pub(crate) exit_with_stdin: bool,
@@ -209,6 +218,26 @@ pub(crate) enum SwitchArg {
     On,
     /// It is left out
     Off,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SeccompArg {
+    /// They are refused and counted
+    On,
+    /// They are carried out, and the kernel logs them
+    Log,
+    /// There is no filter
+    Off,
+}
+
+impl From<SeccompArg> for Seccomp {
+    fn from(arg: SeccompArg) -> Self {
+        match arg {
+            SeccompArg::On => Self::On,
+            SeccompArg::Log => Self::Log,
+            SeccompArg::Off => Self::Off,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -3,7 +3,7 @@
 //! ```text
 //!  cli.rs        what can be said            quantity.rs   sizes, rates, durations
 //!  commands/     one file a subcommand       client.rs     asks a VM's host process
-//!  host/         the process that hosts a VM, with its control API (api.rs)
+//!  host/         the process that hosts a VM, confined, with its control API (api.rs)
 //!  demo/         the whole story in one command
 //! ```
 //!
@@ -23,9 +23,11 @@ mod terminal;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Parser;
 
 use cli::{Cli, Command, Output};
+use host::opener::Opener;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
@@ -78,12 +80,33 @@ fn wants_json(command: &Command) -> bool {
     }
 }
 
+/// Confines this process if it is to host a VM, before any other thread lives.
+fn confine(command: &Command) -> anyhow::Result<Option<Opener>> {
+    match command {
+        Command::Run(args) => Opener::start(args.seccomp.into()).map(Some),
+        Command::Receive(args) => Opener::start(args.seccomp.into()).map(Some),
+        Command::Migrate(_)
+        | Command::List(_)
+        | Command::Console(_)
+        | Command::Info(_)
+        | Command::Bandwidth(_)
+        | Command::Pause(_)
+        | Command::Resume(_)
+        | Command::Shutdown(_)
+        | Command::Stop(_)
+        | Command::Cert(_)
+        | Command::Demo(_)
+        | Command::Bench { .. } => Ok(None),
+    }
+}
+
 fn run(command: Command) -> anyhow::Result<ExitCode> {
+    let opener = confine(&command)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let code = runtime.block_on(async {
         match command {
-            Command::Run(args) => commands::run::run(args).await,
-            Command::Receive(args) => commands::receive::run(args).await,
+            Command::Run(args) => commands::run::run(args, opener.context("it opens devices")?).await,
+            Command::Receive(args) => commands::receive::run(args, opener.context("it opens devices")?).await,
             Command::Migrate(args) => commands::migrate::run(args).await,
             Command::List(output) => commands::list::run(output).await,
             Command::Console(args) => commands::console::run(args).await,

@@ -16,6 +16,8 @@ use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread;
 use std::time::Duration;
 
+use crate::confine::{self, Role};
+
 /// Output that waits for its reader at most, in bytes.
 const QUEUE_BYTES_MAX: usize = 64 << 10;
 
@@ -52,6 +54,7 @@ impl Console {
         let (queue, bytes) = mpsc::sync_channel(QUEUE_BYTES_MAX);
         let (alive, ended) = mpsc::channel();
         thread::Builder::new().name("console".into()).spawn(move || {
+            confine::enter(Role::Device);
             write_out(&bytes, file);
             drop(alive);
         })?;

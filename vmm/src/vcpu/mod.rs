@@ -20,6 +20,7 @@ pub(crate) use time::get_tsc_offset;
 pub(crate) use time::{TimedState, TscPlan, set_back, set_time};
 
 use crate::capability::KvmCallError;
+use crate::confine::{self, Role};
 use crate::devices::{Bus, PortEffect};
 use crate::parking::{Control, Kick, MachineEvent, PanicGuard};
 
@@ -86,6 +87,7 @@ impl Vcpu {
         let thread = thread::Builder::new().name(format!("vcpu{}", self.index)).spawn(move || {
             let guard = PanicGuard { control, vcpu: self.index, what: "vCPU" };
             let control = &guard.control;
+            confine::enter(Role::Vcpu);
             let _signalled = self.kick.set_thread();
             // Whoever built the machine may have blocked it, and threads inherit that.
             if let Err(error) = kick::unblock_signal() {

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use hyper::Method;
 
-use crate::api::{self, BandwidthRequest, VmInfo};
+use crate::api::{self, BandwidthRequest, RefusedSystemCall, VmInfo};
 use crate::cli::{BandwidthArgs, NameArgs};
 use crate::client;
 use crate::quantity::show_bytes;
@@ -96,6 +96,9 @@ fn print(info: &VmInfo) {
         row("addresses", Some(addresses.join(", ")).filter(|text| !text.is_empty()));
     }
     row("terminal", info.terminal.clone());
+    for RefusedSystemCall { thread, system_call, count } in &info.refused_system_calls {
+        row("refused", Some(format!("{system_call} to a {thread} thread, {count} times")));
+    }
     row("listens", info.listen.clone());
     row("process", Some(info.pid.to_string()));
     row("note", info.note.clone());

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use ferry_migrate::machine::MigratableMachine;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::host::{Life, VmHost};
+use crate::host::{Life, VmHost, confined};
 
 /// A line on standard output. That nobody reads any more must never cost a VM.
 pub(crate) fn out(line: impl std::fmt::Display) {
@@ -76,6 +76,7 @@ impl Signals {
 
 /// Stays until the VM is gone; a signal stops it.
 async fn stay(host: Arc<VmHost>, mut signals: Signals, json: bool) -> anyhow::Result<ExitCode> {
+    let watch = tokio::spawn(confined::say_refusals());
     loop {
         tokio::select! {
             () = host.until_ended() => break,
@@ -88,6 +89,7 @@ async fn stay(host: Arc<VmHost>, mut signals: Signals, json: bool) -> anyhow::Re
             err(format_args!("ferry: {}", refused.0));
         }
     }
+    watch.abort();
     let (text, failed) = match &*host.life() {
         Life::Ended { reason, failed } => (reason.clone(), *failed),
         Life::Gone { target, .. } => (format!("it has moved to {target}"), false),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::{BuildRefusal, GuestPages, PortError, RecordStore, TargetHost, TargetVm};
+use ferry_migrate::protocol::message::AbortCode;
 use ferry_migrate::protocol::record::Standing;
 use ferry_migrate::protocol::target::Progress;
 use ferry_migrate::protocol::{MemoryLayout, VmId};
@@ -18,11 +19,12 @@ use tokio::sync::mpsc;
 
 use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
 use crate::cli::{DiskArg, ReceiveArgs, serial_target};
+use crate::host::opener::Opener;
 use crate::host::{Here, Life, VmHost, console, server};
 use crate::security;
 use crate::state_dir::StateDir;
 
-pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<ExitCode> {
     if args.exit_with_stdin {
         exit_with_stdin();
     }
@@ -31,9 +33,12 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
     let state = StateDir::from_environment()?;
     let _lock = state.claim(&args.name)?;
     let tap = args.net.as_ref().map(|net| net.tap.clone());
-    if let Some(tap) = &tap {
+    let opener = Arc::new(opener);
+    if let Some(tap) = tap.clone() {
         // Found out now rather than when a VM comes; it is let go of again until then.
-        ferry_vmm::tap::Tap::attach(tap)?;
+        let opener = Arc::clone(&opener);
+        let attach = move || ferry_vmm::tap::Tap::attach(&tap).map(drop);
+        tokio::task::spawn_blocking(move || opener.open(attach)).await???;
     }
     let records = state.records(&args.name);
     records.all().with_context(|| {
@@ -51,8 +56,13 @@ pub(crate) async fn run(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         memory: args.memory.unwrap_or_default(),
         cpu: args.cpu,
     };
-    let machine_host =
-        ReceivingHost { host: Arc::clone(&host), tap, console, machines: MachineHost::new(local) };
+    let machine_host = ReceivingHost {
+        host: Arc::clone(&host),
+        opener,
+        tap,
+        console,
+        machines: Arc::new(MachineHost::new(local)),
+    };
     let (updates, inbox) = mpsc::unbounded_channel();
     let options = ReceiveOptions { listen: args.listen.clone(), security, host: host_name(), name: None };
     let mut receiver = Receiver::bind(
@@ -113,17 +123,28 @@ fn host_name() -> String {
 /// guest depends on nobody who only watches.
 struct ReceivingHost {
     host: Arc<VmHost>,
+    opener: Arc<Opener>,
     tap: Option<String>,
     console: Arc<UnixListener>,
-    machines: MachineHost,
+    machines: Arc<MachineHost>,
 }
 
 impl ReceivingHost {
+    fn opened(
+        &self,
+        build: impl FnOnce() -> Result<MigratableMachine, BuildRefusal> + Send + 'static,
+    ) -> Result<MigratableMachine, BuildRefusal> {
+        self.opener
+            .open(build)
+            .unwrap_or_else(|error| Err(BuildRefusal { code: AbortCode::CannotBuild, cause: error.into() }))
+    }
+
     fn receiving(&self, vm: VmId, machine: MigratableMachine) -> Arc<dyn TargetVm> {
         // Now, and not in the downtime.
         say_leaks(&machine);
         let (host, console) = (Arc::clone(&self.host), Arc::clone(&self.console));
-        Arc::new(ReceivingVm { host, vm, tap: self.tap.clone(), console, machine })
+        let opener = Arc::clone(&self.opener);
+        Arc::new(ReceivingVm { host, vm, opener, tap: self.tap.clone(), console, machine })
     }
 }
 
@@ -135,7 +156,8 @@ impl TargetHost for ReceivingHost {
         _: &MemoryLayout,
     ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
         self.host.receives(vm);
-        let machine = self.machines.build_machine(description)?;
+        let (machines, description) = (Arc::clone(&self.machines), description.to_vec());
+        let machine = self.opened(move || machines.build_machine(&description))?;
         Ok(self.receiving(vm, machine))
     }
 
@@ -147,7 +169,8 @@ impl TargetHost for ReceivingHost {
         memory: OwnedFd,
     ) -> Result<Arc<dyn TargetVm>, BuildRefusal> {
         self.host.receives(vm);
-        let machine = self.machines.adopt_machine(description, memory)?;
+        let (machines, description) = (Arc::clone(&self.machines), description.to_vec());
+        let machine = self.opened(move || machines.adopt_machine(&description, memory))?;
         Ok(self.receiving(vm, machine))
     }
 }
@@ -155,6 +178,7 @@ impl TargetHost for ReceivingHost {
 struct ReceivingVm {
     host: Arc<VmHost>,
     vm: VmId,
+    opener: Arc<Opener>,
     tap: Option<String>,
     console: Arc<UnixListener>,
     machine: MigratableMachine,
@@ -179,6 +203,7 @@ impl TargetVm for ReceivingVm {
         let record = record.ok_or("the record that this host runs it is missing")?;
         console::serve(self.machine.machine(), &self.console);
         self.machine.run(runs)?;
+        self.opener.close();
         let tap = self.tap.clone();
         let machine = self.machine.clone();
         let here = Here { machine: machine.clone(), vm, epoch: record.epoch, tap, migration: None };

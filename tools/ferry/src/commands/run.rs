@@ -16,13 +16,14 @@ use ferry_vmm::{BootSource, ClockMode, CpuModel, Kernel, Machine, MachineConfig,
 use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
 use crate::cli::{ClockArg, DiskArg, NetArg, RunArgs, SwitchArg, serial_target};
 use crate::host::migration::random_id;
+use crate::host::opener::Opener;
 use crate::host::{Here, Life, VmHost, console, server};
 use crate::quantity::show_bytes;
 use crate::security;
 use crate::state_dir::StateDir;
 use crate::terminal::{Mode, Terminal};
 
-pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(args: RunArgs, opener: Opener) -> anyhow::Result<ExitCode> {
     if args.exit_with_stdin {
         exit_with_stdin();
     }
@@ -35,12 +36,13 @@ pub(crate) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     let boot = boot_source(&args)?;
     let serial = config.serial.clone();
 
-    let machine = tokio::task::spawn_blocking(move || -> anyhow::Result<Machine> {
+    let build = move || -> anyhow::Result<Machine> {
         let machine = Machine::build(&config)?;
         machine.load(&boot)?;
         Ok(machine)
-    })
-    .await??;
+    };
+    // The opener is dropped with the closure: nothing more is opened.
+    let machine = tokio::task::spawn_blocking(move || opener.open(build)).await???;
     console::serve(&machine, &console::bind(&state, &args.name)?);
     // From before the guest can ask for anything to when this returns, however it does.
     let _terminal = keys_of_the_terminal(&serial)?;

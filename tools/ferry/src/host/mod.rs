@@ -8,8 +8,10 @@
 //!
 //! Starting and receiving are in `commands/`; the HTTP side is in `server.rs`.
 
+pub(crate) mod confined;
 pub(crate) mod console;
 pub(crate) mod migration;
+pub(crate) mod opener;
 pub(crate) mod server;
 
 use std::path::PathBuf;
@@ -153,6 +155,7 @@ impl VmHost {
             cpu_leaks: Vec::new(),
             network: None,
             terminal: None,
+            refused_system_calls: confined::refused_system_calls(),
             listen: None,
             note: None,
         };

@@ -26,6 +26,7 @@ use vm_superio::serial::SerialEvents;
 
 use super::places::Listener;
 use super::{ReaderId, SerialPort};
+use crate::confine::{self, Role};
 use crate::devices::Bus;
 use crate::parking::{Control, Kick, PanicGuard};
 
@@ -171,6 +172,7 @@ impl SerialPort {
         let on_failure = Arc::clone(&control);
         let thread = thread::Builder::new().name("serial".into()).spawn(move || {
             let guard = PanicGuard { control, vcpu: 0, what: "serial port's" };
+            confine::enter(Role::Device);
             // A terminal stops a process in the background that reads from it; with this, reading fails instead.
             let stop = SigSet::from(Signal::SIGTTIN);
             if let Err(error) = stop.thread_block() {

@@ -35,6 +35,7 @@ use super::in_flight::Ticket;
 use super::mmio::{BrokenQueue, DeviceKind, MmioTransport, Registers};
 use super::ring::{Interrupts, refuse_indirect};
 use super::wait::{DeviceKick, QueueWait};
+use crate::confine::{self, Role};
 use crate::disk::{Disk, SECTOR_BYTES};
 use crate::memory::GuestRam;
 use crate::parking::{Control, Kick, PanicGuard};
@@ -180,6 +181,7 @@ impl Block {
         control.add_thread();
         let thread = thread::Builder::new().name("disk".into()).spawn(move || {
             let guard = PanicGuard { control: for_thread, vcpu: 0, what: "disk's" };
+            confine::enter(Role::Device);
             let mut buffer = vec![0; BUFFER_BYTES];
             while guard.control.park(&*device.kick) {
                 device.serve(&guard.control, &wait, &mut buffer);

@@ -29,6 +29,7 @@ use self::queue::{Placed, place_frame};
 use super::mmio::{BrokenQueue, DeviceKind, MmioTransport};
 use super::ring::{Interrupts, Served, serve_chains};
 use super::wait::DeviceKick;
+use crate::confine::{self, Role};
 use crate::memory::GuestRam;
 use crate::parking::{Control, Kick, PanicGuard};
 use crate::saved::StateError;
@@ -187,6 +188,7 @@ impl Net {
         let thread = thread::Builder::new().name("net".into()).spawn(move || {
             let guard = PanicGuard { control, vcpu: 0, what: "network interface's" };
             let control = &guard.control;
+            confine::enter(Role::Device);
             let mut line = Line::new(tap);
             while control.park(&*self.kick) {
                 self.serve(control, &mut waiter, &mut line);

@@ -13,6 +13,7 @@ use super::VirtioDevice;
 use super::mmio::{BrokenQueue, DeviceKind, MmioTransport};
 use super::ring::{Served, serve_chains};
 use super::wait::{DeviceKick, QueueWait};
+use crate::confine::{self, Role};
 use crate::memory::GuestRam;
 use crate::parking::{Control, Kick, PanicGuard};
 
@@ -110,6 +111,7 @@ impl VirtioDevice for Rng {
         control.add_thread();
         let thread = thread::Builder::new().name("rng".into()).spawn(move || {
             let guard = PanicGuard { control: for_thread, vcpu: 0, what: "entropy device's" };
+            confine::enter(Role::Device);
             while guard.control.park(&*self.kick) {
                 self.serve(&guard.control, &wait);
             }
