@@ -160,7 +160,12 @@ impl Bandwidth {
         }
     }
 
-    /// Lets everybody through: the migration is over.
+    /// The cap applies again: the migration goes on.
+    pub(crate) fn go_on(&self) {
+        self.stopped.store(false, Ordering::Relaxed);
+    }
+
+    /// Lets everybody through: the streams are being closed.
     pub(crate) fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use ferry_protocol::encode::Encoded;
 use ferry_protocol::encode::pack::Method;
 use ferry_protocol::policy::{Estimate, Forecast};
-use ferry_protocol::source::{Downtime, MemoryPath, RoundReport, Summary};
+use ferry_protocol::source::{Downtime, MemoryPath, Reconnection, RoundReport, Summary};
 use serde::{Deserialize, Serialize};
 
 /// How memory got to the target.
@@ -49,6 +49,9 @@ pub struct MigrationReport {
     pub wire_bytes: u64,
     /// Every round; the last was sent while the guest stood still.
     pub rounds: Vec<Round>,
+    /// Every time that the link broke before the commit and was made again.
+    #[serde(default)]
+    pub reconnections: Vec<ReconnectionReport>,
     /// What each data stream did, in the order of their numbers; empty where the caller has not filled it in from
     /// [`crate::Update::Streams`].
     #[serde(default)]
@@ -61,6 +64,26 @@ pub struct MigrationReport {
     pub digest: Option<String>,
     /// Whether source and target agreed on it. A guest is never resumed where they do not.
     pub digest_equal: Option<bool>,
+}
+
+/// A link that broke before the commit and was made again.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ReconnectionReport {
+    /// The round that was under way or had just arrived.
+    pub round: u32,
+    /// Of the round under way, pages that had arrived and were not sent again.
+    pub arrived_pages: u64,
+    /// Pages that were put back as dirty, to be sent with the next round.
+    pub again_pages: u64,
+    /// From the loss until pre-copy went on, in ms.
+    pub ms: f64,
+}
+
+impl From<&Reconnection> for ReconnectionReport {
+    fn from(reconnection: &Reconnection) -> Self {
+        let Reconnection { round, arrived_pages, again_pages, took } = *reconnection;
+        Self { round, arrived_pages, again_pages, ms: ms(took) }
+    }
 }
 
 /// The parts of a downtime, in ms.
@@ -276,6 +299,7 @@ impl MigrationReport {
             host,
             memory,
             rounds,
+            reconnections,
             downtime,
             forecast,
             total,
@@ -299,6 +323,7 @@ impl MigrationReport {
             total_ms: ms(*total),
             wire_bytes: rounds.iter().map(|round| round.wire_bytes).sum(),
             rounds,
+            reconnections: reconnections.iter().map(ReconnectionReport::from).collect(),
             streams: Vec::new(),
             verified: *verified,
             digest: verified.then(|| digest.to_string()),

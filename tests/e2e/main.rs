@@ -8,3 +8,4 @@ mod bad_input;
 mod clocks;
 mod local;
 mod migrations;
+mod reconnect;

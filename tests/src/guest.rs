@@ -200,10 +200,12 @@ impl Guest {
             compression: Compression::None,
             bandwidth: BandwidthCap::default(),
             verify: true,
+            verify_whole: false,
             // Far above what is needed: these tests are about correctness on a shared machine.
             downtime_budget: Duration::from_millis(500),
             timeout: Duration::from_secs(120),
             on_timeout: OnTimeout::Cancel,
+            reconnect: Duration::from_secs(30),
         }
     }
 
@@ -367,6 +369,20 @@ pub async fn move_guest_to(
 /// If anything is not as it should be.
 pub async fn move_locally(guest: Guest, change: impl FnOnce(&mut MigrateOptions)) -> (Guest, Summary) {
     let target = local_target_for(&guest);
+    move_to(guest, target, change).await
+}
+
+/// Migrates a guest to a new machine, over the way that `through` makes to its address.
+///
+/// # Panics
+/// If anything is not as it should be.
+pub async fn move_guest_through(
+    guest: Guest,
+    through: impl FnOnce(&str) -> String,
+    change: impl FnOnce(&mut MigrateOptions),
+) -> (Guest, Summary) {
+    let target = target_for(&guest);
+    let target = Target { address: through(&target.address), ..target };
     move_to(guest, target, change).await
 }
 

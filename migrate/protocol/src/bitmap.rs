@@ -295,6 +295,45 @@ impl PageBitmap {
         }
     }
 
+    /// Adds the pages of `range`.
+    ///
+    /// # Panics
+    /// If the guest has no such pages.
+    pub fn insert_range(&mut self, range: PageRange) {
+        assert!(
+            range.first + range.count <= self.page_count,
+            "{range:?} of a guest with {}",
+            self.page_count
+        );
+        let (mut page, end) = (range.first, range.first + range.count);
+        while page < end {
+            let (word, _) = split(page);
+            let pages = (WORD_PAGES - page % WORD_PAGES).min(end - page);
+            let ones = if pages == WORD_PAGES { u64::MAX } else { (1 << pages) - 1 };
+            self.words[word] |= ones << (page % WORD_PAGES);
+            page += pages;
+        }
+    }
+
+    /// Adds the pages `mask` of `chunk`.
+    ///
+    /// # Panics
+    /// If the guest has no such pages.
+    pub fn insert_chunk(&mut self, chunk: ChunkIndex, mask: &PageMask) {
+        chunk.ranges(mask).for_each(|range| self.insert_range(range));
+    }
+
+    /// Removes every page of `other`.
+    ///
+    /// # Panics
+    /// If the two are of guests of different sizes.
+    pub fn subtract(&mut self, other: &Self) {
+        assert_eq!(self.page_count, other.page_count, "bitmaps of one guest");
+        for (to, from) in self.words.iter_mut().zip(&other.words) {
+            *to &= !from;
+        }
+    }
+
     /// The chunks that have pages in the set, each with its pages, in ascending order.
     pub fn chunks(&self) -> impl Iterator<Item = (ChunkIndex, PageMask)> + '_ {
         self.words.chunks(CHUNK_WORDS).zip(0..).filter_map(|(words, index)| {
@@ -374,6 +413,16 @@ mod tests {
                 })
                 .collect();
             prop_assert_eq!(by_chunk, by_range);
+            let mut again = PageBitmap::empty(2000);
+            bitmap.ranges().for_each(|range| again.insert_range(range));
+            prop_assert_eq!(&again, &bitmap);
+            let mut again = PageBitmap::empty(2000);
+            bitmap.chunks().for_each(|(chunk, mask)| again.insert_chunk(chunk, &mask));
+            prop_assert_eq!(&again, &bitmap);
+            let mut rest = PageBitmap::full(2000);
+            rest.subtract(&bitmap);
+            prop_assert_eq!(rest.count(), 2000 - bitmap.count());
+            prop_assert!(pages.iter().all(|&page| !rest.contains(page)));
             for (_, mask) in bitmap.chunks() {
                 let last = mask.runs().last().map(|(offset, count)| offset + count - 1);
                 prop_assert_eq!(mask.last(), last);

@@ -84,6 +84,12 @@ impl ChunkDigests {
         PageDigest(self.0[index(offset)])
     }
 
+    /// The digest of a memory of which only this chunk has been seen.
+    #[must_use]
+    pub fn sum(&self) -> MemoryDigest {
+        MemoryDigest(self.0.iter().fold(0, |sum: u128, page| sum.wrapping_add(*page)))
+    }
+
     /// Replaces the digest of the chunk's page `offset`, and says by how much the memory's digest changes: what is to be
     /// added to it by [`MemoryDigest::combine`].
     ///

@@ -230,6 +230,9 @@ pub struct Join {
     pub migration: MigrationId,
     /// The stream's number, not checked against the number of streams yet.
     pub stream: u16,
+    /// Which of the migration's sets of streams it belongs to: 0, and after each interruption the number that
+    /// [`crate::message::Resume`] has announced. A stream that was under way when the link broke is thereby known as late.
+    pub session: u32,
 }
 
 impl Join {
@@ -241,6 +244,7 @@ impl Join {
         bytes[4..6].copy_from_slice(&VERSION_NEWEST.to_le_bytes());
         bytes[6..8].copy_from_slice(&self.stream.to_le_bytes());
         bytes[8..24].copy_from_slice(&self.migration.0);
+        bytes[24..28].copy_from_slice(&self.session.to_le_bytes());
         let crc = crc32c::crc32c(&bytes[..28]);
         bytes[28..].copy_from_slice(&crc.to_le_bytes());
         bytes
@@ -262,7 +266,8 @@ impl Join {
             return Err(FrameError::Join("it speaks another version"));
         }
         let stream = u16::from_le_bytes(array(&bytes[6..8]));
-        Ok(Self { migration: MigrationId(array(&bytes[8..24])), stream })
+        let session = u32::from_le_bytes(array(&bytes[24..28]));
+        Ok(Self { migration: MigrationId(array(&bytes[8..24])), stream, session })
     }
 }
 
@@ -339,7 +344,7 @@ mod tests {
 
     #[test]
     fn joins_read_back() {
-        let join = Join { migration: MigrationId([3; 16]), stream: 5 };
+        let join = Join { migration: MigrationId([3; 16]), stream: 5, session: 7 };
         let bytes = join.encode();
         assert_eq!(Join::decode(&bytes), Ok(join));
         for at in 0..JOIN_BYTES {

@@ -30,6 +30,7 @@ pub mod frame;
 pub mod handover;
 pub mod ident;
 pub mod layout;
+pub mod liveness;
 pub mod message;
 pub mod negotiation;
 pub mod page;

@@ -100,6 +100,54 @@ pub struct FenceReached {
     pub fence: u32,
 }
 
+/// How long the target is to keep what has arrived if the connection breaks before the commit, so that the source can take
+/// the migration up again. Only sent where both have [`Features::RESUMPTION`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeepFor {
+    /// In ms. The target bounds it.
+    pub wait_ms: u32,
+}
+
+/// The source is back and takes the migration up where it was: which pages of the round under way have arrived? It comes
+/// behind the `Hello` of a new connection, and again for each further part of the answer. Whatever the target was told of the
+/// guest's standstill does not count any more: the guest runs at the source, and no commit was recorded there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume {
+    /// The epoch that the target receives.
+    pub epoch: Epoch,
+    /// The number of the data streams that are to come: larger with each connection, and in the join of each stream.
+    pub session: u32,
+    /// The last fence of which the source knows that it was reached.
+    pub reached: u32,
+    /// The fence behind the round that was under way; the same if none was.
+    pub round: u32,
+    /// The answer is to begin with this page.
+    pub from: u64,
+}
+
+/// What the target has of the round that was under way when the connection broke.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arrived {
+    /// The last fence that was reached: everything before it is here.
+    pub reached: u32,
+    /// Runs of pages that have arrived since, ascending, at most [`RUNS_MAX`].
+    pub runs: Vec<Run>,
+    /// Where the answer goes on, if it is not complete; it is to be asked for.
+    pub next: Option<u64>,
+}
+
+/// The most runs in one message.
+pub const RUNS_MAX: usize = 1 << 16;
+
+/// Consecutive pages. What a peer names is checked against the guest's memory before it is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// The first page.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+}
+
 /// What a guest is known by on its network.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct NetworkIdentity {
@@ -340,6 +388,12 @@ messages! {
     20 Rehearse(Rehearse),
     /// Target: this long.
     21 Rehearsed(Rehearsed),
+    /// Source: if the connection breaks, keep what you have for this long.
+    30 KeepFor(KeepFor),
+    /// Source: I am back; what of the round under way has arrived?
+    31 Resume(Resume),
+    /// Target: this.
+    32 Arrived(Arrived),
 }
 
 fn whole<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, String> {
@@ -388,6 +442,7 @@ impl Message {
                 bound("the IPv4 list", network.ipv4.len(), ADDRESSES_MAX)?;
                 bound("the IPv6 list", network.ipv6.len(), ADDRESSES_MAX)
             }
+            Self::Arrived(Arrived { runs, .. }) => bound("the list of runs", runs.len(), RUNS_MAX),
             Self::Abort(Abort { sentence, .. }) => bound("the reason", sentence.len(), SENTENCE_BYTES_MAX),
             Self::Hello(_)
             | Self::Ready(_)
@@ -402,6 +457,8 @@ impl Message {
             | Self::Ping(_)
             | Self::Rehearse(_)
             | Self::Rehearsed(_)
+            | Self::KeepFor(_)
+            | Self::Resume(_)
             | Self::Pong(_) => Ok(()),
         }
     }
@@ -458,6 +515,13 @@ pub(crate) mod tests {
             }),
             Message::Rehearse(Rehearse),
             Message::Rehearsed(Rehearsed { record_us: 6 }),
+            Message::KeepFor(KeepFor { wait_ms: 30_000 }),
+            Message::Resume(Resume { epoch, session: 1, reached: 2, round: 3, from: 4 }),
+            Message::Arrived(Arrived {
+                reached: 2,
+                runs: vec![Run { first: 4, count: 600 }, Run { first: 1000, count: 1 }],
+                next: Some(2000),
+            }),
         ]
     }
 

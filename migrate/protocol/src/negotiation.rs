@@ -25,9 +25,20 @@ impl Features {
     /// Guest memory may be handed over as a descriptor: only where source and target are processes of one host, so it
     /// is not in [`Features::OURS`] and is offered on connections that can carry descriptors.
     pub const HAND_OVER: Self = Self(1 << 10);
+    /// From `Describe` to the commit the source pings at least once a second and the target answers, so that each notices
+    /// when the other has fallen silent.
+    pub const KEEPALIVE: Self = Self(1 << 16);
+    /// A migration whose connections break before the commit may be taken up where it was ([`crate::message::Resume`]). A
+    /// source offers this only if its operator wants it to reconnect.
+    pub const RESUMPTION: Self = Self(1 << 17);
     /// All that this crate can do on any connection.
-    pub const OURS: Self =
-        Self::LZ4.and(Self::ZSTD).and(Self::DELTA).and(Self::REHEARSAL).and(Self::UNVERIFIED);
+    pub const OURS: Self = Self::LZ4
+        .and(Self::ZSTD)
+        .and(Self::DELTA)
+        .and(Self::REHEARSAL)
+        .and(Self::UNVERIFIED)
+        .and(Self::KEEPALIVE)
+        .and(Self::RESUMPTION);
 
     /// All of either.
     #[must_use]

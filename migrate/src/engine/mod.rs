@@ -2,8 +2,8 @@
 //!
 //! Decisions are the core's; what stands here is plumbing: tasks, threads, channels.
 
-mod arriving;
 mod door;
+mod incoming;
 pub mod source;
 pub mod target;
 mod vm_worker;

@@ -19,7 +19,7 @@ use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::bandwidth::{Bandwidth, BandwidthCap};
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
 use crate::report::StreamWork;
-use crate::stream::{SenderOptions, Senders, StreamSettings, TransferCounters};
+use crate::stream::{How, Opening, SenderOptions, Senders, StreamSettings, TransferCounters};
 use crate::transport::control::{ControlReader, ControlStream, ControlWriter, UNHANDLED_MAX, split};
 use crate::transport::endpoint::Endpoint;
 use crate::transport::security::{Dialer, Security};
@@ -51,12 +51,17 @@ pub struct MigrateOptions {
     /// Whether both sides take digests of memory and compare them before the guest resumes. Without, nothing proves
     /// that the two memories are the same: meant for measuring what that costs.
     pub verify: bool,
+    /// Whether the source also reads all of the paused guest's memory once more, which finds pages that no dirty log has
+    /// named. The guest stands still meanwhile.
+    pub verify_whole: bool,
     /// The downtime that is allowed.
     pub downtime_budget: Duration,
     /// How long it may take until the guest is stopped.
     pub timeout: Duration,
     /// What happens then.
     pub on_timeout: OnTimeout,
+    /// How long the target is tried to be reached again if the link breaks before the commit, each time; zero for not at all.
+    pub reconnect: Duration,
 }
 
 impl MigrateOptions {
@@ -85,6 +90,9 @@ pub enum Update {
     /// What each data stream has done in all; comes once, last of all.
     Streams(Vec<StreamWork>),
 }
+
+/// No set of data streams has this number: a migration reconnects some dozen times at most.
+const NO_SESSION: u32 = u32::MAX;
 
 /// How often [`Update::Transferred`] comes.
 const TRANSFERRED_EVERY: Duration = Duration::from_millis(100);
@@ -147,6 +155,8 @@ pub async fn migrate(
         connection: None,
         connection_number: 0,
         senders: None,
+        session: 0,
+        closing: None,
         outcome: None,
     };
     Ok(engine.run(inbox, cancel).await)
@@ -171,9 +181,11 @@ fn begin(
         compression,
         bandwidth: _,
         verify,
+        verify_whole,
         downtime_budget,
         timeout,
         on_timeout,
+        reconnect,
     } = options;
     let arrived_by = records.load(id).ok().flatten().and_then(|record| record.arrived_by);
     let config = Config {
@@ -191,9 +203,11 @@ fn begin(
         streams,
         compression,
         verify,
+        verify_whole,
         downtime_budget,
         timeout,
         on_timeout,
+        reconnect,
     };
     Source::new(config, layout, clock.now())
 }
@@ -203,7 +217,10 @@ enum Happened {
     Core(Event),
     /// Of the connection with this number; an older one's events no longer count. The permit bounds how many wait.
     Link(u64, LinkEvent, Option<OwnedSemaphorePermit>),
-    Opened(std::io::Result<Senders>),
+    /// A set of data streams, by its number.
+    Opened(u32, std::io::Result<Senders>),
+    /// Of the set of data streams with this number; an older one's events no longer count.
+    Stream(u32, Event),
 }
 
 enum LinkEvent {
@@ -231,6 +248,10 @@ struct Engine {
     connection: Option<Connection>,
     connection_number: u64,
     senders: Option<Senders>,
+    /// The number of the set of data streams that is open, or was last.
+    session: u32,
+    /// The end of the streams that were closed last.
+    closing: Option<JoinHandle<()>>,
     outcome: Option<Outcome>,
 }
 
@@ -279,11 +300,17 @@ impl Engine {
                 self.link_event(number, event)
             }
             Happened::Link(..) => None,
-            Happened::Opened(Ok(senders)) => {
+            Happened::Stream(session, event) => (session == self.session).then_some(event),
+            // Streams that came too late are shut again.
+            Happened::Opened(session, opened) if session != self.session => {
+                tokio::task::spawn_blocking(move || drop(opened));
+                None
+            }
+            Happened::Opened(_, Ok(senders)) => {
                 self.senders = Some(senders);
                 Some(Event::StreamsOpened)
             }
-            Happened::Opened(Err(error)) => {
+            Happened::Opened(_, Err(error)) => {
                 Some(Event::StreamFailed(format!("the data streams can't be opened: {error}")))
             }
         }
@@ -310,18 +337,27 @@ impl Engine {
                 }
             }
             Action::SendMemory(message) => self.send_memory(&message),
-            Action::OpenStreams { verify } => self.open_streams(verify),
+            Action::OpenStreams { verify } => {
+                self.open_streams(Opening { verify, session: 0, lacking: None });
+            }
+            Action::ReopenStreams { verify, session, lacking } => {
+                self.open_streams(Opening { verify, session, lacking: Some(lacking) });
+            }
             Action::CloseStreams => {
                 self.sender_options.bandwidth.stop();
+                // Whatever they have still to say no longer counts.
+                self.session = NO_SESSION;
                 if let Some(senders) = self.senders.take() {
                     // Joining their threads may take a moment in which the guest should already run again.
-                    tokio::task::spawn_blocking(move || drop(senders));
+                    self.closing = Some(tokio::task::spawn_blocking(move || drop(senders)));
                 }
             }
-            Action::SendPages { pages, fence, paused } => {
+            Action::SendPages { pages, fence, paused, first, whole } => {
                 self.counters.pages.store(0, Ordering::Relaxed);
-                if let Some(senders) = &self.senders {
-                    senders.send(pages, fence, paused);
+                let sent = self.senders.as_ref().map(|s| s.send(pages, fence, How { paused, first, whole }));
+                if let Some(Err(error)) = sent {
+                    let reason = format!("no thread to check memory can be started: {error}");
+                    let _ = self.events.send(Happened::Core(Event::VmFailed(reason)));
                 }
             }
             Action::StartDirtyLog => self.on_vm(|vm| vm.start_dirty_log().map(|()| Event::DirtyLogStarted)),
@@ -376,7 +412,10 @@ impl Engine {
         }
     }
 
-    fn open_streams(&self, verify: bool) {
+    fn open_streams(&mut self, opening: Opening) {
+        let session = opening.session;
+        self.session = session;
+        let closing = self.closing.take();
         let (options, events) = (Arc::clone(&self.sender_options), self.events.clone());
         let done = events.clone();
         let done = Arc::new(move |result: Result<_, String>| {
@@ -384,10 +423,16 @@ impl Engine {
                 Ok(sent) => Event::RoundSent(sent),
                 Err(reason) => Event::StreamFailed(reason),
             };
-            let _ = done.send(Happened::Core(event));
+            let _ = done.send(Happened::Stream(session, event));
         });
-        tokio::task::spawn_blocking(move || {
-            let _ = events.send(Happened::Opened(Senders::open(&options, verify, &done)));
+        tokio::spawn(async move {
+            if let Some(closing) = closing {
+                // Its threads must have ended. A panic of one has ended it, too.
+                let _ = closing.await;
+            }
+            tokio::task::spawn_blocking(move || {
+                let _ = events.send(Happened::Opened(session, Senders::open(&options, &opening, &done)));
+            });
         });
     }
 
@@ -490,6 +535,9 @@ impl Engine {
         self.show_counters();
         if let Some(senders) = self.senders.take() {
             let _ = tokio::task::spawn_blocking(move || drop(senders)).await;
+        }
+        if let Some(closing) = self.closing.take() {
+            let _ = closing.await;
         }
         self.update(Update::Streams(self.counters.streams()));
         self.worker.finish().await;

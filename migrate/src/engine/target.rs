@@ -10,12 +10,12 @@ use std::time::Duration;
 use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
-use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, StreamIndex, VmId, VmName};
+use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, VmId, VmName};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::arriving::Streams;
 use super::door::{Door, Joining, Knock, Link, STRANGERS_MAX, sort};
+use super::incoming::Streams;
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
@@ -192,7 +192,7 @@ struct Attempt {
     worker: VmWorker,
     events: mpsc::UnboundedSender<Happened>,
     inbox: mpsc::UnboundedReceiver<Happened>,
-    connection: Connection,
+    connection: Option<Connection>,
     connection_number: u64,
     /// What the source's certificate says, with TLS.
     identity: Option<HostIdentity>,
@@ -230,7 +230,7 @@ impl Attempt {
             worker: VmWorker::start()?,
             events,
             inbox,
-            connection,
+            connection: Some(connection),
             connection_number: 0,
             identity,
             memory: None,
@@ -315,7 +315,9 @@ impl Attempt {
                 self.connection_number += 1;
                 self.identity.clone_from(&link.identity);
                 let connection = connect(link, self.connection_number, &self.events);
-                std::mem::replace(&mut self.connection, connection).reader.abort();
+                if let Some(old) = self.connection.replace(connection) {
+                    old.reader.abort();
+                }
                 Some(Event::Reconnected)
             }
             Knock::Hello(hello, link)
@@ -352,31 +354,43 @@ impl Attempt {
             (None, None) => true,
             (Some(_), None) | (None, Some(_)) => false,
         };
+        let peer = joining.peer.clone();
         let streams = self.streams.as_mut().filter(|_| same && join.migration == self.migration);
-        let claimed = streams.and_then(|streams| {
-            let index = StreamIndex::new(join.stream, streams.count)?;
-            streams.claim(index).then_some((streams, index))
-        });
-        let Some((streams, index)) = claimed else {
-            tracing::warn!(
-                "{} was turned away: its data stream is none of the migration under way",
-                joining.peer
-            );
-            return None;
-        };
         let events = self.events.clone();
         let report = move |event| drop(events.send(Happened::Core(event)));
-        let started = joining.into_reader().and_then(|reader| streams.start(reader, index, report));
-        let failed = |error: std::io::Error| Event::StreamFailed {
-            code: AbortCode::Internal,
-            sentence: format!("data stream {} can't be taken: {error}", join.stream),
-        };
-        started.err().map(failed)
+        match streams.map_or(Ok(false), |streams| streams.take(&join, joining, report)) {
+            Ok(true) => None,
+            Ok(false) => {
+                tracing::warn!("{peer} was turned away: its data stream is none that is waited for");
+                None
+            }
+            Err(error) => Some(Event::StreamFailed {
+                code: AbortCode::Internal,
+                sentence: format!("data stream {} can't be taken: {error}", join.stream),
+            }),
+        }
     }
 
     fn perform(&mut self, action: Action) {
         match action {
-            Action::Send(message) => self.connection.writer.send(&message),
+            Action::Send(message) => {
+                if let Some(connection) = &self.connection {
+                    connection.writer.send(&message);
+                }
+            }
+            Action::EndStreams => self.interrupt_streams(),
+            Action::ExpectStreams { session, digest } => {
+                if let Some(streams) = &mut self.streams {
+                    streams.expect(session, digest);
+                }
+            }
+            Action::HangUp => {
+                self.connection_number += 1;
+                if let Some(Connection { writer, reader }) = self.connection.take() {
+                    reader.abort();
+                    drop(writer);
+                }
+            }
             Action::WriteRecord(record) => self.write_record(record),
             Action::RehearseRecord(record) => self.rehearse_record(record),
             Action::BuildMachine { description, layout, streams, verify } => {
@@ -498,11 +512,28 @@ impl Attempt {
         tokio::spawn(announce::announce(Arc::clone(&streams.vm), network));
     }
 
+    /// Ends the streams and finds out what they have brought.
+    fn interrupt_streams(&mut self) {
+        let Some(streams) = &mut self.streams else { return };
+        let interrupt = streams.interrupt();
+        let (events, panicked) = (self.events.clone(), self.events.clone());
+        self.worker.run(
+            move || drop(events.send(Happened::Core(interrupt()))),
+            move || drop(panicked.send(Happened::Core(Event::RestoreFailed(PANICKED.to_owned())))),
+        );
+    }
+
     /// Ends the streams: nothing a peer sends from now on may reach guest memory. Jobs on the VM that are queued
     /// afterwards find their threads gone.
     fn end_streams(&mut self) {
         if let Some(streams) = &mut self.streams {
-            self.worker.run(streams.end(), || {});
+            let end = streams.end();
+            self.worker.run(
+                move || {
+                    end();
+                },
+                || {},
+            );
         }
     }
 
@@ -524,9 +555,10 @@ impl Attempt {
                 vm.discard();
             }
         }
-        let Connection { writer, reader } = self.connection;
-        let _ = tokio::time::timeout(CLOSE_TIMEOUT, writer.finish()).await;
-        reader.abort();
+        if let Some(Connection { writer, reader }) = self.connection {
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, writer.finish()).await;
+            reader.abort();
+        }
         match (outcome, streams) {
             (Outcome::Discarded { reason }, _) => Ended::Discarded { reason, newer: self.newer },
             (outcome @ Outcome::Running { digest, .. }, Some(streams)) => {

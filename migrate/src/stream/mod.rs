@@ -5,6 +5,7 @@ mod receive;
 mod send;
 mod sender;
 mod sent;
+mod whole;
 
-pub(crate) use receive::{ReceivedMemory, StreamEvent, receive_stream};
-pub(crate) use send::{SenderOptions, Senders, StreamSettings, TransferCounters};
+pub(crate) use receive::{Part, ReceivedMemory, StreamEvent, receive_stream};
+pub(crate) use send::{How, Opening, SenderOptions, Senders, StreamSettings, TransferCounters};

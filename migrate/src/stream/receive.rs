@@ -12,7 +12,7 @@ use ferry_protocol::encode::delta;
 use ferry_protocol::encode::pack::{Packed, Unpacker};
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, FrameError};
 use ferry_protocol::message::AbortCode;
-use ferry_protocol::{ChunkIndex, MemoryDigest, PageDigest, PageMask, PageRange};
+use ferry_protocol::{ChunkIndex, MemoryDigest, PageBitmap, PageDigest, PageMask, PageRange};
 
 use crate::ports::GuestPages;
 use crate::transport::data::DataReader;
@@ -43,15 +43,25 @@ impl StreamError {
     }
 }
 
-/// Reads frames until the stream ends, which it always does with [`StreamEvent::Failed`]. Digests are taken only if
-/// `verify` says so.
+/// How a stream takes part in what is received.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Part {
+    /// Whether digests are taken.
+    pub(crate) verify: bool,
+    /// The number of the set of streams that it belongs to.
+    pub(crate) session: u32,
+    /// The digest that its own sum begins with.
+    pub(crate) digest: MemoryDigest,
+}
+
+/// Reads frames until the stream ends, which it always does with [`StreamEvent::Failed`]; how many fences came.
 pub(crate) fn receive_stream(
     reader: DataReader,
     pages: Arc<dyn GuestPages>,
     received: Arc<ReceivedMemory>,
-    verify: bool,
+    Part { verify, session, digest }: Part,
     report: &dyn Fn(StreamEvent),
-) {
+) -> u32 {
     let page_count = pages.layout().page_count();
     let mut receiver = Receiver {
         reader,
@@ -59,15 +69,22 @@ pub(crate) fn receive_stream(
         page_count,
         verify,
         received,
-        digest: MemoryDigest::ZERO,
+        digest,
+        round: Round { session, fences: 0 },
         unpacker: Unpacker::default(),
         body: Vec::new(),
     };
     loop {
         match receiver.next_frame() {
             Ok(None) => {}
-            Ok(Some(fence)) => report(StreamEvent::Fence { fence, digest: receiver.digest }),
-            Err(error) => return report(StreamEvent::Failed(error)),
+            Ok(Some(fence)) => {
+                receiver.round.fences += 1;
+                report(StreamEvent::Fence { fence, digest: receiver.digest });
+            }
+            Err(error) => {
+                report(StreamEvent::Failed(error));
+                return receiver.round.fences;
+            }
         }
     }
 }
@@ -81,6 +98,23 @@ pub(crate) struct ReceivedMemory {
 impl ReceivedMemory {
     pub(crate) fn new(page_count: u64) -> Self {
         Self { chunks: (0..page_count.div_ceil(CHUNK_PAGES)).map(|_| Mutex::default()).collect() }
+    }
+
+    /// The pages that have arrived as a whole in the round behind so many fences of the set of streams with this number,
+    /// and the digest of all pages. Its streams have ended.
+    pub(crate) fn arrived(&self, page_count: u64, session: u32, fences: u32) -> (PageBitmap, MemoryDigest) {
+        let (mut pages, mut digest) = (PageBitmap::empty(page_count), MemoryDigest::ZERO);
+        for number in 0.. {
+            let Some(index) = ChunkIndex::new(number, page_count) else { break };
+            let chunk = self.chunk(index);
+            if let Some(digests) = &chunk.digests {
+                digest = digest.combine(digests.sum());
+            }
+            if chunk.round == (Round { session, fences }) {
+                pages.insert_chunk(index, &chunk.arrived);
+            }
+        }
+        (pages, digest)
     }
 
     /// A chunk, for the stream that has a frame of it.
@@ -97,6 +131,31 @@ struct ReceivedChunk {
     digests: Option<ChunkDigests>,
     /// Pages that something was written to: the others are zero, as they were when the machine was built.
     filled: PageMask,
+    /// The round in which something arrived last.
+    round: Round,
+    /// Pages that arrived in it as a whole.
+    arrived: PageMask,
+}
+
+impl ReceivedChunk {
+    /// These pages are here now, in `round`.
+    fn arrive(&mut self, mask: &PageMask, round: Round) {
+        if std::mem::replace(&mut self.round, round) != round {
+            self.arrived = PageMask::EMPTY;
+        }
+        join(&mut self.arrived, mask);
+    }
+}
+
+fn join(to: &mut PageMask, more: &PageMask) {
+    to.0.iter_mut().zip(more.0).for_each(|(to, more)| *to |= more);
+}
+
+/// A round as a stream counts it: a set of streams, and how many fences it has seen. All streams of a set see the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Round {
+    session: u32,
+    fences: u32,
 }
 
 struct Receiver {
@@ -107,6 +166,7 @@ struct Receiver {
     verify: bool,
     received: Arc<ReceivedMemory>,
     digest: MemoryDigest,
+    round: Round,
     unpacker: Unpacker,
     /// The body of a packed or delta frame.
     body: Vec<u8>,
@@ -130,6 +190,8 @@ impl Receiver {
 
     fn raw(&mut self, chunk: ChunkIndex, mask: &PageMask) -> Result<(), StreamError> {
         let ranges: Vec<PageRange> = chunk.ranges(mask).collect();
+        // Before: what is written half-way when the connection breaks is not zero any more.
+        join(&mut self.received.chunk(chunk).filled, mask);
         self.reader.receive(&*self.pages, &ranges)?;
         self.take_digests(chunk, mask);
         Ok(())
@@ -139,12 +201,12 @@ impl Receiver {
     fn take_digests(&mut self, chunk: ChunkIndex, mask: &PageMask) {
         let received = Arc::clone(&self.received);
         let mut received = received.chunk(chunk);
-        let ReceivedChunk { digests, filled } = &mut *received;
-        filled.0.iter_mut().zip(mask.0).for_each(|(filled, more)| *filled |= more);
+        join(&mut received.filled, mask);
+        received.arrive(mask, self.round);
         if !self.verify {
             return;
         }
-        let digests = digests.get_or_insert_default();
+        let digests = received.digests.get_or_insert_default();
         for range in chunk.ranges(mask) {
             self.pages.for_each_page(range, &mut |page, bytes| {
                 let change = digests.set(page - chunk.first_page(), PageDigest::of(page, bytes));
@@ -156,7 +218,8 @@ impl Receiver {
     fn zero(&mut self, chunk: ChunkIndex, mask: &PageMask) -> Result<(), StreamError> {
         // Memory that nothing was written to is neither looked at nor given back.
         let mut received = self.received.chunk(chunk);
-        let ReceivedChunk { digests, filled } = &mut *received;
+        received.arrive(mask, self.round);
+        let ReceivedChunk { digests, filled, .. } = &mut *received;
         let mut filled_before = *mask;
         filled_before.0.iter_mut().zip(filled.0).for_each(|(word, filled)| *word &= filled);
         for range in chunk.ranges(&filled_before) {

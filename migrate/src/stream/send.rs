@@ -12,12 +12,13 @@ use ferry_protocol::frame::Join;
 use ferry_protocol::page::Compression;
 use ferry_protocol::source::RoundSent;
 use ferry_protocol::streams::StreamTuner;
-use ferry_protocol::{ChunkIndex, MigrationId, PageBitmap, PageMask, StreamIndex};
+use ferry_protocol::{ChunkIndex, MemoryDigest, MigrationId, PageBitmap, PageMask, StreamIndex};
 use ferry_vmm::confine::{self, Role};
 
 use super::encoders::{Encoders, Tools};
 use super::sender::Sender;
 use super::sent::SentMemory;
+use super::whole::WholeDigest;
 use crate::bandwidth::Bandwidth;
 use crate::ports::{Clock, GuestPages};
 use crate::report::StreamWork;
@@ -106,6 +107,12 @@ impl SenderOptions {
         }
     }
 
+    /// Ends the threads that pack, once they have done what they were given: nobody waits for it any more.
+    fn end_encoders(&self) {
+        let encoders = self.encoders.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(encoders);
+    }
+
     /// The threads that pack.
     pub(super) fn encoders(&self) -> io::Result<Arc<Encoders>> {
         let mut encoders = self.encoders.lock().unwrap_or_else(PoisonError::into_inner);
@@ -152,6 +159,8 @@ pub(super) struct Round {
     next: AtomicU64,
     pub(super) fence: u32,
     pub(super) paused: bool,
+    /// Whether no round has reached the target yet.
+    pub(super) first: bool,
     pub(super) gathered: Mutex<Gathered>,
 }
 
@@ -167,7 +176,7 @@ impl Round {
             if !options.works(stream) {
                 // Only the first round is long enough to change one's mind in it. In any other a stream that waits would
                 // only keep the rest waiting for its fence.
-                if self.fence > 1 || self.paused {
+                if !self.first || self.paused {
                     return None;
                 }
                 ChunkIndex::new(self.next.load(Ordering::Relaxed), page_count)?;
@@ -190,6 +199,8 @@ pub(super) struct Gathered {
     waited_min: Duration,
     /// How long the link was busy meanwhile, at most: as if the streams' pieces never overlapped.
     busy_max: Duration,
+    /// The digest of all of memory, if it is wanted.
+    whole: Option<WholeDigest>,
 }
 
 impl Gathered {
@@ -200,8 +211,31 @@ impl Gathered {
         self.busy_max += busy;
         if self.streams_left == 0 {
             self.sum.link_idle = self.waited_min.saturating_sub(self.busy_max);
+            self.sum.whole_digest = self.whole.take().and_then(WholeDigest::finish);
         }
     }
+}
+
+/// How a round is sent.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct How {
+    /// Whether the guest stands still.
+    pub(crate) paused: bool,
+    /// Whether no round has reached the target yet.
+    pub(crate) first: bool,
+    /// Whether the digest of all of memory is wanted.
+    pub(crate) whole: bool,
+}
+
+/// How a set of streams begins.
+#[derive(Debug)]
+pub(crate) struct Opening {
+    /// Whether digests are taken.
+    pub(crate) verify: bool,
+    /// The number in each stream's join.
+    pub(crate) session: u32,
+    /// Pages that were sent by streams before and have not arrived.
+    pub(crate) lacking: Option<PageBitmap>,
 }
 
 /// The threads of a migration's data streams.
@@ -213,13 +247,22 @@ pub(crate) struct Senders {
 }
 
 impl Senders {
-    /// Connects all streams and starts their threads, which take digests if `verify` says so. `done` hears of every
-    /// finished round and failure.
+    /// Connects all streams and starts their threads. `done` hears of every finished round and failure. Streams that were
+    /// open before must have been dropped.
     pub(crate) fn open(
         options: &Arc<SenderOptions>,
-        verify: bool,
+        opening: &Opening,
         done: &Arc<impl Done>,
     ) -> io::Result<Self> {
+        let &Opening { verify, session, ref lacking } = opening;
+        let mut digest = MemoryDigest::ZERO;
+        if let Some(lacking) = lacking {
+            // What they still pack was never sent, but would count as sent.
+            options.end_encoders();
+            options.sent.forget(lacking);
+            digest = options.sent.digest();
+            options.bandwidth.go_on();
+        }
         let mut senders = Self {
             options: Arc::clone(options),
             queues: Vec::new(),
@@ -230,11 +273,13 @@ impl Senders {
             // Should one fail, dropping `senders` closes the others and ends their threads.
             let stream = StreamIndex::new(number, options.streams).expect("numbered below their count");
             let mut writer = options.dialer.data(STALL_MAX).map_err(io::Error::other)?;
-            writer.write_all(&Join { migration: options.migration, stream: number }.encode())?;
+            writer.write_all(&Join { migration: options.migration, stream: number, session }.encode())?;
             senders.sockets.push(writer.socket().try_clone()?);
             let (queue, rounds) = mpsc::channel::<Arc<Round>>();
             senders.queues.push(queue);
-            let mut sender = Sender::new(options, writer, stream, verify);
+            // One of them takes over what all have sent before.
+            let digest = std::mem::take(&mut digest);
+            let mut sender = Sender::new(options, writer, stream, verify, digest);
             let done = Arc::clone(done);
             let thread = thread::Builder::new().name(format!("ferry-send-{number}")).spawn(move || {
                 confine::enter(Role::Data);
@@ -246,20 +291,27 @@ impl Senders {
     }
 
     /// Hands a round to all streams.
-    pub(crate) fn send(&self, pages: PageBitmap, fence: u32, paused: bool) {
+    ///
+    /// # Errors
+    /// If a thread for the digest of all of memory can't be started, where that is wanted.
+    pub(crate) fn send(&self, pages: PageBitmap, fence: u32, how: How) -> io::Result<()> {
+        let How { paused, first, whole } = how;
+        let whole = whole.then(|| WholeDigest::start(&self.options.pages)).transpose()?;
         let streams_left = u16::try_from(self.queues.len()).expect("bounded by STREAMS_MAX");
         let gathered = Mutex::new(Gathered {
             streams_left,
             sum: RoundSent::default(),
             waited_min: Duration::MAX,
             busy_max: Duration::ZERO,
+            whole,
         });
-        let round = Arc::new(Round { pages, next: AtomicU64::new(0), fence, paused, gathered });
+        let round = Arc::new(Round { pages, next: AtomicU64::new(0), fence, paused, first, gathered });
         self.options.interrupt_tuning();
         for queue in &self.queues {
             // A thread that has ended has said why through `done`.
             let _ = queue.send(Arc::clone(&round));
         }
+        Ok(())
     }
 }
 
@@ -287,5 +339,6 @@ fn add(a: &RoundSent, b: &RoundSent) -> RoundSent {
         wire_bytes: a.wire_bytes + b.wire_bytes,
         link_idle: Duration::ZERO,
         digest: a.digest.combine(b.digest),
+        whole_digest: None,
     }
 }

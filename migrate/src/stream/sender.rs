@@ -95,6 +95,7 @@ impl Sender {
         writer: DataWriter,
         stream: StreamIndex,
         verify: bool,
+        digest: MemoryDigest,
     ) -> Self {
         let now = options.clock.now();
         let streams = usize::from(options.streams);
@@ -112,7 +113,7 @@ impl Sender {
                 within_host,
             ),
             round: RoundSent::default(),
-            digest: MemoryDigest::ZERO,
+            digest,
             capped: true,
             verify,
             waits: Waits::default(),
@@ -165,7 +166,7 @@ impl Sender {
         self.packing = PackingWork::default();
         let busy_before = tcp_busy_time(self.writer.socket().as_fd());
         self.window = Window { began: self.options.clock.now(), bytes: 0, writing: Duration::ZERO };
-        let again = round.fence > 1;
+        let again = !round.first;
         if again && self.stream.number() == 0 && self.options.sent.is_short() {
             self.make_room(round);
         }
@@ -211,7 +212,7 @@ impl Sender {
         self.options.counters.add(self.stream, &work);
     }
 
-    /// The pages of the first round that need to travel: what was never touched is zero on both sides. The round's
+    /// The pages of the first round (and of what is left of it if the link broke) that need to travel: what was never touched is zero on both sides. The round's
     /// dirty log has been read, and thereby reset, before, so that a page that is touched from now on comes again.
     fn touched(&mut self, chunk: ChunkIndex, mask: PageMask) -> PageMask {
         let touched = self.options.pages.touched(chunk);

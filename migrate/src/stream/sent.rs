@@ -3,10 +3,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ferry_protocol::ChunkIndex;
 use ferry_protocol::bitmap::CHUNK_PAGES;
 use ferry_protocol::encode::{SentChunk, SignatureBudget};
 use ferry_protocol::layout::PAGE_BYTES_U64;
+use ferry_protocol::{ChunkIndex, MemoryDigest, PageBitmap};
 
 /// Signatures may take this much, and [`SIGNATURE_SHARE`] of the guest's memory.
 const SIGNATURE_BYTES: u64 = 48 << 20;
@@ -36,6 +36,18 @@ impl SentMemory {
     pub(super) fn chunk(&self, chunk: ChunkIndex) -> MutexGuard<'_, SentChunk> {
         let index = usize::try_from(chunk.number()).expect("a chunk's number fits the address space");
         self.chunks[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing is known any more of what the target has of `pages`.
+    pub(super) fn forget(&self, pages: &PageBitmap) {
+        pages.chunks().for_each(|(chunk, mask)| self.chunk(chunk).forget_pages(&mask));
+    }
+
+    /// The digest of all pages, each as last sent.
+    pub(super) fn digest(&self) -> MemoryDigest {
+        let chunks = self.chunks.iter();
+        let digests = chunks.map(|chunk| chunk.lock().unwrap_or_else(PoisonError::into_inner).digest());
+        digests.fold(MemoryDigest::ZERO, MemoryDigest::combine)
     }
 
     /// Whether there is hardly any room left for signatures.

@@ -2,7 +2,7 @@
 //!
 //! Server and client use the same types, so that they can't drift apart.
 
-use ferry_migrate::report::{ForecastReport, MigrationReport, Round};
+use ferry_migrate::report::{ForecastReport, MigrationReport, ReconnectionReport, Round};
 use serde::{Deserialize, Serialize};
 
 /// Every path begins with this.
@@ -122,6 +122,12 @@ pub(crate) struct MigrationRequest {
     /// Whether digests of memory are taken and compared.
     #[serde(default = "verified")]
     pub(crate) verify: bool,
+    /// Whether the source also reads all of the paused guest's memory once more.
+    #[serde(default)]
+    pub(crate) verify_whole: bool,
+    /// How long the target is tried to be reached again each time that the link breaks; 0 for not at all.
+    #[serde(default = "reconnect_ms")]
+    pub(crate) reconnect_ms: f64,
     pub(crate) timeout_ms: f64,
     pub(crate) on_timeout: OnTimeoutWord,
     /// The folder with this host's certificate, instead of the one that the VM was started with.
@@ -144,6 +150,10 @@ const fn verified() -> bool {
     true
 }
 
+const fn reconnect_ms() -> f64 {
+    30_000.0
+}
+
 /// What to do when the time is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -161,6 +171,8 @@ pub(crate) enum MigrationEvent {
     RoundStarted { round: u32, pages: u64 },
     Transferred { round_pages: u64, wire_bytes: u64 },
     RoundDone(Round),
+    Reconnecting { reason: String },
+    Reconnected(ReconnectionReport),
     Stopping { pages: u64, forecast: ForecastReport, forced: bool },
     Paused,
     Handed,

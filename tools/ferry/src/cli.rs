@@ -241,6 +241,16 @@ impl From<SeccompArg> for Seccomp {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum VerifyArg {
+    /// Compare digests of what was sent and of what arrived
+    On,
+    /// Compare nothing
+    Off,
+    /// Read all of memory once more while the VM stands still, too
+    Full,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OnTimeoutArg {
     /// Give up; the VM goes on here
     Cancel,
@@ -270,9 +280,13 @@ pub(crate) struct MigrateArgs {
     /// The most to send while the VM runs, like 100M/s or 1Gbit/s
     #[arg(long, value_name = "RATE", value_parser = quantity::bytes_per_s)]
     pub(crate) bandwidth: Option<u64>,
-    /// Compare digests of memory before the VM resumes; 'off' only shows what that costs
-    #[arg(long, value_enum, default_value_t = SwitchArg::On, value_name = "on|off")]
-    pub(crate) verify: SwitchArg,
+    /// Compare digests of memory before the VM resumes; 'full' also reads all of it once more while the VM stands still;
+    /// 'off' only shows what that costs
+    #[arg(long, value_enum, default_value_t = VerifyArg::On, value_name = "on|off|full")]
+    pub(crate) verify: VerifyArg,
+    /// How long to try to reach the target again each time that the link breaks, before giving up; 0s for not at all
+    #[arg(long, default_value = "30s", value_parser = quantity::duration)]
+    pub(crate) reconnect: Duration,
     /// How long it may take until the VM is stopped
     #[arg(long, default_value = "5m", value_parser = quantity::duration)]
     pub(crate) timeout: Duration,

@@ -125,6 +125,18 @@ impl SentChunk {
         }
     }
 
+    /// What was sent of these pages may not have arrived: nothing is known any more of what the target has of them. Their
+    /// digests stay, for they are part of the sum until the pages are sent again.
+    pub fn forget_pages(&mut self, pages: &PageMask) {
+        pages.offsets().for_each(|offset| self.forget(offset));
+    }
+
+    /// The digest of a memory of which only this chunk was sent, each page as last sent.
+    #[must_use]
+    pub fn digest(&self) -> MemoryDigest {
+        self.digests.as_ref().map_or(MemoryDigest::ZERO, ChunkDigests::sum)
+    }
+
     /// Drops the signatures of all pages but these: they have stayed as they are, so that they are the least likely to
     /// be needed. Memory is given back only if none is left.
     pub fn keep_only(&mut self, pages: &PageMask) {

@@ -224,6 +224,7 @@ impl Committed {
             host: context.host.clone(),
             memory: context.config.memory,
             rounds: std::mem::take(&mut context.rounds),
+            reconnections: std::mem::take(&mut context.reconnections),
             downtime: self.standstill.downtime,
             forecast: self.standstill.forecast,
             total: now.since(context.started),

@@ -56,12 +56,17 @@ pub struct Config {
     pub compression: Compression,
     /// Whether both sides take digests of memory and compare them. A target that can't do without does so anyway.
     pub verify: bool,
+    /// Whether the source also reads all of the paused guest's memory once more, so that a page that was written and that no
+    /// dirty log has named is found. The guest stands still meanwhile. Has no meaning without `verify`.
+    pub verify_whole: bool,
     /// The downtime that is allowed.
     pub downtime_budget: Duration,
     /// How long it may take until the guest is stopped.
     pub timeout: Duration,
     /// What happens then.
     pub on_timeout: OnTimeout,
+    /// How long a target whose connection broke before the commit is tried to be reached again; zero for not at all.
+    pub reconnect: Duration,
 }
 
 /// How long connecting, greeting and building may each take.
@@ -98,6 +103,8 @@ pub struct RoundSent {
     pub link_idle: Duration,
     /// The digest of all pages sent so far, each as last sent.
     pub digest: MemoryDigest,
+    /// The digest of memory itself, if [`Action::SendPages`] asked for it.
+    pub whole_digest: Option<MemoryDigest>,
 }
 
 impl RoundSent {
@@ -191,6 +198,16 @@ pub enum Action {
     },
     /// Shut all data streams, whatever they are doing.
     CloseStreams,
+    /// Open data streams anew. Before that everything that the old ones were doing has ended, the packing threads' work
+    /// included, and whatever was known of the target's `lacking` pages is forgotten.
+    ReopenStreams {
+        /// Whether they take digests of what they send.
+        verify: bool,
+        /// The number in each stream's join.
+        session: u32,
+        /// Pages that were sent, or were about to be, and have not arrived.
+        lacking: PageBitmap,
+    },
     /// Switch the dirty log on.
     StartDirtyLog,
     /// Read and clear it.
@@ -205,6 +222,10 @@ pub enum Action {
         fence: u32,
         /// Whether the guest stands still, so that the bandwidth cap does not apply.
         paused: bool,
+        /// Whether the target has no complete round yet: what was never touched is zero there too, and need not travel.
+        first: bool,
+        /// Whether the digest of all of memory is to be taken, too, from memory itself.
+        whole: bool,
     },
     /// Stop vCPUs and devices.
     PauseVm,
@@ -243,6 +264,7 @@ impl Action {
             | Self::SendMemory(_)
             | Self::OpenStreams { .. }
             | Self::CloseStreams
+            | Self::ReopenStreams { .. }
             | Self::SendPages { .. }
             | Self::Report(_)
             | Self::Finish(_) => false,
@@ -269,6 +291,13 @@ pub enum Progress {
     },
     /// A round has arrived at the target.
     RoundDone(RoundReport),
+    /// The link broke before the commit. The guest runs here, and the target is tried to be reached again.
+    Reconnecting {
+        /// What broke.
+        reason: String,
+    },
+    /// The target was reached again, and pre-copy goes on.
+    Reconnected(Reconnection),
     /// The guest is being stopped with this forecast.
     Stopping {
         /// Pages left to send.
@@ -309,6 +338,20 @@ pub struct RoundReport {
     pub dirtied_per_s: Option<f64>,
     /// The downtime that stopping right after it would cause; `None` for the last round.
     pub forecast: Option<Forecast>,
+}
+
+/// A link that broke before the commit and was made again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reconnection {
+    /// The round that was under way or had just arrived.
+    pub round: u32,
+    /// Of the round under way, pages that had arrived.
+    pub arrived_pages: u64,
+    /// Pages that were put back as dirty, to be sent with the next round: those of the round under way that had not arrived,
+    /// and what the guest is known to have written since. In the first round pages that were never touched count too.
+    pub again_pages: u64,
+    /// From the loss until pre-copy went on.
+    pub took: Duration,
 }
 
 /// The downtime by part; they follow each other and add up to the whole.
@@ -408,6 +451,8 @@ pub struct Summary {
     pub memory: MemoryPath,
     /// Every round, the last included; none if memory was handed over.
     pub rounds: Vec<RoundReport>,
+    /// Every loss of the link before the commit.
+    pub reconnections: Vec<Reconnection>,
     /// The downtime by part.
     pub downtime: Downtime,
     /// What was forecast when the guest was stopped.

@@ -6,6 +6,7 @@
 //!  precopy.rs    PreCopy: rounds until the forecast downtime fits
 //!  stop.rs       Stopping: pause, last log, last pages, state
 //!                Preparing: the target checks and restores
+//!  reconnect.rs  Reconnecting: the link broke; back to PreCopy with what the target lacks
 //!  commit.rs     Recording -> Committed -> Releasing, or Reclaiming
 //!  undo.rs       Undoing: whatever failed before the commit, the guest goes on here
 //! ```
@@ -24,19 +25,22 @@ mod interface;
 mod local;
 mod negotiate;
 mod precopy;
+mod reconnect;
 mod stop;
 mod undo;
 
 pub use interface::{
     Action, Config, Downtime, Event, Failure, MemoryPath, NEGOTIATION_TIMEOUT, OnTimeout, Outcome, Progress,
-    RoundReport, RoundSent, STANDSTILL_FORCED_MAX, Summary, standstill_max,
+    Reconnection, RoundReport, RoundSent, STANDSTILL_FORCED_MAX, Summary, standstill_max,
 };
+pub use reconnect::RECONNECTIONS_MAX;
 
 use std::collections::VecDeque;
 
 use crate::handover::SourceStanding;
 use crate::ident::Epoch;
 use crate::layout::MemoryLayout;
+use crate::liveness::{self, Liveness, Tick};
 use crate::message::Message;
 use crate::negotiation::Features;
 use crate::page::Compression;
@@ -59,6 +63,13 @@ struct Context {
     /// What both sides can do.
     features: Features,
     fence: u32,
+    /// The last fence that is known to have been reached.
+    reached: u32,
+    /// Which set of data streams is in use, or was last announced.
+    session: u32,
+    reconnections: Vec<Reconnection>,
+    /// Whether the target is still there, if it answers pings.
+    liveness: Option<Liveness>,
     /// Whether the dirty log may be on.
     logging: bool,
 }
@@ -112,6 +123,7 @@ enum Phase {
     OpeningStreams(negotiate::OpeningStreams),
     Offering(local::Offering),
     PreCopy(precopy::PreCopy),
+    Reconnecting(Box<reconnect::Reconnecting>),
     Stopping(stop::Stopping),
     Preparing(stop::Preparing),
     Recording(commit::Recording),
@@ -145,6 +157,10 @@ impl Source {
             costs: FixedCosts::default(),
             features: Features::NONE,
             fence: 0,
+            reached: 0,
+            session: 0,
+            reconnections: Vec::new(),
+            liveness: None,
             logging: false,
         };
         let phase = negotiate::begin(&mut context, now);
@@ -154,6 +170,7 @@ impl Source {
     /// Takes in what happened at `now`. Events that no longer matter (the end of work that an abort has
     /// overtaken) are dropped; whatever a peer does wrong ends the attempt, never the guest.
     pub fn handle(&mut self, now: Timestamp, event: Event) {
+        let Some(event) = self.listen(now, event) else { return };
         let context = &mut self.context;
         self.phase = match std::mem::replace(&mut self.phase, Phase::Finished) {
             Phase::Connecting(phase) => phase.on(now, event, context),
@@ -162,6 +179,7 @@ impl Source {
             Phase::OpeningStreams(phase) => phase.on(now, event, context),
             Phase::Offering(phase) => phase.on(now, event, context),
             Phase::PreCopy(phase) => phase.on(now, event, context),
+            Phase::Reconnecting(phase) => phase.on(now, event, context),
             Phase::Stopping(phase) => phase.on(now, event, context),
             Phase::Preparing(phase) => phase.on(now, event, context),
             Phase::Recording(phase) => phase.on(now, event, context),
@@ -173,6 +191,54 @@ impl Source {
         };
     }
 
+    /// Takes in what shows whether the target is still there; gives back what the phase has to deal with.
+    fn listen(&mut self, now: Timestamp, event: Event) -> Option<Event> {
+        match event {
+            Event::Message(message) => {
+                self.context.liveness.iter_mut().for_each(Liveness::heard);
+                (message != Message::Pong(liveness::TOKEN)).then_some(Event::Message(message))
+            }
+            Event::Timeout => {
+                let due = self.phase_timeout().is_some_and(|due| now >= due);
+                let listens = self.expects_a_sign();
+                let tick = self.context.liveness.as_mut().filter(|_| listens).map(|living| living.tick(now));
+                match tick {
+                    Some(Tick::Silent) => {
+                        let ticks = liveness::SILENT_TICKS_MAX;
+                        return Some(Event::Disconnected(format!(
+                            "the target has said nothing for {ticks} s"
+                        )));
+                    }
+                    Some(Tick::Ask) => self.context.send(Message::Ping(liveness::TOKEN)),
+                    Some(Tick::NotYet) | None => {}
+                }
+                due.then_some(Event::Timeout)
+            }
+            other => Some(other),
+        }
+    }
+
+    /// Whether a target that is well would answer now.
+    const fn expects_a_sign(&self) -> bool {
+        match self.phase {
+            Phase::Describing(_)
+            | Phase::OpeningStreams(_)
+            | Phase::Offering(_)
+            | Phase::PreCopy(_)
+            | Phase::Stopping(_)
+            | Phase::Preparing(_) => true,
+            Phase::Connecting(_)
+            | Phase::Greeting(_)
+            | Phase::Reconnecting(_)
+            | Phase::Recording(_)
+            | Phase::Committed(_)
+            | Phase::Releasing(_)
+            | Phase::Reclaiming(_)
+            | Phase::Undoing(_)
+            | Phase::Finished => false,
+        }
+    }
+
     /// The next thing to do, if any.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.context.actions.pop_front()
@@ -181,6 +247,12 @@ impl Source {
     /// When [`Event::Timeout`] is to be handed in, if nothing else happens before.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Timestamp> {
+        let tick = self.context.liveness.filter(|_| self.expects_a_sign()).map(|living| living.due());
+        [self.phase_timeout(), tick].into_iter().flatten().min()
+    }
+
+    /// When the phase wants to be woken.
+    fn phase_timeout(&self) -> Option<Timestamp> {
         match &self.phase {
             Phase::Connecting(phase) => Some(phase.deadline),
             Phase::Greeting(phase) => Some(phase.deadline),
@@ -188,6 +260,7 @@ impl Source {
             Phase::OpeningStreams(phase) => Some(phase.deadline),
             Phase::Offering(phase) => Some(phase.wake()),
             Phase::PreCopy(phase) => phase.wake(&self.context),
+            Phase::Reconnecting(phase) => Some(phase.wake(&self.context)),
             Phase::Stopping(phase) => Some(phase.deadline()),
             Phase::Preparing(phase) => Some(phase.deadline()),
             Phase::Committed(phase) => phase.deadline(),
@@ -215,6 +288,7 @@ impl Source {
             Phase::OpeningStreams(_) => "opening streams",
             Phase::Offering(_) => "offering memory",
             Phase::PreCopy(_) => "pre-copy",
+            Phase::Reconnecting(_) => "reconnecting",
             Phase::Stopping(_) => "stop-and-copy",
             Phase::Preparing(_) => "preparing",
             Phase::Recording(_) => "recording the commit",
@@ -266,8 +340,14 @@ fn out_of_turn(event: &Event, phase: &'static str) -> Result<(), Failure> {
 
 /// What this source offers.
 fn features_offered(config: &Config) -> Features {
-    let ours = Features::ours_on(config.memory == MemoryPath::HandedOver);
-    if config.verify { ours.without(Features::UNVERIFIED) } else { ours }
+    let mut ours = Features::ours_on(config.memory == MemoryPath::HandedOver);
+    if config.verify {
+        ours = ours.without(Features::UNVERIFIED);
+    }
+    if config.reconnect.is_zero() || config.memory == MemoryPath::HandedOver {
+        ours = ours.without(Features::RESUMPTION);
+    }
+    ours
 }
 
 /// What the two sides must both be able to do, as this source wants it.

@@ -6,8 +6,9 @@
     reason = "what a phase has no use for is dropped or refused in one place; the table test has every pair"
 )]
 
-use crate::message::{Describe, Hello, Message};
-use crate::negotiation::common_version;
+use crate::liveness::Liveness;
+use crate::message::{Describe, Hello, KeepFor, Message};
+use crate::negotiation::{Features, common_version};
 use crate::time::Timestamp;
 use crate::wire::{VERSION_NEWEST, VERSION_OLDEST};
 
@@ -99,6 +100,9 @@ impl Greeting {
                     return undo(Failure::Protocol(text.to_owned()), context);
                 }
                 context.features = welcome.features.both(features_offered(&context.config));
+                if context.features.contains(Features::KEEPALIVE) {
+                    context.liveness = Some(Liveness::new(now));
+                }
                 context.host.clone_from(&welcome.host);
                 context.report(Progress::Negotiated { version: welcome.version, host: welcome.host });
                 if context.config.memory == MemoryPath::HandedOver {
@@ -125,6 +129,10 @@ impl Describing {
         match event {
             Event::Message(Message::Ready(ready)) => {
                 context.costs.target_record.add(Duration::from_micros(ready.record_us));
+                if context.features.contains(Features::RESUMPTION) {
+                    let wait_ms = u32::try_from(context.config.reconnect.as_millis()).unwrap_or(u32::MAX);
+                    context.send(Message::KeepFor(KeepFor { wait_ms }));
+                }
                 context.act(Action::OpenStreams { verify: context.verifies() });
                 Phase::OpeningStreams(OpeningStreams { deadline: now + NEGOTIATION_TIMEOUT })
             }

@@ -10,6 +10,8 @@
 //!                                   '------------------- Resting (short rounds) <----------------------'
 //! ```
 //!
+//! Where the link breaks, `reconnect.rs` takes over and comes back to Reading with the pages that the target lacks.
+//!
 //! The rehearsal writes the record that stands already once more: it measures what the commit's record will cost
 //! within the downtime, and finds a full disk while that costs nothing. Round trip, dirty log and both sides' records
 //! are measured again in the rounds, the records at most once in each ([`is_rehearsal_due`]): one slow measurement
@@ -18,6 +20,7 @@
 use std::time::Duration;
 
 use crate::bitmap::PageBitmap;
+use crate::liveness::Liveness;
 use crate::message::{FenceReached, Message, Rehearse, Rehearsed};
 use crate::negotiation::Features;
 use crate::policy::{Decision, Forecast, decide, is_rehearsal_due};
@@ -25,6 +28,7 @@ use crate::record::Standing;
 use crate::time::Timestamp;
 
 use super::negotiate::stay_or_undo;
+use super::reconnect::{self, Left, Log};
 use super::undo::undo;
 use super::{Action, Context, Event, Failure, OnTimeout, Phase, Progress, RoundReport, RoundSent};
 use super::{interruption, stop};
@@ -58,13 +62,11 @@ pub(super) struct PreCopy {
 enum Step {
     Rehearsing,
     Starting,
-    /// The log is being read; `last` is the round that has just arrived.
-    Reading {
-        last: Option<Arrived>,
-    },
+    /// The log is being read.
+    Reading(Behind),
     Sending {
         started: Timestamp,
-        dirty_pages: u64,
+        pages: PageBitmap,
         fence: u32,
         sent: Option<RoundSent>,
         fence_reached: bool,
@@ -75,6 +77,15 @@ enum Step {
     },
 }
 
+/// What stands behind the log that is being read.
+#[derive(Debug)]
+enum Behind {
+    /// A round that has just arrived.
+    Round(Arrived),
+    /// These pages are to be sent, whatever the log says: at the start, and after the link broke.
+    Pages(PageBitmap),
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Arrived {
     dirty_pages: u64,
@@ -83,20 +94,34 @@ struct Arrived {
 }
 
 pub(super) fn begin(context: &mut Context, now: Timestamp) -> Phase {
-    let mut phase = PreCopy {
-        step: Step::Rehearsing,
-        log_read_at: now,
-        best_forecast: None,
-        ping: None,
-        rehearsing: false,
-        target_rehearsing: false,
-        interval: ROUND_INTERVAL_MIN,
-    };
+    let mut phase = PreCopy::new(Step::Rehearsing, now);
     phase.rehearse(context);
     Phase::PreCopy(phase)
 }
 
+/// Goes on after the link broke: `lacking` and what the log names meanwhile are the next round.
+pub(super) fn go_on(lacking: PageBitmap, logging: bool, now: Timestamp, context: &mut Context) -> Phase {
+    context.liveness = context.liveness.map(|_| Liveness::new(now));
+    if !logging {
+        return begin(context, now);
+    }
+    context.act(Action::ReadDirtyLog);
+    Phase::PreCopy(PreCopy::new(Step::Reading(Behind::Pages(lacking)), now))
+}
+
 impl PreCopy {
+    const fn new(step: Step, now: Timestamp) -> Self {
+        Self {
+            step,
+            log_read_at: now,
+            best_forecast: None,
+            ping: None,
+            rehearsing: false,
+            target_rehearsing: false,
+            interval: ROUND_INTERVAL_MIN,
+        }
+    }
+
     /// When this phase wants to be woken. With [`OnTimeout::Stop`] the end of the round under way is awaited
     /// even where the time is over: a wake-up at the deadline would find nothing to do and be due again at once.
     pub(super) fn wake(&self, context: &Context) -> Option<Timestamp> {
@@ -109,7 +134,7 @@ impl PreCopy {
 
     pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         if let Some(failure) = interruption(&event) {
-            return undo(failure, context);
+            return reconnect::begin(failure, self.left(context), now, context);
         }
         if now >= context.deadline() && context.config.on_timeout == OnTimeout::Cancel {
             return undo(self.not_converged(context), context);
@@ -124,35 +149,33 @@ impl PreCopy {
             }
             (Step::Starting, Event::DirtyLogStarted) => {
                 context.act(Action::ReadDirtyLog);
-                self.step = Step::Reading { last: None };
+                // The target has nothing yet.
+                self.step = Step::Reading(Behind::Pages(PageBitmap::full(context.layout.page_count())));
                 Phase::PreCopy(self)
             }
-            (Step::Reading { last: None }, Event::DirtyLogRead { .. }) => {
-                // Whatever the log says, the target has nothing yet.
+            (Step::Reading(Behind::Pages(mut lacking)), Event::DirtyLogRead { pages, .. }) => {
                 self.log_read_at = now;
-                let pages = PageBitmap::full(context.layout.page_count());
-                self.send_round(pages, now, context)
+                lacking.union(&pages);
+                self.send_round(lacking, now, context)
             }
-            (Step::Reading { last: Some(last) }, Event::DirtyLogRead { pages, .. }) => {
+            (Step::Reading(Behind::Round(last)), Event::DirtyLogRead { pages, .. }) => {
                 self.after_round(last, pages, now, context)
             }
             (Step::Resting { last, .. }, Event::Timeout) => {
                 context.act(Action::ReadDirtyLog);
-                self.step = Step::Reading { last: Some(last) };
+                self.step = Step::Reading(Behind::Round(last));
                 Phase::PreCopy(self)
             }
-            (
-                Step::Sending { started, dirty_pages, fence, sent: None, fence_reached },
-                Event::RoundSent(sent),
-            ) => {
-                self.step = Step::Sending { started, dirty_pages, fence, sent: Some(sent), fence_reached };
+            (Step::Sending { started, pages, fence, sent: None, fence_reached }, Event::RoundSent(sent)) => {
+                self.step = Step::Sending { started, pages, fence, sent: Some(sent), fence_reached };
                 self.round_complete(now, context)
             }
             (
-                Step::Sending { started, dirty_pages, fence, sent, fence_reached: false },
+                Step::Sending { started, pages, fence, sent, fence_reached: false },
                 Event::Message(Message::FenceReached(FenceReached { fence: reached })),
             ) if reached == fence => {
-                self.step = Step::Sending { started, dirty_pages, fence, sent, fence_reached: true };
+                context.reached = fence;
+                self.step = Step::Sending { started, pages, fence, sent, fence_reached: true };
                 self.round_complete(now, context)
             }
             // They have been measured.
@@ -165,6 +188,21 @@ impl PreCopy {
                 stay_or_undo(&other, "pre-copy", Phase::PreCopy(self), context)
             }
         }
+    }
+
+    /// What is left to do, should the link have broken now.
+    fn left(self, context: &Context) -> Left {
+        let none = PageBitmap::empty(context.layout.page_count());
+        let full = || PageBitmap::full(context.layout.page_count());
+        let (round, dirty, log) = match self.step {
+            Step::Rehearsing => (None, full(), Log::Off),
+            Step::Starting => (None, full(), Log::Starting),
+            Step::Reading(Behind::Pages(pages)) => (None, pages, Log::Reading),
+            Step::Reading(Behind::Round(_)) => (None, none, Log::Reading),
+            Step::Sending { fence_reached: true, .. } | Step::Resting { .. } => (None, none, Log::On),
+            Step::Sending { pages, fence_reached: false, .. } => (Some(pages), none, Log::On),
+        };
+        Left { round, dirty, log, paused: false }
     }
 
     /// Takes in whatever the event says of the costs of a standstill.
@@ -185,7 +223,7 @@ impl PreCopy {
                 }
             }
             // The first log of all is only reset: reading it is no measure for the last one.
-            Event::DirtyLogRead { took, .. } if matches!(self.step, Step::Reading { last: Some(_) }) => {
+            Event::DirtyLogRead { took, .. } if matches!(self.step, Step::Reading(Behind::Round(_))) => {
                 context.costs.dirty_log.add(*took);
             }
             _ => {}
@@ -225,17 +263,18 @@ impl PreCopy {
         context.send(Message::Ping(token));
         self.ping = Some((token, now));
         self.rehearse_in_round(dirty_pages, context);
-        context.act(Action::SendPages { pages, fence, paused: false });
-        self.step = Step::Sending { started: now, dirty_pages, fence, sent: None, fence_reached: false };
+        let first = context.reached == 0;
+        context.act(Action::SendPages { pages: pages.clone(), fence, paused: false, first, whole: false });
+        self.step = Step::Sending { started: now, pages, fence, sent: None, fence_reached: false };
         Phase::PreCopy(self)
     }
 
     /// Once a round is written and has arrived, the next log is read, at once or after a rest.
     fn round_complete(mut self, now: Timestamp, context: &mut Context) -> Phase {
-        let Step::Sending { started, dirty_pages, sent: Some(sent), fence_reached: true, .. } = self.step
-        else {
+        let Step::Sending { started, pages, sent: Some(sent), fence_reached: true, .. } = &self.step else {
             return Phase::PreCopy(self);
         };
+        let (started, sent, dirty_pages) = (*started, *sent, pages.count());
         let took = now.since(started);
         context.link.add_round(
             sent.pages() - sent.zero_pages,
@@ -248,7 +287,7 @@ impl PreCopy {
             Step::Resting { until, last }
         } else {
             context.act(Action::ReadDirtyLog);
-            Step::Reading { last: Some(last) }
+            Step::Reading(Behind::Round(last))
         };
         Phase::PreCopy(self)
     }

@@ -22,6 +22,7 @@ use crate::policy::Forecast;
 use crate::time::Timestamp;
 
 use super::negotiate::stay_or_undo;
+use super::reconnect::{self, Left, Log};
 use super::undo::undo;
 use super::{Action, Context, Downtime, Event, Failure, Phase, Progress, RoundReport, RoundSent};
 use super::{MemoryPath, STANDSTILL_FORCED_MAX, commit, interruption, standstill_max};
@@ -67,7 +68,7 @@ enum Step {
 #[derive(Debug)]
 struct Copying {
     started: Timestamp,
-    dirty_pages: u64,
+    pages: PageBitmap,
     sent: Option<RoundSent>,
     state_sent: bool,
 }
@@ -124,7 +125,7 @@ impl Stopping {
 
     pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         if let Some(failure) = interruption(&event) {
-            return undo(failure, context);
+            return reconnect::begin(failure, self.left(context), now, context);
         }
         match (self.step, event) {
             (Step::Pausing { carried }, Event::Paused) => {
@@ -137,19 +138,25 @@ impl Stopping {
                 } else {
                     context.act(Action::SaveState);
                     let sent = Some(RoundSent::default());
-                    Step::Copying(Copying { started: now, dirty_pages: 0, sent, state_sent: false })
+                    let pages = PageBitmap::empty(context.layout.page_count());
+                    Step::Copying(Copying { started: now, pages, sent, state_sent: false })
                 };
                 Phase::Stopping(self)
             }
             (Step::ReadingLog { mut carried }, Event::DirtyLogRead { pages, .. }) => {
                 self.standstill.downtime.dirty_log = self.standstill.lap(now);
                 carried.union(&pages);
-                let dirty_pages = carried.count();
                 let fence = context.next_fence();
-                context.act(Action::SendPages { pages: carried, fence, paused: true });
+                context.act(Action::SendPages {
+                    pages: carried.clone(),
+                    fence,
+                    paused: true,
+                    first: context.reached == 0,
+                    whole: context.verifies() && context.config.verify_whole,
+                });
                 context.act(Action::SaveState);
                 self.step =
-                    Step::Copying(Copying { started: now, dirty_pages, sent: None, state_sent: false });
+                    Step::Copying(Copying { started: now, pages: carried, sent: None, state_sent: false });
                 Phase::Stopping(self)
             }
             (Step::Copying(copying), Event::RoundSent(sent)) if copying.sent.is_none() => {
@@ -177,10 +184,13 @@ impl Stopping {
     }
 
     fn copy_complete(mut self, now: Timestamp, context: &mut Context) -> Phase {
-        let Step::Copying(Copying { started, dirty_pages, sent: Some(sent), state_sent: true }) = self.step
-        else {
+        let Step::Copying(Copying { started, pages, sent: Some(sent), state_sent: true }) = self.step else {
             return Phase::Stopping(self);
         };
+        if let Some(whole) = sent.whole_digest.filter(|whole| *whole != sent.digest) {
+            return undo(log_broken(whole, sent.digest), context);
+        }
+        let dirty_pages = pages.count();
         self.standstill.downtime.copy = self.standstill.lap(now);
         match context.config.memory {
             MemoryPath::Streams => {
@@ -202,7 +212,18 @@ impl Stopping {
             fence: context.fence,
             digest: sent.digest,
         }));
-        Phase::Preparing(Preparing { standstill: self.standstill, sent })
+        Phase::Preparing(Preparing { standstill: self.standstill, pages, sent })
+    }
+
+    /// What is left to do, should the link have broken now.
+    fn left(self, context: &Context) -> Left {
+        let none = || PageBitmap::empty(context.layout.page_count());
+        let (round, dirty, log) = match self.step {
+            Step::Pausing { carried } => (None, carried.unwrap_or_else(none), Log::On),
+            Step::ReadingLog { carried } => (None, carried, Log::Reading),
+            Step::Copying(Copying { pages, .. }) => (Some(pages), none(), Log::On),
+        };
+        Left { round, dirty, log, paused: true }
     }
 }
 
@@ -217,6 +238,8 @@ pub(super) struct Digests {
 #[derive(Debug)]
 pub(super) struct Preparing {
     standstill: Standstill,
+    /// The pages of the last round.
+    pages: PageBitmap,
     sent: RoundSent,
 }
 
@@ -227,7 +250,9 @@ impl Preparing {
 
     pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         if let Some(failure) = interruption(&event) {
-            return undo(failure, context);
+            let dirty = PageBitmap::empty(context.layout.page_count());
+            let left = Left { round: Some(self.pages), dirty, log: Log::On, paused: true };
+            return reconnect::begin(failure, left, now, context);
         }
         match event {
             Event::Message(Message::Prepared(prepared)) => {
@@ -263,6 +288,15 @@ impl Preparing {
         }
         Ok(())
     }
+}
+
+/// Memory is not what was sent of it: a page was written that no log has named.
+fn log_broken(whole: MemoryDigest, sent: MemoryDigest) -> Failure {
+    let text = format!(
+        "memory holds other bytes than what was sent of it (digest {whole} now, {sent} as sent): the dirty log has missed \
+         a page, so the guest can't be moved; please report this with the host's kernel version"
+    );
+    Failure::Local(text)
 }
 
 fn too_long(standstill: Duration) -> Failure {

@@ -49,6 +49,13 @@ impl Prepared {
                 context.send(Message::Pong(token));
                 Phase::Prepared(self)
             }
+            // It has lost the link before it heard that all is prepared, so it has not committed. The state is restored
+            // here and can't be taken back, so this attempt is over.
+            Event::Message(Message::Resume(_)) => {
+                let text =
+                    "the guest's state was restored here already when the link broke; migrate it again";
+                discard(self.guest, Some(AbortCode::Internal), text, context)
+            }
             // It may have committed. Waiting a while costs nothing; discarding afterwards is safe, because a
             // source that did commit is answered `Discarded` and takes the guest back.
             Event::Disconnected(_) => {

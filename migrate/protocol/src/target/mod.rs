@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  receive.rs   Greeting -> Building -> Receiving (pages, fences, state, Prepare)
+//!  interrupted.rs  Interrupted: the link broke; back to Receiving when the source takes it up
 //!  handover.rs  Prepared -> Recording -> Starting -> Running
 //!               Discarding
 //! ```
@@ -11,15 +12,20 @@
 //! engine reports fences, with the digest of what each stream has written.
 
 mod handover;
+mod interrupted;
 mod receive;
+
+pub use interrupted::{KEEP_MARGIN, KEEP_MAX};
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::bitmap::PageBitmap;
 use crate::digest::MemoryDigest;
 use crate::handover::TargetStanding;
 use crate::ident::{Epoch, MigrationId, StreamIndex, VmId, VmName};
 use crate::layout::MemoryLayout;
+use crate::liveness::{self, Liveness, Tick};
 use crate::message::{Abort, AbortCode, Hello, Message, NetworkIdentity};
 use crate::record::{Record, Standing};
 use crate::time::Timestamp;
@@ -82,6 +88,13 @@ pub enum Event {
         code: AbortCode,
         /// Why, in a sentence.
         sentence: String,
+    },
+    /// All threads of the data streams have ended ([`Action::EndStreams`]), so that nothing of them will be written any more.
+    StreamsEnded {
+        /// Pages that have arrived since the last fence that all of them had reached, each as a whole.
+        arrived: PageBitmap,
+        /// The digest of all pages, each as it was last taken in.
+        digest: MemoryDigest,
     },
     /// The state is restored.
     StateRestored {
@@ -147,6 +160,17 @@ pub enum Action {
         /// Its memory, end to end in the descriptor's file.
         layout: MemoryLayout,
     },
+    /// Let in no data stream any more and end those that stand; [`Event::StreamsEnded`] once their threads have ended.
+    EndStreams,
+    /// Let in data streams whose join carries this number, and no others. The first set has number 0 and needs no word.
+    ExpectStreams {
+        /// The number.
+        session: u32,
+        /// The digest of all pages that earlier sets brought: the sum over the streams goes on from it.
+        digest: MemoryDigest,
+    },
+    /// Close the control connection, behind what was sent on it.
+    HangUp,
     /// The guest has stopped at the source: what has queued in the tap so far is stale.
     DropStaleFrames,
     /// Restore vCPUs and devices.
@@ -176,8 +200,13 @@ pub enum Progress {
         /// Its name.
         name: VmName,
     },
-    /// Pages are arriving.
+    /// Pages are arriving, for the first time or again.
     Receiving,
+    /// The link broke; what has arrived is kept, and the source is awaited.
+    Interrupted {
+        /// What broke.
+        reason: String,
+    },
     /// Everything is here; the source decides.
     Prepared,
     /// The guest runs here, or is paused here as its operator had left it.
@@ -221,6 +250,8 @@ pub enum Outcome {
 struct Context {
     config: Config,
     actions: VecDeque<Action>,
+    /// Whether the source is still there, if it pings.
+    liveness: Option<Liveness>,
 }
 
 /// Who is coming, known once `Hello` was accepted.
@@ -256,6 +287,10 @@ impl Context {
         self.act(Action::Send(message));
     }
 
+    fn restart_liveness(&mut self, now: Timestamp) {
+        self.liveness = self.liveness.map(|_| Liveness::new(now));
+    }
+
     fn abort(&mut self, code: AbortCode, sentence: &str) {
         self.send(Message::Abort(Abort::new(code, sentence)));
     }
@@ -266,6 +301,7 @@ enum Phase {
     Greeting(receive::Greeting),
     Building(receive::Building),
     Receiving(Box<receive::Receiving>),
+    Interrupted(Box<interrupted::Interrupted>),
     Prepared(handover::Prepared),
     Recording(handover::Recording),
     Starting(handover::Starting),
@@ -286,16 +322,18 @@ impl Target {
     #[must_use]
     pub fn new(config: Config, now: Timestamp) -> Self {
         let phase = Phase::Greeting(receive::Greeting { deadline: now + GREETING_TIMEOUT });
-        Self { context: Context { config, actions: VecDeque::new() }, phase }
+        Self { context: Context { config, actions: VecDeque::new(), liveness: None }, phase }
     }
 
     /// Takes in what happened at `now`.
     pub fn handle(&mut self, now: Timestamp, event: Event) {
+        let Some(event) = self.listen(now, event) else { return };
         let context = &mut self.context;
         self.phase = match std::mem::replace(&mut self.phase, Phase::Finished) {
             Phase::Greeting(phase) => phase.on(now, event, context),
-            Phase::Building(phase) => phase.on(event, context),
+            Phase::Building(phase) => phase.on(now, event, context),
             Phase::Receiving(phase) => phase.on(now, event, context),
+            Phase::Interrupted(phase) => phase.on(now, event, context),
             Phase::Prepared(phase) => phase.on(now, event, context),
             Phase::Recording(phase) => phase.on(event, context),
             Phase::Starting(phase) => phase.on(now, event, context),
@@ -305,6 +343,42 @@ impl Target {
         };
     }
 
+    /// Takes in what shows whether the source is still there; gives back what the phase has to deal with.
+    fn listen(&mut self, now: Timestamp, event: Event) -> Option<Event> {
+        if matches!(event, Event::Message(_)) {
+            self.context.liveness.iter_mut().for_each(Liveness::heard);
+        }
+        if event != Event::Timeout {
+            return Some(event);
+        }
+        let due = self.phase_timeout().is_some_and(|due| now >= due);
+        let listens = self.expects_a_sign();
+        let tick = self.context.liveness.as_mut().filter(|_| listens).map(|living| living.tick(now));
+        if tick == Some(Tick::Silent) {
+            // So that a source that goes on later notices, too.
+            self.context.act(Action::HangUp);
+            let ticks = liveness::SILENT_TICKS_MAX;
+            return Some(Event::Disconnected(format!("the source has said nothing for {ticks} s")));
+        }
+        due.then_some(Event::Timeout)
+    }
+
+    /// Whether a source that is well would ping now.
+    const fn expects_a_sign(&self) -> bool {
+        match self.phase {
+            Phase::Receiving(_) => true,
+            Phase::Greeting(_)
+            | Phase::Building(_)
+            | Phase::Interrupted(_)
+            | Phase::Prepared(_)
+            | Phase::Recording(_)
+            | Phase::Starting(_)
+            | Phase::Running(_)
+            | Phase::Discarding(_)
+            | Phase::Finished => false,
+        }
+    }
+
     /// The next thing to do, if any.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.context.actions.pop_front()
@@ -312,11 +386,18 @@ impl Target {
 
     /// When [`Event::Timeout`] is to be handed in, if nothing else happens before.
     #[must_use]
-    pub const fn poll_timeout(&self) -> Option<Timestamp> {
+    pub fn poll_timeout(&self) -> Option<Timestamp> {
+        let tick = self.context.liveness.filter(|_| self.expects_a_sign()).map(|living| living.due());
+        [self.phase_timeout(), tick].into_iter().flatten().min()
+    }
+
+    /// When the phase wants to be woken.
+    fn phase_timeout(&self) -> Option<Timestamp> {
         match &self.phase {
             Phase::Greeting(phase) => Some(phase.deadline),
             Phase::Prepared(phase) => phase.discard_at,
             Phase::Building(phase) => phase.wake(),
+            Phase::Interrupted(phase) => Some(phase.wake()),
             Phase::Running(phase) => Some(phase.deadline),
             Phase::Receiving(_)
             | Phase::Recording(_)
@@ -335,6 +416,7 @@ impl Target {
             Phase::Greeting(_)
             | Phase::Building(_)
             | Phase::Receiving(_)
+            | Phase::Interrupted(_)
             | Phase::Prepared(_)
             | Phase::Recording(_)
             | Phase::Discarding(_)
@@ -372,6 +454,7 @@ impl Target {
         match &self.phase {
             Phase::Building(phase) => Some(&phase.guest),
             Phase::Receiving(phase) => Some(&phase.guest),
+            Phase::Interrupted(phase) => Some(&phase.receiving.guest),
             Phase::Prepared(phase) => Some(&phase.guest),
             Phase::Recording(phase) => Some(&phase.guest),
             Phase::Starting(phase) => Some(&phase.guest),
@@ -387,6 +470,7 @@ impl Target {
             Phase::Greeting(_) => "greeting",
             Phase::Building(_) => "building",
             Phase::Receiving(_) => "receiving",
+            Phase::Interrupted(_) => "interrupted",
             Phase::Prepared(_) => "prepared",
             Phase::Recording(_) => "recording that it runs",
             Phase::Starting(_) => "starting",

@@ -8,19 +8,22 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::bitmap::PageBitmap;
 use crate::digest::MemoryDigest;
 use crate::handover::TargetStanding;
 use crate::ident::StreamIndex;
 use crate::layout::{MemoryLayout, Region};
+use crate::liveness::Liveness;
 use crate::message::{
-    AbortCode, Describe, FenceReached, HandOver, Hello, Message, NetworkIdentity, Prepare, Prepared, Ready,
-    Rehearse, Rehearsed, Running, State, Welcome,
+    AbortCode, Describe, FenceReached, HandOver, Hello, KeepFor, Message, NetworkIdentity, Prepare, Prepared,
+    Ready, Rehearse, Rehearsed, Resume, Running, State, Welcome,
 };
 use crate::negotiation::{Features, common_version};
 use crate::record::{Record, Standing};
 use crate::time::Timestamp;
 
 use super::handover::{self, discard, refuse};
+use super::interrupted::{self, KEEP_MARGIN, KEEP_MAX, Loss};
 use super::{Action, Context, Event, Guest, Phase, Progress};
 
 /// Nobody has introduced themselves yet, or has but not said what to build.
@@ -94,6 +97,9 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
         features: Features::ours_on(context.config.carries_descriptors).both(hello.features),
         host: context.config.host.clone(),
     }));
+    if Features::OURS.both(hello.features).contains(Features::KEEPALIVE) {
+        context.liveness = Some(Liveness::new(now));
+    }
     let verify = !hello.features.contains(Features::UNVERIFIED);
     let standing = TargetStanding::Receiving(hello.epoch.next());
     let guest = Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
@@ -156,7 +162,7 @@ enum Memory {
 }
 
 impl Building {
-    pub(super) fn on(mut self, event: Event, context: &mut Context) -> Phase {
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         match (self.step, event) {
             (BuildStep::AwaitingDescription, Event::Message(Message::Describe(describe))) => {
                 let Describe { description, regions, streams } = describe;
@@ -184,6 +190,7 @@ impl Building {
                 let record_us = u64::try_from(record.as_micros()).unwrap_or(u64::MAX);
                 context.send(Message::Ready(Ready { record_us }));
                 context.act(Action::Report(Progress::Receiving));
+                context.restart_liveness(now);
                 Phase::Receiving(Box::new(Receiving::new(self.guest, memory)))
             }
             (step, event) => {
@@ -249,7 +256,7 @@ impl Building {
 }
 
 /// What ends an attempt that is not prepared, with the code to tell the source if it is still there.
-fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
+pub(super) fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
     match event {
         Event::Message(Message::Abort(abort)) => Some((None, abort.sentence.clone())),
         Event::Disconnected(reason) => {
@@ -268,6 +275,7 @@ fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
         | Event::Reconnected
         | Event::MachineBuilt
         | Event::FenceReached { .. }
+        | Event::StreamsEnded { .. }
         | Event::StateRestored { .. }
         | Event::RecordWritten { .. }
         | Event::RecordRehearsed { .. }
@@ -290,6 +298,25 @@ pub(super) struct Receiving {
     rehearsing: bool,
     prepare: Option<(Prepare, Timestamp)>,
     pages_complete_at: Option<Timestamp>,
+    /// How long all this is kept if the connection breaks, if at all.
+    keep_for: Option<Duration>,
+    /// The number of the data streams that are let in.
+    session: u32,
+    /// What the source was told last of what has arrived of a round, and which.
+    pub(super) told: Option<(u32, PageBitmap)>,
+}
+
+/// Whether the event is a loss of the link, which need not be the end; gives the event back if not.
+fn loss(event: Event) -> Result<(Loss, String), Event> {
+    match event {
+        Event::Disconnected(reason) => {
+            Ok((Loss::Control, format!("the connection to the source was lost: {reason}")))
+        }
+        Event::Reconnected => Ok((Loss::Replaced, "the source has connected anew".to_owned())),
+        // Only the connection: a stream that sent what it must not says so by another code.
+        Event::StreamFailed { code: AbortCode::Internal, sentence } => Ok((Loss::Stream, sentence)),
+        other => Err(other),
+    }
 }
 
 /// The state is restored only once memory is complete and equal: restoring reads guest memory (page tables), which must
@@ -314,18 +341,33 @@ impl Receiving {
             rehearsing: false,
             prepare: None,
             pages_complete_at: None,
+            keep_for: None,
+            session: 0,
+            told: None,
         }
     }
 
     pub(super) fn on(mut self: Box<Self>, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        let event = match loss(event) {
+            Ok((loss, reason)) => return interrupted::begin(self, loss, reason, now, context),
+            Err(event) => event,
+        };
         if let Some((code, reason)) = failure(&event) {
             return discard(self.guest, code, &reason, context);
         }
         match (event, &self.state) {
             (Event::FenceReached { stream, fence, digest }, _) => {
-                if let Err(reason) = self.fence(stream, fence, digest, now, context) {
-                    return discard(self.guest, Some(AbortCode::Protocol), &reason, context);
+                match self.fence(stream, fence, digest, now) {
+                    Ok(true) => context.send(Message::FenceReached(FenceReached { fence })),
+                    Ok(false) => {}
+                    Err(reason) => return discard(self.guest, Some(AbortCode::Protocol), &reason, context),
                 }
+            }
+            (Event::Message(Message::KeepFor(KeepFor { wait_ms })), _)
+                if matches!(self.memory, Memory::Streams(_)) =>
+            {
+                let asked = Duration::from_millis(u64::from(wait_ms));
+                self.keep_for = Some(asked.min(KEEP_MAX) + KEEP_MARGIN);
             }
             (Event::Message(Message::Stopping(_)), _) => context.act(Action::DropStaleFrames),
             (Event::Message(Message::Ping(token)), _) => context.send(Message::Pong(token)),
@@ -364,14 +406,14 @@ impl Receiving {
         }
     }
 
-    fn fence(
+    /// A stream has reached a fence; true if all of them have now.
+    pub(super) fn fence(
         &mut self,
         stream: StreamIndex,
         fence: u32,
         digest: MemoryDigest,
         now: Timestamp,
-        context: &mut Context,
-    ) -> Result<(), String> {
+    ) -> Result<bool, String> {
         let reached = self.fences.entry(fence).or_default();
         if fence <= self.complete.0 || reached.insert(stream, digest).is_some() {
             return Err(format!("fence {fence} came twice on data stream {}", stream.number()));
@@ -381,11 +423,58 @@ impl Receiving {
             self.fences.remove(&fence);
             self.complete = (fence, sum);
             self.pages_complete_at = Some(now);
-            context.send(Message::FenceReached(FenceReached { fence }));
-        } else if self.fences.len() > FENCES_MAX {
+            return Ok(true);
+        }
+        if self.fences.len() > FENCES_MAX {
             return Err(format!("more than {FENCES_MAX} fences are under way"));
         }
-        Ok(())
+        Ok(false)
+    }
+
+    /// How long it is kept if the connection breaks, if at all.
+    pub(super) const fn keep_for(&self) -> Option<Duration> {
+        self.keep_for
+    }
+
+    /// Whether the state is being restored, so that this can't be taken up any more.
+    pub(super) const fn is_restoring(&self) -> bool {
+        matches!(self.state, Some(StateStep::Restoring { .. }))
+    }
+
+    /// The last fence that all streams have reached.
+    pub(super) const fn reached(&self) -> u32 {
+        self.complete.0
+    }
+
+    /// The digest of all pages by then, or when the streams had ended.
+    pub(super) const fn digest(&self) -> MemoryDigest {
+        self.complete.1
+    }
+
+    /// The guest runs at the source again: its state and what was to follow it are void.
+    pub(super) fn forget_standstill(&mut self) {
+        (self.state, self.prepare, self.pages_complete_at) = (None, None, None);
+    }
+
+    /// The record is written once more, for nobody.
+    pub(super) const fn rehearsed(&mut self) {
+        self.rehearsing = false;
+    }
+
+    /// All streams have ended: fences that only some have reached never come, and this is memory's digest.
+    pub(super) fn rebase(&mut self, digest: MemoryDigest) {
+        self.fences.clear();
+        self.complete.1 = digest;
+    }
+
+    /// Whether a source that asks this takes up what is here: its streams are newer than those that were let in.
+    pub(super) const fn is_next(&self, resume: &Resume) -> bool {
+        resume.session > self.session
+    }
+
+    /// The source was told what is here, and goes on with the streams of this number.
+    pub(super) fn resumed(&mut self, session: u32, told: (u32, PageBitmap)) {
+        (self.session, self.told) = (session, Some(told));
     }
 
     /// Compares digests and restores the state, as soon as everything is here.

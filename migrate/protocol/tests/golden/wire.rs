@@ -4,8 +4,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, JOIN_BYTES, Join};
 use ferry_protocol::message::{
-    Abort, AbortCode, AtEpoch, Describe, FenceReached, HandOver, Hello, MessageType, NetworkIdentity,
-    Prepare, Prepared, Ready, Rehearse, Rehearsed, Running, State, Welcome,
+    Abort, AbortCode, Arrived, AtEpoch, Describe, FenceReached, HandOver, Hello, KeepFor, MessageType,
+    NetworkIdentity, Prepare, Prepared, Ready, Rehearse, Rehearsed, Resume, Run, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -67,6 +67,13 @@ fn messages() -> Vec<Message> {
         }),
         Message::Rehearse(Rehearse),
         Message::Rehearsed(Rehearsed { record_us: 6 }),
+        Message::KeepFor(KeepFor { wait_ms: 30_000 }),
+        Message::Resume(Resume { epoch, session: 1, reached: 2, round: 3, from: 40_000 }),
+        Message::Arrived(Arrived {
+            reached: 2,
+            runs: vec![Run { first: 4, count: 600 }, Run { first: 1000, count: 1 }],
+            next: Some(40_000),
+        }),
     ]
 }
 
@@ -121,7 +128,7 @@ fn frames_have_the_bytes_that_they_always_had() {
 
 #[test]
 fn a_join_has_the_bytes_that_it_always_had() {
-    let join = Join { migration: MigrationId([0xa1; 16]), stream: 5 };
+    let join = Join { migration: MigrationId([0xa1; 16]), stream: 5, session: 0 };
     let golden = check_bytes("join", &format!("{join:?}"), &join.encode());
     let bytes: [u8; JOIN_BYTES] = golden.try_into().unwrap();
     assert_eq!(Join::decode(&bytes), Ok(join));

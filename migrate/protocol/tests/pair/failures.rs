@@ -60,7 +60,7 @@ fn a_cancellation_once_the_commit_is_sent_comes_too_late() {
 }
 
 #[test]
-fn a_broken_link_in_any_phase_before_the_commit_leaves_the_guest_at_the_source() {
+fn a_link_that_stays_broken_in_any_phase_before_the_commit_leaves_the_guest_at_the_source() {
     for phase in BEFORE_THE_COMMIT {
         for all in [false, true] {
             let mut pair = Pair::new(config());
@@ -74,17 +74,6 @@ fn a_broken_link_in_any_phase_before_the_commit_leaves_the_guest_at_the_source()
             let failure = stayed(&pair, 1);
             assert!(matches!(failure, Failure::Link(_)), "in {phase}: {failure:?}");
         }
-    }
-}
-
-#[test]
-fn a_lost_data_stream_ends_the_attempt() {
-    for phase in ["pre-copy", "stop-and-copy", "preparing"] {
-        let mut pair = Pair::new(config());
-        pair.run_to_source_phase(phase);
-        pair.tell_source(source::Event::StreamFailed("reset".to_owned()));
-        pair.run_to_end();
-        assert!(matches!(stayed(&pair, 1), Failure::Link(_)), "in {phase}");
     }
 }
 
@@ -236,8 +225,8 @@ fn a_silent_target_is_given_up() {
     pair.target = None;
     pair.run_to_end();
     let failure = stayed(&pair, 1);
-    assert!(matches!(failure, Failure::Timeout(_)), "{failure:?}");
-    assert!(pair.now.since(ferry_protocol::Timestamp::default()) < Duration::from_secs(20));
+    assert!(failure.to_string().contains("the target has said nothing for 5 s"), "{failure:?}");
+    assert!(pair.now.since(ferry_protocol::Timestamp::default()) < Duration::from_secs(8));
 }
 
 #[test]

@@ -7,4 +7,5 @@ mod forecast;
 mod handover;
 mod local;
 mod plain;
+mod reconnect;
 mod world;

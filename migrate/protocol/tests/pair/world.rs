@@ -100,6 +100,14 @@ pub(crate) struct Pair {
     queue: BTreeMap<(Timestamp, u64), Due>,
     sequence: u64,
     streams_open: bool,
+    /// The pages of the round that was begun last.
+    round: PageBitmap,
+    /// No message arrives, though both connections stand.
+    pub(crate) silent: bool,
+    /// Every set of pages that was sent, in order.
+    pub(crate) sent: Vec<PageBitmap>,
+    /// Every set of pages that was put back after the link broke.
+    pub(crate) lacking: Vec<PageBitmap>,
     /// Whether the streams take digests, at the source and at the target.
     pub(crate) streams_verify: (bool, bool),
     /// A connection with another migration that waits for the target to be free.
@@ -119,9 +127,11 @@ pub(crate) fn config() -> source::Config {
         streams: STREAMS,
         compression: ferry_protocol::page::Compression::None,
         verify: true,
+        verify_whole: false,
         downtime_budget: 50 * MS,
         timeout: Duration::from_secs(60),
         on_timeout: source::OnTimeout::Cancel,
+        reconnect: Duration::from_secs(30),
     }
 }
 
@@ -171,6 +181,10 @@ impl Pair {
             queue: BTreeMap::new(),
             sequence: 0,
             streams_open: false,
+            round: PageBitmap::empty(PAGES),
+            silent: false,
+            sent: Vec::new(),
+            lacking: Vec::new(),
             streams_verify: (false, false),
             waiting: None,
         }
@@ -235,12 +249,25 @@ impl Pair {
         }
     }
 
-    fn lose_streams(&mut self) {
-        self.streams_open = false;
+    /// Breaks the data streams.
+    pub(crate) fn lose_streams(&mut self) {
+        self.end_streams();
         let reason = "connection reset".to_owned();
         let code = AbortCode::Internal;
         self.after(Duration::ZERO, Due::Source(source::Event::StreamFailed(reason.clone())));
         self.after(Duration::ZERO, Due::Target(target::Event::StreamFailed { code, sentence: reason }));
+    }
+
+    /// Nothing of what was under way on the streams comes any more.
+    fn end_streams(&mut self) {
+        self.streams_open = false;
+        let of_a_stream = |due: &Due| {
+            matches!(
+                due,
+                Due::Source(source::Event::RoundSent(_)) | Due::Target(target::Event::FenceReached { .. })
+            )
+        };
+        self.queue.retain(|_, due| !of_a_stream(due));
     }
 
     /// The target's process is killed and started again; its disk stays.
@@ -402,10 +429,18 @@ impl Pair {
                 self.after(LATENCY, Due::Source(Event::StreamsOpened));
             }
             Action::CloseStreams => {
-                if std::mem::take(&mut self.streams_open) {
+                if self.streams_open {
+                    self.end_streams();
                     let (code, sentence) = (AbortCode::Internal, "closed".to_owned());
                     self.after(LATENCY, Due::Target(target::Event::StreamFailed { code, sentence }));
                 }
+            }
+            Action::ReopenStreams { verify, session, lacking } => {
+                assert!(session > 0 && !self.streams_open);
+                self.lacking.push(lacking);
+                self.streams_verify = (verify, self.streams_verify.1);
+                self.streams_open = true;
+                self.after(LATENCY, Due::Source(Event::StreamsOpened));
             }
             Action::StartDirtyLog => {
                 self.source_guest.dirty_log = true;
@@ -416,7 +451,9 @@ impl Pair {
                 self.after(VM_WORK, Due::Source(Event::DirtyLogRead { pages, took: VM_WORK }));
             }
             Action::StopDirtyLog => self.source_guest.dirty_log = false,
-            Action::SendPages { pages, fence, paused } => self.send_pages(&pages, fence, paused),
+            Action::SendPages { pages, fence, paused, first: _, whole: _ } => {
+                self.send_pages(&pages, fence, paused);
+            }
             Action::PauseVm => {
                 self.source_guest.runs = false;
                 self.after(VM_WORK, Due::Source(Event::Paused));
@@ -468,6 +505,8 @@ impl Pair {
         if !self.streams_open {
             return;
         }
+        self.round = pages.clone();
+        self.sent.push(pages.clone());
         let count = pages.count();
         let by_link = PAGE_WORK * u32::try_from(count).unwrap();
         let took = if paused { by_link } else { by_link * self.slowed_by_cap };
@@ -535,6 +574,24 @@ impl Pair {
                 self.adopted = self.target_guest.exists;
                 self.after(VM_WORK, Due::Target(event));
             }
+            Action::EndStreams => {
+                // What was under way is lost, but for the lower half of the round.
+                self.end_streams();
+                let mut arrived = PageBitmap::empty(PAGES);
+                let count = usize::try_from(self.round.count() / 2).unwrap();
+                self.round
+                    .ranges()
+                    .flat_map(|r| r.first()..r.first() + r.count())
+                    .take(count)
+                    .for_each(|page| arrived.insert(page));
+                let ended = Event::StreamsEnded { arrived, digest: digest(7) };
+                self.after(VM_WORK, Due::Target(ended));
+            }
+            Action::ExpectStreams { session, digest: _ } => {
+                assert!(session > 0);
+                self.round = PageBitmap::empty(PAGES);
+            }
+            Action::HangUp => self.cut_control(Duration::ZERO),
             Action::DropStaleFrames => assert!(self.target_guest.exists),
             Action::RestoreState(state) => {
                 assert_eq!(state, [5]);
@@ -582,7 +639,7 @@ impl Pair {
     }
 
     fn deliver(&mut self, message: Message, due: fn(u32, Message) -> Due) {
-        let Some(number) = self.connection else { return };
+        let Some(number) = self.connection.filter(|_| !self.silent) else { return };
         if self.cut_at == Some(message.message_type()) {
             self.cut_at = None;
             return self.cut_control(20 * MS);

@@ -142,6 +142,8 @@ impl MigrationOrder {
             streams,
             compression,
             verify: true,
+            verify_whole: false,
+            reconnect: Duration::ZERO,
             downtime_budget,
             timeout,
             on_timeout,

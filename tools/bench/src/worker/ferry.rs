@@ -121,9 +121,12 @@ async fn move_away(
         compression: words::packing(order.compression).map_err(|lacks| anyhow!(lacks))?,
         bandwidth: BandwidthCap::new(order.bandwidth_bytes_per_s),
         verify: order.verify,
+        verify_whole: false,
         downtime_budget: budget,
         timeout: Duration::from_secs_f64(order.timeout_ms / 1e3),
         on_timeout: OnTimeout::Cancel,
+        // A run in which the link broke is no measurement.
+        reconnect: Duration::ZERO,
     };
     let (updates, mut told) = mpsc::unbounded_channel();
     let never = watch::channel(false);
@@ -160,6 +163,8 @@ fn in_words(update: Update) -> Option<Said> {
             Progress::RoundDone(round) => Some(Said::RoundDone { round: Box::new((&round).into()) }),
             Progress::Negotiated { .. }
             | Progress::Paused
+            | Progress::Reconnecting { .. }
+            | Progress::Reconnected(_)
             | Progress::InDoubt { .. }
             | Progress::Undoing { .. } => None,
         },

@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{self, MigrationEvent, MigrationRequest, OnTimeoutWord, VmInfo, VmState};
-use crate::cli::{MigrateArgs, OnTimeoutArg, StreamsArg, SwitchArg};
+use crate::cli::{MigrateArgs, OnTimeoutArg, StreamsArg, VerifyArg};
 use crate::client::{self, Events};
 use crate::quantity::{show_bytes, show_ms, show_rate};
 use crate::security;
@@ -42,7 +42,9 @@ fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
         adapt_streams: args.streams == StreamsArg::Auto,
         compress: args.compress.to_string(),
         bandwidth_bytes_per_s: args.bandwidth,
-        verify: args.verify == SwitchArg::On,
+        verify: args.verify != VerifyArg::Off,
+        verify_whole: args.verify == VerifyArg::Full,
+        reconnect_ms: ms(args.reconnect),
         timeout_ms: ms(args.timeout),
         on_timeout: match args.on_timeout {
             OnTimeoutArg::Cancel => OnTimeoutWord::Cancel,
@@ -78,6 +80,11 @@ async fn follow(args: &MigrateArgs, state: &StateDir, events: &mut Events) -> an
         };
         display.show(&event);
         match event {
+            // It would be waited for until the target answers, which may be never.
+            MigrationEvent::InDoubt { .. } if args.cancel => bail!(
+                "it is too late to cancel: the handover is recorded; 'ferry info {}' shows what becomes of it",
+                args.name
+            ),
             MigrationEvent::Moved(_) if args.cancel => bail!("it was too late: '{}' has moved", args.name),
             MigrationEvent::Moved(_) => return Ok(ExitCode::SUCCESS),
             MigrationEvent::Failed { .. } if args.cancel => return Ok(ExitCode::SUCCESS),
@@ -97,6 +104,8 @@ async fn follow(args: &MigrateArgs, state: &StateDir, events: &mut Events) -> an
             | MigrationEvent::Stopping { .. }
             | MigrationEvent::Paused
             | MigrationEvent::Handed
+            | MigrationEvent::Reconnecting { .. }
+            | MigrationEvent::Reconnected(_)
             | MigrationEvent::InDoubt { .. }
             | MigrationEvent::Undoing { .. } => {}
         }
@@ -180,6 +189,16 @@ impl Display {
                     show_forecast(forecast)
                 ));
             }
+            MigrationEvent::Reconnecting { reason } => {
+                self.say(&format!("the link broke ({reason}); the guest runs on, reaching the target again"));
+            }
+            MigrationEvent::Reconnected(again) => self.say(&format!(
+                "reached again after {}; {} pages of round {} had arrived, {} are to be sent",
+                show_ms(again.ms),
+                again.arrived_pages,
+                again.round,
+                again.again_pages,
+            )),
             MigrationEvent::InDoubt { reason } => self.say(&format!(
                 "IN DOUBT: the handover is recorded but the target can't be reached ({reason}); asking again"
             )),
@@ -273,6 +292,15 @@ pub(crate) fn summary(report: &MigrationReport) -> String {
     }
     let _ = writeln!(text, "  total        {:>9}   {} rounds", show_ms(report.total_ms), report.rounds.len());
     let _ = writeln!(text, "  sent         {:>9}   {}", show_bytes(report.wire_bytes), page_kinds(report));
+    if !report.reconnections.is_empty() {
+        let lost = report.reconnections.iter().map(|again| again.ms).sum();
+        let _ = writeln!(
+            text,
+            "  link         {:>9}   broken {} times and made again",
+            show_ms(lost),
+            report.reconnections.len()
+        );
+    }
     for (number, stream) in report.streams.iter().enumerate() {
         let _ = writeln!(
             text,

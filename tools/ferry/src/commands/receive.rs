@@ -236,6 +236,12 @@ impl Follower {
                     let text = format!("'{name}' is coming");
                     say(self.json, &self.host, "greeted", &text, &[("vm", &vm.to_string())]);
                 }
+                Progress::Interrupted { reason } => {
+                    let text = format!(
+                        "the link broke ({reason}); what has arrived is kept for its source to come back"
+                    );
+                    say(self.json, &self.host, "interrupted", &text, &[("reason", &reason)]);
+                }
                 Progress::Receiving | Progress::Prepared => {}
                 Progress::InDoubt => {
                     let text = "the source is gone at the last moment; waiting for it to come back";

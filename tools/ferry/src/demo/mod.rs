@@ -96,6 +96,8 @@ async fn migrate(
         compress: Compression::Auto.to_string(),
         bandwidth_bytes_per_s: None,
         verify: true,
+        verify_whole: false,
+        reconnect_ms: 30_000.0,
         timeout_ms: 60_000.0,
         on_timeout: OnTimeoutWord::Cancel,
         tls_dir: None,
@@ -125,6 +127,8 @@ async fn migrate(
             | MigrationEvent::Transferred { .. }
             | MigrationEvent::Stopping { .. }
             | MigrationEvent::Paused
+            | MigrationEvent::Reconnecting { .. }
+            | MigrationEvent::Reconnected(_)
             | MigrationEvent::Undoing { .. } => {}
         }
     }

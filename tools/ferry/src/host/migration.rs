@@ -94,6 +94,9 @@ impl MigrationTask {
                 "in doubt: the handover is recorded, but the target can't be reached ({reason}); it is asked \
                  again until it answers"
             )),
+            MigrationEvent::Reconnecting { reason } => {
+                Some(format!("the link to the target broke ({reason}); it is being made again"))
+            }
             MigrationEvent::Started { target, .. } => Some(format!("migrating to {target}")),
             MigrationEvent::Negotiated { .. }
             | MigrationEvent::RoundStarted { .. }
@@ -102,6 +105,7 @@ impl MigrationTask {
             | MigrationEvent::Stopping { .. }
             | MigrationEvent::Paused
             | MigrationEvent::Handed
+            | MigrationEvent::Reconnected(_)
             | MigrationEvent::Undoing { .. }
             | MigrationEvent::Moved(_) => None,
         })
@@ -172,6 +176,8 @@ fn event(progress: &Progress) -> MigrationEvent {
         Progress::Stopping { pages, forecast, forced } => {
             MigrationEvent::Stopping { pages: *pages, forecast: forecast.into(), forced: *forced }
         }
+        Progress::Reconnecting { reason } => MigrationEvent::Reconnecting { reason: reason.clone() },
+        Progress::Reconnected(reconnection) => MigrationEvent::Reconnected(reconnection.into()),
         Progress::Paused => MigrationEvent::Paused,
         Progress::Handed => MigrationEvent::Handed,
         Progress::InDoubt { reason } => MigrationEvent::InDoubt { reason: reason.clone() },
@@ -241,12 +247,14 @@ fn options(
             .map_err(|error: UnknownCompression| Refused(error.to_string()))?,
         bandwidth,
         verify: request.verify,
+        verify_whole: request.verify_whole,
         downtime_budget: duration(request.downtime_ms, "a downtime")?,
         timeout: duration(request.timeout_ms, "a timeout")?,
         on_timeout: match request.on_timeout {
             OnTimeoutWord::Cancel => OnTimeout::Cancel,
             OnTimeoutWord::Stop => OnTimeout::Stop,
         },
+        reconnect: duration(request.reconnect_ms, "reconnecting for")?,
     })
 }
 

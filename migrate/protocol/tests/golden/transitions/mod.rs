@@ -66,7 +66,7 @@ fn part<C: Core>(step: &str, make: impl Fn() -> C, events: &[(String, C::Event)]
 /// The messages to a source that its table has not named, for the sake of completeness.
 fn other_messages() -> Vec<(String, ferry_protocol::source::Event)> {
     let mut messages = source::messages_of_a_source();
-    let named = ["Welcome", "FenceReached", "Prepared", "Running"];
+    let named = ["Welcome", "FenceReached", "Prepared", "Running", "Arrived"];
     messages.extend(target::messages_of_a_target().into_iter().filter(|(name, _)| !named.contains(name)));
     messages
         .into_iter()

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use ferry_protocol::message::{
-    Abort, AbortCode, AtEpoch, Describe, FenceReached, HandOver, Hello, NetworkIdentity, Prepare, Prepared,
-    Ready, Rehearse, Rehearsed, Running, State, Welcome,
+    Abort, AbortCode, Arrived, AtEpoch, Describe, FenceReached, HandOver, Hello, KeepFor, NetworkIdentity,
+    Prepare, Prepared, Ready, Rehearse, Rehearsed, Resume, Run, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::page::Compression;
@@ -57,7 +57,12 @@ fn word(action: &Action) -> String {
         Action::StartDirtyLog => "StartDirtyLog".to_owned(),
         Action::ReadDirtyLog => "ReadDirtyLog".to_owned(),
         Action::StopDirtyLog => "StopDirtyLog".to_owned(),
-        Action::SendPages { pages, fence, paused } => {
+        Action::ReopenStreams { verify, session, lacking } => format!(
+            "ReopenStreams {session}, {} pages lacking{}",
+            lacking.count(),
+            if *verify { "" } else { ", unverified" }
+        ),
+        Action::SendPages { pages, fence, paused, first: _, whole: _ } => {
             format!(
                 "SendPages({} pages, fence {fence}{})",
                 pages.count(),
@@ -83,6 +88,8 @@ const fn progress_word(progress: &Progress) -> &'static str {
         Progress::Negotiated { .. } => "Negotiated",
         Progress::RoundStarted { .. } => "RoundStarted",
         Progress::RoundDone(_) => "RoundDone",
+        Progress::Reconnecting { .. } => "Reconnecting",
+        Progress::Reconnected(_) => "Reconnected",
         Progress::Stopping { .. } => "Stopping",
         Progress::Paused => "Paused",
         Progress::Handed => "Handed",
@@ -107,9 +114,11 @@ fn config(on_timeout: OnTimeout) -> Config {
         streams: 1,
         compression: Compression::Lz4,
         verify: true,
+        verify_whole: false,
         downtime_budget: 50 * MS,
         timeout: Duration::from_secs(60),
         on_timeout,
+        reconnect: Duration::from_secs(30),
     }
 }
 
@@ -144,6 +153,10 @@ fn running(epoch: u64) -> Event {
     Event::Message(Message::Running(Running { epoch: Epoch::new(epoch), record_us: 1, run_us: 2 }))
 }
 
+fn arrived(reached: u32) -> Event {
+    Event::Message(Message::Arrived(Arrived { reached, runs: vec![Run { first: 3, count: 4 }], next: None }))
+}
+
 fn abort() -> Event {
     Event::Message(Message::Abort(Abort::new(AbortCode::Cancelled, "no")))
 }
@@ -159,7 +172,7 @@ fn way() -> Vec<(&'static str, Event)> {
     let rehearsed = Event::Message(Message::Rehearsed(Rehearsed { record_us: 1 }));
     vec![
         ("", Event::Connected),
-        ("Hello is sent", welcome(1, Features::OURS)),
+        ("Hello is sent", welcome(1, without_pings())),
         ("Describe is sent", ready),
         ("", Event::StreamsOpened),
         ("the record is being rehearsed", Event::RecordRehearsed { took: MS }),
@@ -181,12 +194,17 @@ fn way() -> Vec<(&'static str, Event)> {
     ]
 }
 
+/// Without them a time-out is the phase's own.
+fn without_pings() -> Features {
+    Features::OURS.without(Features::KEEPALIVE)
+}
+
 /// The way of a migration within one host, as far as it differs.
 fn local_way() -> Vec<(&'static str, Event)> {
     let ready = Event::Message(Message::Ready(Ready { record_us: 1 }));
     vec![
         ("", Event::Connected),
-        ("Hello is sent", welcome(1, Features::ours_on(true))),
+        ("Hello is sent", welcome(1, Features::ours_on(true).without(Features::KEEPALIVE))),
         ("HandOver is sent", Event::RecordWritten { took: MS }),
         ("the record is rehearsed", Event::Message(Message::Pong(1))),
         ("the round trip is measured, too", ready),
@@ -215,6 +233,16 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
         (8, vec![Event::Cancel], "it was cancelled while the guest ran"),
         (16, vec![Event::RecordFailed("full".to_owned())], "the commit could not be recorded"),
         (16, vec![Event::Cancel], "it was cancelled before the commit was sent"),
+        (8, vec![lost()], "the link broke while round 1 was being sent"),
+        (8, vec![lost(), Event::Connected], "what has arrived is asked"),
+        (8, vec![lost(), Event::Connected, arrived(0)], "the streams are opened anew"),
+        (12, vec![lost()], "the link broke while the last log was being read"),
+        (
+            12,
+            vec![lost(), Event::Connected, arrived(1), Event::StreamsOpened],
+            "the streams stand anew; the log and the guest's resuming are awaited",
+        ),
+        (15, vec![lost(), Event::Connected], "the link broke while preparing, what has arrived is asked"),
     ]
 }
 
@@ -251,6 +279,9 @@ fn events() -> Vec<(String, Event)> {
         ("Running(2)", running(2)),
         ("Running(9)", running(9)),
         ("Abort", abort()),
+        ("Arrived(0)", arrived(0)),
+        ("Arrived(1)", arrived(1)),
+        ("Arrived(9)", arrived(9)),
     ]
     .map(|(name, event)| (name.to_owned(), event))
     .into();
@@ -271,7 +302,13 @@ pub(super) fn messages_of_a_source() -> Vec<(&'static str, Message)> {
         ("Released", Message::Released(at(2))),
         ("Ping", Message::Ping(1)),
         ("Rehearse", Message::Rehearse(Rehearse)),
+        ("KeepFor", Message::KeepFor(KeepFor { wait_ms: 30_000 })),
+        ("Resume(1)", Message::Resume(resume(1))),
     ]
+}
+
+pub(super) fn resume(session: u32) -> Resume {
+    Resume { epoch: Epoch::new(2), session, reached: 0, round: 1, from: 0 }
 }
 
 pub(super) fn hand_over() -> HandOver {
@@ -282,7 +319,7 @@ pub(super) fn hello() -> Hello {
     Hello {
         version_oldest: 1,
         version_newest: 1,
-        features: Features::OURS.without(Features::UNVERIFIED),
+        features: Features::OURS.without(Features::UNVERIFIED).without(Features::KEEPALIVE),
         migration: MigrationId([7; 16]),
         vm: VmId([1; 16]),
         name: "web".parse().unwrap(),
@@ -325,6 +362,14 @@ pub(super) fn table() -> String {
         text += &part(name, || along(steps, &then, OnTimeout::Cancel), &events());
     }
     let timeout = [("Timeout".to_owned(), Event::Timeout)];
+    let pinging = |ticks: usize| {
+        let mut events: Vec<Event> = way().into_iter().take(4).map(|(_, event)| event).collect();
+        events[1] = welcome(1, Features::OURS);
+        events.extend(std::iter::repeat_n(Event::Timeout, ticks));
+        stepped(config(OnTimeout::Cancel), events.into_iter())
+    };
+    text += &part("a target that answers pings", || pinging(0), &timeout);
+    text += &part("a target that has not answered five pings", || pinging(5), &timeout);
     let quick = [log(PAGES), Event::RoundSent(RoundSent::default()), fence(2)];
     text += &part("round 1 is being sent, on-timeout stop", || along(8, &[], OnTimeout::Stop), &timeout);
     text += &part("it rests, on-timeout stop", || along(10, &quick, OnTimeout::Stop), &timeout);

@@ -3,17 +3,18 @@
 use std::time::Duration;
 
 use ferry_protocol::message::{
-    Abort, AbortCode, Describe, FenceReached, Hello, NetworkIdentity, Prepare, Prepared, Ready, Rehearse,
-    Rehearsed, Running, State, Welcome,
+    Abort, AbortCode, Arrived, Describe, FenceReached, Hello, KeepFor, NetworkIdentity, Prepare, Prepared,
+    Ready, Rehearse, Rehearsed, Run, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
 use ferry_protocol::{
-    Epoch, MemoryDigest, Message, MigrationId, PAGE_BYTES, PageDigest, Region, StreamIndex, Timestamp, VmId,
+    Epoch, MemoryDigest, Message, MigrationId, PAGE_BYTES, PageBitmap, PageDigest, Region, StreamIndex,
+    Timestamp, VmId,
 };
 
-use super::source::{at, hand_over, hello, regions};
+use super::source::{at, hand_over, hello, regions, resume};
 use super::{Core, part};
 
 const MS: Duration = Duration::from_millis(1);
@@ -57,6 +58,9 @@ fn word(action: &Action) -> String {
         Action::BuildMachine { verify, .. } => {
             format!("BuildMachine{}", if *verify { "" } else { ", unverified" })
         }
+        Action::EndStreams => "EndStreams".to_owned(),
+        Action::ExpectStreams { session, digest: _ } => format!("ExpectStreams {session}"),
+        Action::HangUp => "HangUp".to_owned(),
         Action::DropStaleFrames => "DropStaleFrames".to_owned(),
         Action::RestoreState(_) => "RestoreState".to_owned(),
         Action::RunVm { runs } => format!("RunVm(runs: {runs})"),
@@ -72,6 +76,7 @@ const fn progress_word(progress: &Progress) -> &'static str {
     match progress {
         Progress::Greeted { .. } => "Greeted",
         Progress::Receiving => "Receiving",
+        Progress::Interrupted { .. } => "Interrupted",
         Progress::Prepared => "Prepared",
         Progress::Running => "Running",
         Progress::CannotRun { .. } => "CannotRun",
@@ -131,7 +136,7 @@ fn way() -> Vec<(&'static str, Event)> {
 
 /// The way of a migration within one host, as far as it differs.
 fn local_way() -> Vec<(&'static str, Event)> {
-    let features = Features::ours_on(true);
+    let features = Features::ours_on(true).without(Features::KEEPALIVE);
     vec![
         ("no record of the VM, descriptors can come", greeting(Hello { features, ..hello() })),
         ("Welcome is sent", Event::Message(Message::HandOver(hand_over()))),
@@ -144,6 +149,22 @@ fn local_way() -> Vec<(&'static str, Event)> {
     ]
 }
 
+fn keep_for() -> Event {
+    Event::Message(Message::KeepFor(KeepFor { wait_ms: 30_000 }))
+}
+
+fn resumed(session: u32) -> Event {
+    Event::Message(Message::Resume(resume(session)))
+}
+
+fn broken_stream() -> Event {
+    Event::StreamFailed { code: AbortCode::Internal, sentence: "reset".to_owned() }
+}
+
+fn ended() -> Event {
+    Event::StreamsEnded { arrived: PageBitmap::empty(512), digest: MemoryDigest::ZERO }
+}
+
 fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
     let lost = || Event::Disconnected("reset".to_owned());
     vec![
@@ -151,6 +172,14 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
         (6, vec![prepare(2, 9, MemoryDigest::ZERO)], "everything but fence 9 is here"),
         (8, vec![lost()], "the connection is lost"),
         (5, vec![Event::Message(Message::Rehearse(Rehearse))], "the record is being rehearsed"),
+        (4, vec![keep_for()], "it is to be kept"),
+        (6, vec![keep_for()], "it is to be kept, the state is here"),
+        (7, vec![keep_for()], "it is to be kept, the state is being restored"),
+        (4, vec![keep_for(), lost()], "the connection was lost"),
+        (4, vec![keep_for(), broken_stream()], "a stream was lost"),
+        (4, vec![keep_for(), lost(), ended()], "the connection was lost and the streams have ended"),
+        (4, vec![keep_for(), lost(), Event::Reconnected, resumed(1)], "what has arrived is asked"),
+        (4, vec![keep_for(), lost(), ended(), Event::Reconnected, resumed(1)], "it was taken up"),
         (5, vec![Event::Cancel], "it was told to give up"),
         (10, vec![Event::RunFailed("no".to_owned())], "it could not be started, that is being recorded"),
     ]
@@ -199,6 +228,11 @@ fn events() -> Vec<(String, Event)> {
         ("RunFailed", Event::RunFailed(text())),
         ("Cancel", Event::Cancel),
         ("Timeout", Event::Timeout),
+        ("StreamFailed(only the connection)", broken_stream()),
+        ("StreamsEnded", ended()),
+        ("KeepFor", keep_for()),
+        ("Resume(1)", resumed(1)),
+        ("Resume(0)", resumed(0)),
     ]
     .map(|(name, event)| (name.to_owned(), event))
     .into();
@@ -220,6 +254,10 @@ pub(super) fn messages_of_a_target() -> Vec<(&'static str, Message)> {
         ("Discarded(9)", Message::Discarded(at(9))),
         ("Pong", Message::Pong(1)),
         ("Rehearsed", Message::Rehearsed(Rehearsed { record_us: 1 })),
+        (
+            "Arrived",
+            Message::Arrived(Arrived { reached: 0, runs: vec![Run { first: 0, count: 1 }], next: None }),
+        ),
     ]
 }
 
@@ -258,6 +296,16 @@ pub(super) fn table() -> String {
     for (steps, then, name) in side_ways() {
         text += &part(name, || along(steps, &then, None), &events());
     }
+    let timeout = [("Timeout".to_owned(), Event::Timeout)];
+    let pinging = |ticks: usize| {
+        let mut events: Vec<Event> = way().into_iter().take(4).map(|(_, event)| event).collect();
+        events[0] = greeting(Hello { features: Features::OURS.without(Features::UNVERIFIED), ..hello() });
+        events.push(keep_for());
+        events.extend(std::iter::repeat_n(Event::Timeout, ticks));
+        stepped(false, events.into_iter(), None)
+    };
+    text += &part("a source that pings", || pinging(0), &timeout);
+    text += &part("a source that has not pinged for five ticks", || pinging(5), &timeout);
     text
 }
 

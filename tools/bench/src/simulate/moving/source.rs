@@ -50,7 +50,10 @@ impl Moving {
             Action::ReadDirtyLog => self.read_dirty_log(stage),
             // Nobody waits for its end.
             Action::StopDirtyLog => {}
-            Action::SendPages { pages, fence, paused } => self.send_pages(&pages, fence, paused, stage),
+            Action::SendPages { pages, fence, paused, first: _, whole: _ } => {
+                self.send_pages(&pages, fence, paused, stage);
+            }
+            Action::ReopenStreams { .. } => unreachable!("simulated links do not break"),
             Action::PauseVm => {
                 let cost_us = hardware.pause_us + hardware.pause_us_per_vcpu * self.cpus();
                 let (began, done) = self.source_job(cost_us, stage);
@@ -222,6 +225,8 @@ impl Moving {
             Progress::RoundDone(report) => self.rounds.push(self.line(report)),
             Progress::Negotiated { .. }
             | Progress::Stopping { .. }
+            | Progress::Reconnecting { .. }
+            | Progress::Reconnected(_)
             | Progress::Handed
             | Progress::InDoubt { .. }
             | Progress::Undoing { .. } => {}

@@ -37,6 +37,9 @@ impl Moving {
                 stage.at(done, Due::Target(Event::VmRunning { took }));
             }
             // Nobody waits for their end.
+            Action::EndStreams | Action::ExpectStreams { .. } | Action::HangUp => {
+                unreachable!("simulated links do not break")
+            }
             Action::DropStaleFrames
             | Action::Announce(_)
             | Action::DiscardMachine

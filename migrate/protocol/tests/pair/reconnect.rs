@@ -1,0 +1,192 @@
+//! Links that break before the commit and come back: the migration goes on with what the target lacks.
+
+use std::time::Duration;
+
+use ferry_protocol::PageBitmap;
+use ferry_protocol::source::{self, Failure, Outcome, Progress};
+use ferry_protocol::target;
+
+use crate::world::{MS, PAGES, Pair, config};
+
+const PHASES: [&str; 3] = ["pre-copy", "stop-and-copy", "preparing"];
+
+fn moved(pair: &Pair) -> &source::Summary {
+    let Some(Outcome::Moved(summary)) = &pair.source_outcome else { panic!("{:?}", pair.source_outcome) };
+    assert!(pair.target_guest.runs && !pair.source_guest.exists);
+    summary
+}
+
+#[test]
+fn a_migration_goes_on_after_the_link_broke() {
+    for phase in PHASES {
+        for all in [false, true] {
+            let mut pair = Pair::new(config());
+            pair.run_to_source_phase(phase);
+            if all {
+                pair.cut_all(200 * MS);
+            } else {
+                pair.cut_control(200 * MS);
+            }
+            assert!(pair.run_until(|pair| pair.source.phase() == "reconnecting"), "{phase}");
+            assert!(pair.run_until(|pair| pair.source_guest.runs), "the guest runs again at once");
+            pair.run_to_end();
+            let summary = moved(&pair);
+            assert_eq!(summary.reconnections.len(), 1, "in {phase}");
+        }
+    }
+}
+
+#[test]
+fn a_lost_data_stream_alone_is_made_again() {
+    for phase in PHASES {
+        for at_source in [true, false] {
+            let mut pair = Pair::new(config());
+            pair.run_to_source_phase(phase);
+            if at_source {
+                pair.tell_source(source::Event::StreamFailed("reset".to_owned()));
+            } else {
+                let (code, sentence) = (ferry_protocol::message::AbortCode::Internal, "reset".to_owned());
+                pair.tell_target(target::Event::StreamFailed { code, sentence });
+            }
+            pair.run_to_end();
+            // Where the state was being restored the attempt is over instead.
+            match &pair.source_outcome {
+                Some(Outcome::Moved(summary)) => assert!(summary.reconnections.len() <= 1),
+                Some(Outcome::Stayed { .. }) => {
+                    assert_eq!((phase, pair.source_guest.runs), ("preparing", true));
+                }
+                None => panic!("no end in {phase}"),
+            }
+        }
+    }
+}
+
+/// The first set of pages that is sent after the link broke in the middle of round `round`, and the round's own.
+fn next_after_a_break_in(round: usize) -> (PageBitmap, PageBitmap, Pair) {
+    let mut pair = Pair::new(config());
+    assert!(pair.run_until(|pair| pair.sent.len() == round));
+    pair.cut_all(20 * MS);
+    assert!(pair.run_until(|pair| pair.sent.len() == round + 1));
+    (pair.sent[round - 1].clone(), pair.sent[round].clone(), pair)
+}
+
+#[test]
+fn only_what_has_not_arrived_and_what_was_written_is_sent_again() {
+    for round in [1, 2] {
+        let (before, after, mut pair) = next_after_a_break_in(round);
+        // The target of this world has the lower half of the round. Round 2 is the last, of 900 and 100 pages.
+        let half = before.count() / 2;
+        let logged = [900, 10][round - 1];
+        let mut expected = PageBitmap::empty(PAGES);
+        let pages = before.ranges().flat_map(|r| r.first()..r.first() + r.count());
+        pages.skip(usize::try_from(half).unwrap()).chain(0..logged).for_each(|page| expected.insert(page));
+        assert_eq!(after, expected, "round {round}");
+        assert_eq!(pair.lacking[0].count(), before.count() - half);
+        pair.run_to_end();
+        assert_eq!(moved(&pair).reconnections[0].arrived_pages, half);
+    }
+}
+
+#[test]
+fn a_log_that_is_being_read_when_the_link_breaks_is_not_lost() {
+    let mut pair = Pair::new(config());
+    pair.dirty_pages = vec![0, 900, 2000, 10];
+    assert!(pair.run_until(|pair| pair.dirty_pages.len() == 1), "the log of the standstill is being read");
+    assert!(!pair.source_guest.runs);
+    pair.cut_all(20 * MS);
+    let sent = pair.sent.len();
+    assert!(pair.run_until(|pair| pair.sent.len() > sent));
+    assert_eq!(pair.sent[sent].count(), 2000, "what that log named is in the next round");
+    pair.run_to_end();
+    moved(&pair);
+}
+
+#[test]
+fn a_link_that_breaks_again_and_again_is_made_again_and_again() {
+    let mut pair = Pair::new(config());
+    pair.dirty_pages = vec![PAGES, 900, 900, 900, 900, 900, 900, 900, 10];
+    for _ in 0..5 {
+        pair.run_to_source_phase("pre-copy");
+        assert!(pair.run_until(|pair| pair.source.phase() == "pre-copy"));
+        pair.cut_all(60 * MS);
+        assert!(pair.run_until(|pair| pair.source.phase() == "reconnecting"));
+        // Once more while it is asked what has arrived.
+        assert!(pair.run_until(|pair| pair.source.phase() != "reconnecting" || pair.connect_delays.len() % 3 == 2));
+        pair.cut_all(5 * MS);
+    }
+    pair.run_to_end();
+    assert!(moved(&pair).reconnections.len() >= 3);
+}
+
+#[test]
+fn a_target_that_was_restarted_ends_the_attempt_by_name() {
+    let mut pair = Pair::new(config());
+    pair.run_to_source_phase("pre-copy");
+    pair.restart_target();
+    pair.run_to_end();
+    let Some(Outcome::Stayed { failure: Failure::Link(reason), .. }) = &pair.source_outcome else {
+        panic!("{:?}", pair.source_outcome);
+    };
+    assert!(reason.contains("nothing of the migration any more"), "{reason}");
+    assert!(pair.source_guest.runs && !pair.source_guest.dirty_log);
+}
+
+#[test]
+fn without_reconnecting_a_broken_link_ends_the_attempt_at_once() {
+    for phase in PHASES {
+        let mut pair = Pair::new(source::Config { reconnect: Duration::ZERO, ..config() });
+        pair.run_to_source_phase(phase);
+        let began = pair.now;
+        pair.cut_all(20 * MS);
+        assert!(pair.run_until(|pair| pair.source_outcome.is_some()));
+        assert!(pair.now.since(began) < Duration::from_secs(1));
+        assert!(matches!(&pair.source_outcome, Some(Outcome::Stayed { failure: Failure::Link(_), .. })));
+        pair.run_to_end();
+        assert!(pair.target_outcomes.len() == 1 && pair.target.is_none(), "in {phase}");
+    }
+}
+
+#[test]
+fn a_cancellation_while_reconnecting_is_heeded_at_once() {
+    let mut pair = Pair::new(config());
+    pair.run_to_source_phase("pre-copy");
+    pair.cut_all(Duration::from_secs(3600));
+    pair.run_to_source_phase("reconnecting");
+    let began = pair.now;
+    pair.tell_source(source::Event::Cancel);
+    assert!(pair.run_until(|pair| pair.source_outcome.is_some()));
+    assert!(pair.now.since(began) < 10 * MS);
+    pair.run_to_end();
+    assert!(matches!(&pair.source_outcome, Some(Outcome::Stayed { failure: Failure::Cancelled, .. })));
+    assert!(pair.target.is_none(), "the target does not wait for ever");
+}
+
+#[test]
+fn either_side_notices_when_the_other_falls_silent() {
+    let mut pair = Pair::new(config());
+    pair.run_to_source_phase("pre-copy");
+    let began = pair.now;
+    pair.silent = true;
+    assert!(pair.run_until(|pair| pair.source.phase() == "reconnecting"));
+    assert!(
+        pair.run_until(|pair| pair.target.as_ref().is_some_and(|target| target.phase() == "interrupted"))
+    );
+    let noticed = pair.now.since(began);
+    assert!((5..8).contains(&noticed.as_secs()), "{noticed:?}");
+    pair.silent = false;
+    pair.run_to_end();
+    assert_eq!(moved(&pair).reconnections.len(), 1);
+}
+
+#[test]
+fn progress_tells_of_the_break_and_of_going_on() {
+    let mut pair = Pair::new(config());
+    pair.run_to_source_phase("pre-copy");
+    pair.cut_all(20 * MS);
+    pair.run_to_end();
+    let told = |wanted: fn(&Progress) -> bool| pair.source_progress.iter().filter(|p| wanted(p)).count();
+    assert_eq!(told(|p| matches!(p, Progress::Reconnecting { .. })), 1);
+    assert_eq!(told(|p| matches!(p, Progress::Reconnected(_))), 1);
+    let interrupted = |p: &target::Progress| matches!(p, target::Progress::Interrupted { .. });
+    assert_eq!(pair.target_progress.iter().filter(|p| interrupted(p)).count(), 1);
+}
