@@ -23,6 +23,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod admission;
 pub mod bitmap;
 pub mod digest;
 pub mod encode;

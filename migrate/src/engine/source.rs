@@ -10,7 +10,7 @@ use ferry_protocol::record::Standing;
 use ferry_protocol::source::{
     Action, Config, Event, Failure, MemoryPath, OnTimeout, Outcome, Progress, Source,
 };
-use ferry_protocol::{Epoch, MemoryLayout, Message, MigrationId, Record, VmId, VmName};
+use ferry_protocol::{Epoch, MemoryLayout, Message, MigrationId, PageBitmap, Record, VmId, VmName};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -133,6 +133,8 @@ pub async fn migrate(
     let settings = StreamSettings {
         dialer: Arc::new(dialer),
         migration: options.migration,
+        vm: options.vm,
+        epoch: options.epoch,
         streams: options.streams,
         adapt_streams: options.adapt_streams,
         compression: options.compression,
@@ -338,10 +340,10 @@ impl Engine {
             }
             Action::SendMemory(message) => self.send_memory(&message),
             Action::OpenStreams { verify } => {
-                self.open_streams(Opening { verify, session: 0, lacking: None });
+                self.open_streams((verify, 0, None));
             }
             Action::ReopenStreams { verify, session, lacking } => {
-                self.open_streams(Opening { verify, session, lacking: Some(lacking) });
+                self.open_streams((verify, session, Some(lacking)));
             }
             Action::CloseStreams => {
                 self.sender_options.bandwidth.stop();
@@ -412,9 +414,16 @@ impl Engine {
         }
     }
 
-    fn open_streams(&mut self, opening: Opening) {
-        let session = opening.session;
+    fn open_streams(&mut self, (verify, session, lacking): (bool, u32, Option<PageBitmap>)) {
         self.session = session;
+        let Some(key) = self.core.join_key(session) else {
+            // An older one, which would let anybody join.
+            let reason =
+                "the target has not said what data streams are let in with; update ferry there".to_owned();
+            let _ = self.events.send(Happened::Core(Event::StreamFailed(reason)));
+            return;
+        };
+        let opening = Opening { verify, session, lacking, key };
         let closing = self.closing.take();
         let (options, events) = (Arc::clone(&self.sender_options), self.events.clone());
         let done = events.clone();

@@ -10,12 +10,12 @@ use std::time::Duration;
 use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
-use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, VmId, VmName};
+use ferry_protocol::{MemoryDigest, MemoryLayout, Message, Record, VmId, VmName};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::door::{Door, Joining, Knock, Link, STRANGERS_MAX, sort};
-use super::incoming::Streams;
+use super::incoming::{Admission, Streams};
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
@@ -184,7 +184,7 @@ struct Connection {
 struct Attempt {
     core: Target,
     vm: VmId,
-    migration: MigrationId,
+    admission: Admission,
     host: Arc<dyn TargetHost>,
     records: Arc<dyn RecordStore>,
     clock: Arc<dyn Clock>,
@@ -213,8 +213,9 @@ impl Attempt {
             record,
         };
         let now = receiver.clock.now();
-        let mut core = Target::new(config, now);
-        let (vm, migration) = (hello.vm, hello.migration);
+        let vm = hello.vm;
+        let admission = Admission::new(&hello)?;
+        let mut core = Target::new(config, now).with_admission(admission.secret.clone());
         core.handle(now, Event::Message(Message::Hello(hello)));
         let (events, inbox) = mpsc::unbounded_channel();
         let identity = link.identity.clone();
@@ -222,7 +223,7 @@ impl Attempt {
         Ok(Self {
             core,
             vm,
-            migration,
+            admission,
             host: Arc::clone(&receiver.host),
             records: Arc::clone(&receiver.records),
             clock: Arc::clone(&receiver.clock),
@@ -298,7 +299,7 @@ impl Attempt {
                         sentence: sentence.to_owned(),
                     });
                 }
-                self.streams = Some(Streams::new(vm, count, verify));
+                self.streams = Some(Streams::new(vm, count, verify, self.admission.clone()));
                 Some(Event::MachineBuilt)
             }
             Happened::Built(Err(refusal)) => {
@@ -355,7 +356,7 @@ impl Attempt {
             (Some(_), None) | (None, Some(_)) => false,
         };
         let peer = joining.peer.clone();
-        let streams = self.streams.as_mut().filter(|_| same && join.migration == self.migration);
+        let streams = self.streams.as_mut().filter(|_| same);
         let events = self.events.clone();
         let report = move |event| drop(events.send(Happened::Core(event)));
         match streams.map_or(Ok(false), |streams| streams.take(&join, joining, report)) {

@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use ferry_protocol::admission::{JoinKey, Place};
 use ferry_protocol::frame::Join;
 use ferry_protocol::page::Compression;
 use ferry_protocol::source::RoundSent;
 use ferry_protocol::streams::StreamTuner;
-use ferry_protocol::{ChunkIndex, MemoryDigest, MigrationId, PageBitmap, PageMask, StreamIndex};
+use ferry_protocol::{ChunkIndex, Epoch, MemoryDigest, MigrationId, PageBitmap, PageMask, StreamIndex, VmId};
 use ferry_vmm::confine::{self, Role};
 
 use super::encoders::{Encoders, Tools};
@@ -35,6 +36,8 @@ pub(crate) struct SenderOptions {
     /// Makes the connections.
     pub(crate) dialer: Arc<Dialer>,
     pub(crate) migration: MigrationId,
+    vm: VmId,
+    epoch: Epoch,
     pub(crate) streams: u16,
     pub(crate) compression: Compression,
     pub(crate) pages: Arc<dyn GuestPages>,
@@ -54,6 +57,9 @@ pub(crate) struct SenderOptions {
 pub(crate) struct StreamSettings {
     pub(crate) dialer: Arc<Dialer>,
     pub(crate) migration: MigrationId,
+    pub(crate) vm: VmId,
+    /// The epoch in which it runs here.
+    pub(crate) epoch: Epoch,
     pub(crate) streams: u16,
     /// Whether only as many of them work as pay.
     pub(crate) adapt_streams: bool,
@@ -68,13 +74,15 @@ impl SenderOptions {
         counters: Arc<TransferCounters>,
         clock: Arc<dyn Clock>,
     ) -> Self {
-        let StreamSettings { dialer, migration, streams, adapt_streams, compression } = settings;
+        let StreamSettings { dialer, migration, vm, epoch, streams, adapt_streams, compression } = settings;
         let tuner = adapt_streams.then(|| Mutex::new(StreamTuner::new(streams, clock.now())));
         let working = AtomicU16::new(if adapt_streams { 1 } else { streams });
         let sent = Arc::new(SentMemory::new(pages.layout().page_count()));
         Self {
             dialer,
             migration,
+            vm,
+            epoch,
             streams,
             compression,
             pages,
@@ -86,6 +94,10 @@ impl SenderOptions {
             tuner,
             working,
         }
+    }
+
+    fn place(&self, session: u32, stream: u16) -> Place {
+        Place { vm: self.vm, epoch: self.epoch, migration: self.migration, session, stream }
     }
 
     /// Whether it is this stream's turn to work.
@@ -234,6 +246,8 @@ pub(crate) struct Opening {
     pub(crate) verify: bool,
     /// The number in each stream's join.
     pub(crate) session: u32,
+    /// What the streams are let in with.
+    pub(crate) key: JoinKey,
     /// Pages that were sent by streams before and have not arrived.
     pub(crate) lacking: Option<PageBitmap>,
 }
@@ -254,7 +268,7 @@ impl Senders {
         opening: &Opening,
         done: &Arc<impl Done>,
     ) -> io::Result<Self> {
-        let &Opening { verify, session, ref lacking } = opening;
+        let &Opening { verify, session, ref lacking, ref key } = opening;
         let mut digest = MemoryDigest::ZERO;
         if let Some(lacking) = lacking {
             // What they still pack was never sent, but would count as sent.
@@ -273,7 +287,9 @@ impl Senders {
             // Should one fail, dropping `senders` closes the others and ends their threads.
             let stream = StreamIndex::new(number, options.streams).expect("numbered below their count");
             let mut writer = options.dialer.data(STALL_MAX).map_err(io::Error::other)?;
-            writer.write_all(&Join { migration: options.migration, stream: number, session }.encode())?;
+            let proof = key.prove(&options.place(session, number));
+            let join = Join { migration: options.migration, stream: number, session, proof };
+            writer.write_all(&join.encode())?;
             senders.sockets.push(writer.socket().try_clone()?);
             let (queue, rounds) = mpsc::channel::<Arc<Round>>();
             senders.queues.push(queue);
