@@ -6,7 +6,8 @@ use ferry_protocol::message::{Abort, AbortCode, Hello};
 use ferry_protocol::target::{self, Target};
 use ferry_protocol::{Message, Timestamp, source, wire};
 
-use super::scenario::{What, When};
+use super::scenario::{Way, What, When};
+use super::source::RETRANSMISSION;
 use super::world::{Due, World};
 
 /// At most one control connection stands at a time; each has a number, so that what was under way on an older one
@@ -16,14 +17,19 @@ pub(super) struct Control {
     connection: Option<u32>,
     connections: u32,
     /// The connection that the target's process under way talks on.
-    targets: Option<u32>,
+    pub(super) targets: Option<u32>,
     /// Nothing can be connected before.
     outage_until: Timestamp,
     to_source: wire::Decoder,
     to_target: wire::Decoder,
+    /// When what was sent last in either direction arrives.
+    arrives_at: [Timestamp; 2],
     /// A source that waits until the target is done with the attempt before.
     waiting: Option<Hello>,
 }
+
+/// How long TCP waits for the other side's word before it gives a connection up, as the engine has set it.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(10);
 
 /// In which direction a message goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +48,14 @@ impl World {
             return;
         }
         self.trace(|| format!("-> {to:?}: {message:?}"));
-        self.after(self.scenario.link.latency, Due::Control(number, to, wire::encode(message)));
+        let lost = self.random.percent(self.scenario.link.loss_percent);
+        let again = if lost { RETRANSMISSION } else { Duration::ZERO };
+        let direction = usize::from(to == To::Source);
+        let at = (self.now + self.scenario.link.latency + again)
+            .max(self.control.arrives_at[direction])
+            .max(self.partition_until[direction]);
+        self.control.arrives_at[direction] = at;
+        self.at(at, Due::Control(number, to, wire::encode(message)));
     }
 
     pub(super) fn connect(&mut self, delay: Duration) {
@@ -54,7 +67,8 @@ impl World {
 
     /// The attempt to connect ends.
     pub(super) fn connected(&mut self) {
-        if self.now < self.control.outage_until {
+        if self.now < self.control.outage_until || self.partition_until.iter().any(|until| self.now < *until)
+        {
             return self.tell_source(source::Event::Disconnected("no route to host".to_owned()));
         }
         self.control.connections += 1;
@@ -188,9 +202,20 @@ impl World {
             What::CutControl(outage) => self.cut_control(outage),
             What::CutAll(outage) => {
                 self.cut_control(outage);
-                self.cut_streams();
+                self.break_streams();
             }
-            What::CutStreams => self.cut_streams(),
+            What::CutStreams => self.break_streams(),
+            What::Partition(outage, way) => {
+                let until = self.now + outage;
+                for (direction, cut) in [way != Way::ToSource, way != Way::ToTarget].into_iter().enumerate() {
+                    if cut {
+                        self.partition_until[direction] = self.partition_until[direction].max(until);
+                    }
+                }
+                if let Some(rest) = outage.checked_sub(UNACKNOWLEDGED_MAX) {
+                    self.after(UNACKNOWLEDGED_MAX, Due::Trouble(What::CutAll(rest)));
+                }
+            }
             What::CancelAtSource => {
                 self.after(Duration::ZERO, Due::Source(self.attempt, source::Event::Cancel))
             }
@@ -217,10 +242,12 @@ impl World {
             return;
         }
         self.target = None;
+        self.end_streams_at_target();
+        self.incoming = None;
         self.target_memory = None;
         self.end_target_process();
         self.control.targets = None;
         self.cut_control(Duration::ZERO);
-        self.cut_streams();
+        self.break_streams();
     }
 }

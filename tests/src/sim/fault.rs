@@ -18,8 +18,69 @@ pub enum Bug {
     StalePage,
     /// The source's dirty log loses a page that the guest has written.
     LostDirtyBit,
+    /// A frame of a stream that broke is written after the source was told what has arrived.
+    LateFrame,
+    /// The source goes on as if what has not arrived had.
+    KeptKnown,
+    /// The target says of a page that was under way when its stream broke that it has arrived.
+    OverclaimedPage,
     /// The source forgets what its devices have written, for the whole migration.
     ForgottenDeviceLog,
+}
+
+/// Every bug with its name on the command line.
+const WORDS: [(Bug, &str); 9] = [
+    (Bug::DroppedPage, "dropped-page"),
+    (Bug::MisplacedPage, "misplaced-page"),
+    (Bug::CorruptPage, "corrupt-page"),
+    (Bug::StalePage, "stale-page"),
+    (Bug::LateFrame, "late-frame"),
+    (Bug::KeptKnown, "kept-known"),
+    (Bug::OverclaimedPage, "overclaimed-page"),
+    (Bug::LostDirtyBit, "lost-dirty-bit"),
+    (Bug::ForgottenDeviceLog, "forgotten-device-log"),
+];
+
+impl Bug {
+    /// All bugs.
+    pub fn all() -> impl Iterator<Item = Self> {
+        WORDS.into_iter().map(|(bug, _)| bug)
+    }
+
+    /// Its name on the command line.
+    ///
+    /// # Panics
+    /// Never: every bug has one.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        WORDS.into_iter().find(|(bug, _)| *bug == self).map(|(_, word)| word).expect("every bug has a name")
+    }
+
+    /// The bug of that name.
+    #[must_use]
+    pub fn from_word(word: &str) -> Option<Self> {
+        WORDS.into_iter().find(|(_, name)| *name == word).map(|(bug, _)| bug)
+    }
+
+    /// Whether only a digest of all of memory shows it: what was sent and what arrived are the same.
+    #[must_use]
+    pub const fn is_of_the_log(self) -> bool {
+        matches!(self, Self::LostDirtyBit | Self::ForgottenDeviceLog)
+    }
+
+    /// Whether it strikes only where the link breaks.
+    #[must_use]
+    pub const fn needs_a_break(self) -> bool {
+        match self {
+            Self::LateFrame | Self::KeptKnown | Self::OverclaimedPage => true,
+            Self::DroppedPage
+            | Self::MisplacedPage
+            | Self::CorruptPage
+            | Self::StalePage
+            | Self::LostDirtyBit
+            | Self::ForgottenDeviceLog => false,
+        }
+    }
 }
 
 /// What becomes of a page that arrives.
@@ -81,7 +142,15 @@ impl Injection {
             Some(Bug::MisplacedPage) if page + 1 < page_count => Fate::Misplaced(page + 1),
             Some(Bug::CorruptPage) => Fate::Corrupt(self.byte),
             Some(Bug::StalePage) if round.fence > 1 => Fate::Stale,
-            Some(Bug::MisplacedPage | Bug::StalePage | Bug::LostDirtyBit | Bug::ForgottenDeviceLog)
+            Some(
+                Bug::MisplacedPage
+                | Bug::StalePage
+                | Bug::LostDirtyBit
+                | Bug::ForgottenDeviceLog
+                | Bug::LateFrame
+                | Bug::KeptKnown
+                | Bug::OverclaimedPage,
+            )
             | None => {
                 return Fate::Kept;
             }
@@ -117,6 +186,27 @@ impl Injection {
         kvm.remove(lost);
         self.struck = true;
         kvm
+    }
+
+    /// Whether a frame that was under way when its stream ended lands all the same.
+    pub(super) fn lets_land_late(&mut self) -> bool {
+        let strikes = self.bug == Some(Bug::LateFrame) && !self.struck;
+        self.struck |= strikes;
+        strikes
+    }
+
+    /// Whether the source does not forget what it knew of `lacking_pages`.
+    pub(super) fn keeps_known(&mut self, lacking_pages: u64) -> bool {
+        let strikes = self.bug == Some(Bug::KeptKnown) && lacking_pages > 0;
+        self.struck |= strikes;
+        strikes
+    }
+
+    /// Whether the target says to have `page`, which was under way when the stream ended.
+    pub(super) fn overclaims(&mut self, arrived: &PageBitmap, page: u64) -> bool {
+        let strikes = self.bug == Some(Bug::OverclaimedPage) && !self.struck && !arrived.contains(page);
+        self.struck |= strikes;
+        strikes
     }
 
     fn due(&self, round: Round) -> bool {

@@ -7,8 +7,10 @@
 //!  guest     a guest and a device that write, and the two logs that must see it
 //!  stream    sender and receiver of one data stream: real frames, real lz4, real digests
 //!  fault     bugs that are injected to see that they are caught
+//!  campaign  many seeds on all cores
 //!  world     the event loop, what must hold at every instant, and at the end
 //!  source    what the source's host does for its core; target: the same there
+//!  incoming  the target's ends of the streams
 //!  control   the control connection, and how a host sorts what comes over it
 //! ```
 //!
@@ -16,9 +18,11 @@
 //! is done in which order, but shares no code with it: the engine's own threads and sockets are for the tests on
 //! real machines. Nothing here reads a clock or draws a number that does not come from the seed.
 
+mod campaign;
 mod control;
 mod fault;
 mod guest;
+mod incoming;
 mod memory;
 mod random;
 mod scenario;
@@ -27,5 +31,6 @@ mod stream;
 mod target;
 mod world;
 
+pub use campaign::{Played, play};
 pub use fault::Bug;
-pub use world::{Ending, Report, run};
+pub use world::{Ending, Plan, Report, run};

@@ -7,6 +7,7 @@ use ferry_protocol::page::Compression;
 use ferry_protocol::source::OnTimeout;
 use ferry_protocol::{MemoryLayout, Region};
 
+use super::fault::Bug;
 use super::guest::Work;
 use super::random::Random;
 
@@ -21,6 +22,9 @@ pub(super) struct Scenario {
     pub(super) budget: Duration,
     pub(super) timeout: Duration,
     pub(super) on_timeout: OnTimeout,
+    pub(super) reconnect: Duration,
+    /// Whether the source also reads all of the paused guest's memory.
+    pub(super) verify_whole: bool,
     /// What happens during the first attempt; further ones are left in peace.
     pub(super) troubles: Vec<Trouble>,
 }
@@ -30,6 +34,8 @@ pub(super) struct Scenario {
 pub(super) struct LinkSpec {
     pub(super) bytes_per_s: u64,
     pub(super) latency: Duration,
+    /// Of a hundred messages and frames, those that TCP has to send again.
+    pub(super) loss_percent: u64,
 }
 
 /// Something that goes wrong, once.
@@ -57,6 +63,8 @@ pub(super) enum What {
     CutAll(Duration),
     /// The data streams break.
     CutStreams,
+    /// Nothing passes for a while; TCP delivers it afterwards, unless that takes too long for it.
+    Partition(Duration, Way),
     /// The operator at the source cancels.
     CancelAtSource,
     /// The operator at the target does.
@@ -75,8 +83,19 @@ pub(super) enum What {
     SourceVmFails,
 }
 
+/// In which direction nothing passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    Both,
+    ToTarget,
+    ToSource,
+}
+
 /// What a cut may take with it; the messages around the commit are the ones that matter most.
-const MESSAGES: [MessageType; 17] = [
+const MESSAGES: [MessageType; 20] = [
+    MessageType::Resume,
+    MessageType::Arrived,
+    MessageType::KeepFor,
     MessageType::Hello,
     MessageType::Welcome,
     MessageType::Describe,
@@ -97,17 +116,30 @@ const MESSAGES: [MessageType; 17] = [
 ];
 
 impl Scenario {
-    /// The scenario of a seed. With `in_peace` nothing goes wrong by itself.
-    pub(super) fn draw(random: &mut Random, in_peace: bool) -> Self {
+    /// The scenario of a seed. With a bug nothing goes wrong by itself, unless it is one that only a broken link shows.
+    pub(super) fn draw(random: &mut Random, bug: Option<Bug>) -> Self {
         let layout = layout(random);
-        let work = work(random, layout.page_count());
+        let mut work = work(random, layout.page_count());
+        // Half of the guests are quiet enough to converge, so that they may have the time that reconnecting takes.
+        let quiet = bug.is_some_and(Bug::needs_a_break) || random.percent(50);
+        let timeout_ms = if quiet { 15_000 } else { random.within(200, 3_000) };
+        if quiet {
+            work.rate = work.rate.min(500);
+            work.device_rate = work.device_rate.min(50);
+        }
         let mut troubles = Vec::new();
-        if !in_peace && random.percent(65) {
+        if bug.is_none() && random.percent(65) {
             for _ in 0..random.within(1, 3) {
                 troubles.push(trouble(random));
             }
         }
-        Self {
+        let breaks = bug.is_some_and(Bug::needs_a_break);
+        if breaks {
+            let at = Duration::from_micros(random.within(8_000, 60_000));
+            let outage = Duration::from_millis(random.pick(&[0, 5, 80]));
+            troubles.push(Trouble { when: When::After(at), what: What::CutAll(outage) });
+        }
+        let mut scenario = Self {
             layout,
             work,
             streams: u16::try_from(random.within(1, 5)).expect("a small number"),
@@ -120,12 +152,21 @@ impl Scenario {
             link: LinkSpec {
                 bytes_per_s: random.pick(&[10, 30, 100, 400]) * random.within(700_000, 1_300_000),
                 latency: Duration::from_micros(random.within(20, 3_000)),
+                loss_percent: random.pick(&[0, 0, 0, 2]),
             },
             budget: Duration::from_millis(random.within(20, 300)),
-            timeout: Duration::from_millis(random.within(200, 3_000)),
+            timeout: Duration::from_millis(timeout_ms),
             on_timeout: random.pick(&[OnTimeout::Cancel, OnTimeout::Stop]),
+            reconnect: Duration::from_millis(random.pick(&[0, 1_000, 10_000, 30_000, 30_000])),
+            verify_whole: random.percent(30),
             troubles,
+        };
+        if breaks {
+            // So that the break comes in the middle of a round.
+            scenario.link.bytes_per_s = scenario.link.bytes_per_s.min(60_000_000);
+            scenario.reconnect = Duration::from_secs(30);
         }
+        scenario
     }
 }
 
@@ -155,18 +196,22 @@ fn work(random: &mut Random, pages: u64) -> Work {
 
 fn trouble(random: &mut Random) -> Trouble {
     let when = if random.percent(50) {
-        When::After(Duration::from_micros(random.below(300_000)))
+        let most_us = random.pick(&[30_000, 100_000, 300_000]);
+        When::After(Duration::from_micros(random.below(most_us)))
     } else {
         When::Sending(random.pick(&MESSAGES))
     };
     // Short outages are over when a source that waits tries again; long ones outlast a prepared target.
-    let outage = Duration::from_millis(random.pick(&[0, 5, 80, 2_500, 40_000]));
+    let outage = Duration::from_millis(random.pick(&[0, 5, 80, 600, 2_500, 40_000]));
+    let way = random.pick(&[Way::Both, Way::Both, Way::ToTarget, Way::ToSource]);
     let what = random.pick(&[
         What::CutControl(outage),
         What::CutControl(outage),
         What::CutAll(outage),
         What::CutAll(outage),
         What::CutStreams,
+        What::Partition(outage, way),
+        What::Partition(outage, way),
         What::CancelAtSource,
         What::CancelAtTarget,
         What::RestartTarget,

@@ -2,26 +2,30 @@
 
 use std::time::Duration;
 
-use ferry_protocol::message::{AbortCode, NetworkIdentity};
+use ferry_protocol::message::NetworkIdentity;
 use ferry_protocol::source::{Action, Event, Progress, RoundSent};
-use ferry_protocol::{PageBitmap, StreamIndex, Timestamp, target};
+use ferry_protocol::{PageBitmap, StreamIndex, Timestamp};
 
 use super::control::To;
 use super::fault::Round;
 use super::guest::Guest;
-use super::stream::{Receiver, Sender, Written};
-use super::world::{Due, World};
+use super::stream::{Sender, Written};
+use super::world::{Due, World, digest};
 
-/// The data streams of one attempt, both ends and the link between them.
+/// The source's ends of a set of data streams, and the link.
 #[derive(Debug)]
 pub(super) struct Streams {
+    /// Its number in this world; sets of other attempts have others.
     session: u32,
     senders: Vec<Sender>,
-    receivers: Vec<Receiver>,
     /// When the link has sent what was put on it so far: all streams share it.
     link_free_at: Timestamp,
+    /// When what was sent last on each stream arrives: what is lost is sent again, and what is behind it waits.
+    arrives_at: Vec<Timestamp>,
     /// Ends of the round under way, stream by stream.
     ended: Vec<RoundSent>,
+    /// Whether the digest of all of memory is wanted with the round.
+    whole: bool,
 }
 
 impl World {
@@ -31,13 +35,34 @@ impl World {
             Action::Connect { delay } => self.connect(delay),
             Action::Send(message) => self.send(To::Target, &message),
             Action::SendMemory(_) => unreachable!("the two hosts of this world share no memory"),
-            Action::OpenStreams { .. } => self.open_streams(),
+            Action::OpenStreams { .. } => {
+                self.kept_senders.clear();
+                self.open_streams(0);
+            }
+            Action::ReopenStreams { session, lacking, verify } => {
+                assert!(
+                    verify && session > 0 && self.streams.is_none(),
+                    "closed before they are opened anew"
+                );
+                if self.injection.keeps_known(lacking.count()) {
+                    self.trace(|| "!! what the target lacks still counts as known".to_owned());
+                } else {
+                    self.kept_senders.iter_mut().for_each(|sender| sender.forget(&lacking));
+                }
+                self.report.reconnections += 1;
+                self.open_streams(session);
+            }
             Action::CloseStreams => {
-                if self.streams.take().is_some() {
-                    self.break_at_target(self.scenario.link.latency);
+                self.streams_at_source = None;
+                if let Some(streams) = self.streams.take() {
+                    self.kept_senders = streams.senders;
+                    let session = streams.session;
+                    self.after(self.scenario.link.latency, Due::EndOfStreams(session));
                 }
             }
-            Action::SendPages { pages, fence, paused } => self.send_pages(&pages, fence, paused),
+            Action::SendPages { pages, fence, paused, first, whole } => {
+                self.send_pages(&pages, (fence, first), paused, whole);
+            }
             Action::StartDirtyLog
             | Action::ReadDirtyLog
             | Action::StopDirtyLog
@@ -121,6 +146,7 @@ impl World {
             | Action::SendMemory(_)
             | Action::OpenStreams { .. }
             | Action::CloseStreams
+            | Action::ReopenStreams { .. }
             | Action::SendPages { .. }
             | Action::Report(_)
             | Action::Finish(_) => unreachable!("no job on the VM"),
@@ -134,40 +160,55 @@ impl World {
         self.source_guest.as_mut().expect("the source has its guest until it is released")
     }
 
-    fn open_streams(&mut self) {
+    /// Opens the set of streams that has `join` in each stream's join.
+    fn open_streams(&mut self, join: u32) {
         self.sessions += 1;
-        let streams = self.scenario.streams;
+        let (session, streams) = (self.sessions, self.scenario.streams);
         let indices = (0..streams).map(|index| StreamIndex::new(index, streams).expect("below their count"));
+        let mut senders = std::mem::take(&mut self.kept_senders);
+        if senders.is_empty() {
+            senders = indices.map(|index| Sender::new(index, streams, self.scenario.compression)).collect();
+        }
+        senders.iter_mut().for_each(Sender::reopen);
+        self.streams_at_source = Some(session);
         self.streams = Some(Streams {
-            session: self.sessions,
-            senders: indices
-                .clone()
-                .map(|index| Sender::new(index, streams, self.scenario.compression))
-                .collect(),
-            receivers: indices.map(|_| Receiver::new()).collect(),
+            session,
+            senders,
             link_free_at: self.now,
+            arrives_at: vec![self.now; usize::from(streams)],
             ended: Vec::new(),
+            whole: false,
         });
-        self.after(2 * self.scenario.link.latency, Due::Source(self.attempt, Event::StreamsOpened));
+        let latency = self.scenario.link.latency;
+        self.through_link(2 * latency, Due::Join(session, join));
     }
 
-    fn send_pages(&mut self, pages: &PageBitmap, fence: u32, paused: bool) {
+    /// The streams of set `session` knock at the target.
+    pub(super) fn join(&mut self, session: u32, join: u32) {
+        if self.streams.as_ref().is_none_or(|streams| streams.session != session) {
+            return;
+        }
+        if self.let_in(session, join) {
+            self.after(Duration::ZERO, Due::Stream(session, Event::StreamsOpened));
+        } else {
+            self.break_streams();
+        }
+    }
+
+    fn send_pages(&mut self, pages: &PageBitmap, (fence, first): (u32, bool), paused: bool, whole: bool) {
         assert_eq!(paused, !self.guest().runs(), "the cap is lifted while the guest stands still");
         self.round = Round { fence, paused };
         let Some(streams) = &mut self.streams else { return };
         streams.ended.clear();
+        streams.whole = whole;
         let session = streams.session;
         for sender in &mut streams.senders {
-            sender.begin(pages, fence);
+            sender.begin(pages, fence, first);
         }
         for index in 0..self.scenario.streams {
             let stream = StreamIndex::new(index, self.scenario.streams).expect("below their count");
             self.after(Duration::ZERO, Due::Look(session, stream));
         }
-    }
-
-    fn streams(&mut self, session: u32) -> Option<&mut Streams> {
-        self.streams.as_mut().filter(|streams| streams.session == session)
     }
 
     /// A sender looks at its next pages. Until it writes them the guest may write them too.
@@ -183,79 +224,57 @@ impl World {
 
     pub(super) fn write(&mut self, session: u32, stream: StreamIndex) {
         let (now, link) = (self.now, self.scenario.link);
+        let lost = self.random.percent(link.loss_percent);
         let Self { streams: Some(streams), source_guest: Some(guest), .. } = self else { return };
         if streams.session != session {
             return;
         }
-        let Written { bytes, sent } = streams.senders[usize::from(stream.number())].write(&guest.memory);
+        let index = usize::from(stream.number());
+        let Written { bytes, sent } = streams.senders[index].write(&guest.memory);
         let nanos = u64::try_from(bytes.len()).expect("usize fits u64") * 1_000_000_000 / link.bytes_per_s;
         let gone_at = streams.link_free_at.max(now) + Duration::from_nanos(nanos);
         streams.link_free_at = gone_at;
+        let again = if lost { RETRANSMISSION } else { Duration::ZERO };
+        let arrives_at =
+            streams.arrives_at[index].max(gone_at + link.latency + again).max(self.partition_until[0]);
+        streams.arrives_at[index] = arrives_at;
         let senders = streams.senders.len();
         let mut round = None;
         if let Some(sent) = sent {
             streams.ended.push(sent);
             if streams.ended.len() == senders {
                 round = streams.ended.iter().copied().reduce(add);
+                if let Some(round) = round.as_mut().filter(|_| streams.whole) {
+                    round.whole_digest = Some(digest(&guest.memory));
+                }
             }
         } else {
             self.at(gone_at, Due::Look(session, stream));
         }
         if !bytes.is_empty() {
-            self.at(gone_at + link.latency, Due::Frame(session, stream, bytes));
+            self.at(arrives_at, Due::Frame(session, stream, bytes));
         }
         if let Some(sent) = round {
-            self.at(gone_at, Due::Source(self.attempt, Event::RoundSent(sent)));
+            self.at(gone_at, Due::Stream(session, Event::RoundSent(sent)));
         }
     }
 
-    /// A frame arrives at the target.
-    pub(super) fn frame(&mut self, session: u32, stream: StreamIndex, bytes: &[u8]) {
-        let round = self.round;
-        let Self { streams: Some(streams), target_memory: Some(memory), injection, .. } = self else {
-            return;
-        };
-        if streams.session != session {
-            return;
-        }
-        let receiver = &mut streams.receivers[usize::from(stream.number())];
-        let event = match receiver.receive(bytes, memory, round, injection) {
-            Ok(None) => return,
-            Ok(Some((fence, digest))) => target::Event::FenceReached { stream, fence, digest },
-            Err(error) => {
-                target::Event::StreamFailed { code: AbortCode::Protocol, sentence: error.to_string() }
-            }
-        };
-        self.tell_target(event);
-    }
-
-    /// All data streams break.
-    pub(super) fn cut_streams(&mut self) {
-        if self.streams.take().is_some() {
-            let failed = Event::StreamFailed("connection reset".to_owned());
-            self.after(Duration::ZERO, Due::Source(self.attempt, failed));
-            self.break_at_target(Duration::ZERO);
-        }
-    }
-
-    fn break_at_target(&mut self, delay: Duration) {
-        let (code, sentence) = (AbortCode::Internal, "connection reset".to_owned());
-        self.after(delay, Due::Target(self.process, target::Event::StreamFailed { code, sentence }));
-    }
-
-    /// The target has closed its ends.
-    pub(super) fn close_streams_at_target(&mut self) {
-        let latency = self.scenario.link.latency;
-        if let Some(streams) = &self.streams {
+    /// All data streams break, at both ends.
+    pub(super) fn break_streams(&mut self) {
+        if let Some(streams) = self.streams.take() {
+            self.kept_senders = streams.senders;
             let session = streams.session;
-            if self.streams(session).is_some() {
-                self.streams = None;
-                let failed = Event::StreamFailed("connection reset".to_owned());
-                self.after(latency, Due::Source(self.attempt, failed));
-            }
+            self.after(
+                Duration::ZERO,
+                Due::Stream(session, Event::StreamFailed("connection reset".to_owned())),
+            );
+            self.after(Duration::ZERO, Due::EndOfStreams(session));
         }
     }
 }
+
+/// How long TCP takes at first to send again what was lost.
+pub(super) const RETRANSMISSION: Duration = Duration::from_millis(200);
 
 fn add(a: RoundSent, b: RoundSent) -> RoundSent {
     RoundSent {
@@ -268,14 +287,19 @@ fn add(a: RoundSent, b: RoundSent) -> RoundSent {
         wire_bytes: a.wire_bytes + b.wire_bytes,
         link_idle: Duration::ZERO,
         digest: a.digest.combine(b.digest),
+        whole_digest: None,
     }
 }
 
 /// An action for the trace: bitmaps are long.
 fn brief(action: &Action) -> String {
     match action {
-        Action::SendPages { pages, fence, paused } => {
-            format!("SendPages {} pages, fence {fence}, paused {paused}", pages.count())
+        Action::SendPages { pages, fence, paused, first, whole } => {
+            let pages = pages.count();
+            format!("SendPages {pages} pages, fence {fence}, paused {paused}, first {first}, whole {whole}")
+        }
+        Action::ReopenStreams { session, lacking, .. } => {
+            format!("ReopenStreams {session}, {} pages lacking", lacking.count())
         }
         Action::Connect { .. }
         | Action::Send(_)

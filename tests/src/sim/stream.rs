@@ -84,11 +84,28 @@ impl Sender {
         }
     }
 
+    /// Goes on with another stream: what was under way is gone, and the sum is that of all pages as last sent.
+    pub(super) fn reopen(&mut self) {
+        self.pieces.clear();
+        self.looked.clear();
+        let digests = self.sent_chunks.values().map(SentChunk::digest);
+        self.digest = digests.fold(MemoryDigest::ZERO, MemoryDigest::combine);
+    }
+
+    /// Nothing is known any more of what the target has of these pages.
+    pub(super) fn forget(&mut self, lacking: &PageBitmap) {
+        for (chunk, mask) in lacking.chunks() {
+            if let Some(sent) = self.sent_chunks.get_mut(&chunk) {
+                sent.forget_pages(&mask);
+            }
+        }
+    }
+
     /// Begins a round.
-    pub(super) fn begin(&mut self, pages: &PageBitmap, fence: u32) {
+    pub(super) fn begin(&mut self, pages: &PageBitmap, fence: u32, first: bool) {
         assert!(self.pieces.is_empty() && self.looked.is_empty(), "rounds follow each other");
         self.sent = RoundSent::default();
-        self.again = fence > 1;
+        self.again = !first;
         for (chunk, mask) in pages.chunks().filter(|(chunk, _)| chunk.stream(self.streams) == self.stream) {
             for (index, word) in mask.0.into_iter().enumerate().filter(|(_, word)| *word != 0) {
                 let mut group = PageMask::EMPTY;
@@ -168,6 +185,10 @@ impl Sender {
 /// The target's end.
 #[derive(Debug)]
 pub(super) struct Receiver {
+    /// Fences that have come on this stream.
+    fences: u32,
+    /// Behind how many fences each page came last.
+    arrived: BTreeMap<u64, u32>,
     digests: BTreeMap<u64, ChunkDigests>,
     digest: MemoryDigest,
     unpacker: Unpacker,
@@ -176,7 +197,49 @@ pub(super) struct Receiver {
 impl Receiver {
     pub(super) fn new() -> Self {
         let (digests, digest) = (BTreeMap::new(), MemoryDigest::ZERO);
-        Self { digests, digest, unpacker: Unpacker::default() }
+        let (fences, arrived) = (0, BTreeMap::new());
+        Self { fences, arrived, digests, digest, unpacker: Unpacker::default() }
+    }
+
+    /// Goes on with another stream.
+    pub(super) fn reopen(&mut self) {
+        self.fences = 0;
+        self.arrived.clear();
+    }
+
+    pub(super) const fn fences(&self) -> u32 {
+        self.fences
+    }
+
+    pub(super) const fn digest(&self) -> MemoryDigest {
+        self.digest
+    }
+
+    /// The pages that have come behind so many fences.
+    pub(super) fn arrived(&self, fences: u32) -> impl Iterator<Item = u64> {
+        self.arrived.iter().filter(move |(_, behind)| **behind == fences).map(|(page, _)| *page)
+    }
+
+    /// The first page that these frames name.
+    pub(super) fn first_page(bytes: &[u8], page_count: u64) -> Option<u64> {
+        match Frame::decode(bytes.first_chunk::<FRAME_HEADER_BYTES>()?, page_count).ok()? {
+            Frame::Raw { chunk, mask }
+            | Frame::Zero { chunk, mask }
+            | Frame::Lz4 { chunk, mask, .. }
+            | Frame::Zstd { chunk, mask, .. }
+            | Frame::Delta { chunk, mask, .. } => pages_of(chunk, &mask).next(),
+            Frame::Fence(_) => None,
+        }
+    }
+
+    /// The connection breaks in the middle of these frames: of a raw page half is written, and nobody knows of it.
+    pub(super) fn tear(bytes: &[u8], memory: &mut Memory) {
+        let Some((header, body)) = bytes.split_first_chunk::<FRAME_HEADER_BYTES>() else { return };
+        if let Ok(Frame::Raw { chunk, mask }) = Frame::decode(header, memory.page_count())
+            && let Some(page) = pages_of(chunk, &mask).next()
+        {
+            memory.page_mut(page)[..PAGE_BYTES / 2].copy_from_slice(&body[..PAGE_BYTES / 2]);
+        }
     }
 
     /// Takes in whole frames; the fence's number and the digest, if the last was one.
@@ -240,7 +303,11 @@ impl Receiver {
                     self.place(page, &bytes, memory, round, injection);
                 }
             }
-            Frame::Fence(fence) => return Ok(Some((fence, self.digest))),
+            Frame::Fence(fence) => {
+                self.unpacker = unpacker;
+                self.fences += 1;
+                return Ok(Some((fence, self.digest)));
+            }
         }
         self.unpacker = unpacker;
         Ok(None)
@@ -255,6 +322,7 @@ impl Receiver {
         round: Round,
         injection: &mut Injection,
     ) {
+        self.arrived.insert(page, self.fences);
         let old = *memory.page(page);
         match injection.fate(round, page, memory.page_count(), &old, bytes) {
             Fate::Kept => *memory.page_mut(page) = *bytes,

@@ -8,6 +8,7 @@ use ferry_protocol::target::{Action, Event, Outcome, Target};
 
 use super::control::To;
 use super::guest::Guest;
+use super::incoming::Incoming;
 use super::memory::Memory;
 use super::world::{Due, World};
 
@@ -36,7 +37,10 @@ impl World {
                     | Message::Ping(_)
                     | Message::Pong(_)
                     | Message::Rehearse(_)
-                    | Message::Rehearsed(_) => {}
+                    | Message::Rehearsed(_)
+                    | Message::KeepFor(_)
+                    | Message::Resume(_)
+                    | Message::Arrived(_) => {}
                 }
                 self.send(To::Source, &message);
             }
@@ -47,6 +51,15 @@ impl World {
             | Action::RestoreState(_)
             | Action::RunVm { .. }
             | Action::DiscardMachine => self.queue_target_job(action),
+            Action::EndStreams => {
+                self.end_streams_at_target();
+                self.queue_target_job(action);
+            }
+            Action::ExpectStreams { session, digest } => self.expect_streams(session, digest),
+            Action::HangUp => {
+                self.close(To::Source);
+                self.control.targets = None;
+            }
             Action::DropStaleFrames => assert!(self.target_memory.is_some(), "a machine has a tap"),
             Action::Announce(_) => {
                 assert!(
@@ -92,6 +105,7 @@ impl World {
                     Event::BuildFailed { code: AbortCode::NoMemory, sentence }
                 } else {
                     self.target_memory = Some(Memory::empty(&layout));
+                    self.incoming = Some(Incoming::new(streams));
                     Event::MachineBuilt
                 }
             }
@@ -103,19 +117,27 @@ impl World {
             Action::RunVm { runs } => {
                 self.judge_run();
                 assert!(self.target.as_ref().is_some_and(Target::may_run), "the rules allow it");
+                self.incoming = None;
                 let memory = self.target_memory.take().expect("a guest has memory");
                 let mut guest = Guest::with_memory(memory, &self.scenario.work, self.random.fork());
                 guest.set_runs(runs, self.now);
                 self.target_guest = Some(guest);
                 Event::VmRunning { took }
             }
+            Action::EndStreams => {
+                let (arrived, digest) = self.arrived();
+                Event::StreamsEnded { arrived, digest }
+            }
             Action::DiscardMachine => {
+                self.end_streams_at_target();
+                self.incoming = None;
                 self.target_memory = None;
-                self.close_streams_at_target();
                 return;
             }
             Action::Send(_)
             | Action::DropStaleFrames
+            | Action::ExpectStreams { .. }
+            | Action::HangUp
             | Action::Announce(_)
             | Action::Report(_)
             | Action::Finish(_) => unreachable!("no job on the machine"),

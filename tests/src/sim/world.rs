@@ -13,10 +13,12 @@ use ferry_protocol::{Epoch, MemoryDigest, MigrationId, PageDigest, StreamIndex, 
 use super::control::{Control, To};
 use super::fault::{Bug, Injection, Round};
 use super::guest::Guest;
+use super::incoming::Incoming;
 use super::memory::Memory;
 use super::random::Random;
 use super::scenario::{Scenario, Trouble, What, When};
 use super::source::Streams;
+use super::stream::Sender;
 
 /// How an attempt ended.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,6 +54,8 @@ pub struct Report {
     pub caught: bool,
     /// Whether the source was ever in doubt about who runs the guest.
     pub doubted: bool,
+    /// How often a broken link was made again.
+    pub reconnections: u32,
     /// Pages that the guest and its devices wrote at the source.
     pub written_pages: u64,
     /// Pages that travelled.
@@ -76,11 +80,19 @@ pub(super) enum Due {
     Control(u32, To, Vec<u8>),
     Lost(u32, To),
     Closed(u32),
+    /// For the source, of the set of streams of that number.
+    Stream(u32, source::Event),
+    /// The set of streams of that number knocks at the target, with this number in its joins.
+    Join(u32, u32),
+    /// The source's ends of the set of streams of that number are closed.
+    EndOfStreams(u32),
     /// A sender of the streams of that number goes on.
     Look(u32, StreamIndex),
     Write(u32, StreamIndex),
     /// A frame arrives.
     Frame(u32, StreamIndex, Vec<u8>),
+    /// A frame that should never arrive does.
+    LateFrame(StreamIndex, Vec<u8>),
     Trouble(What),
     RestartTarget,
     /// The next attempt begins.
@@ -141,6 +153,16 @@ pub(super) struct World {
     pub(super) target_refuses: bool,
     pub(super) control: Control,
     pub(super) streams: Option<Streams>,
+    /// The set of streams whose events the source takes in.
+    pub(super) streams_at_source: Option<u32>,
+    /// What the source knows of the streams that it has closed.
+    pub(super) kept_senders: Vec<Sender>,
+    pub(super) incoming: Option<Incoming>,
+    pub(super) late_frame: Option<(StreamIndex, Vec<u8>)>,
+    /// A page that was under way when the streams ended.
+    pub(super) lost_page: Option<u64>,
+    /// Nothing passes to the target, or to the source, before.
+    pub(super) partition_until: [Timestamp; 2],
     pub(super) sessions: u32,
     pub(super) round: Round,
     pub(super) injection: Injection,
@@ -149,9 +171,18 @@ pub(super) struct World {
     /// The digest of the memory that the target began to run, taken over all pages.
     whole_digest: Option<MemoryDigest>,
     pub(super) report: Report,
-    queue: BTreeMap<(Timestamp, u64), Due>,
+    pub(super) queue: BTreeMap<(Timestamp, u64), Due>,
     sequence: u64,
     traced: bool,
+}
+
+/// How a seed is played.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Plan {
+    /// The bug in the hosts, if there is one.
+    pub bug: Option<Bug>,
+    /// Whether the source also reads all of the paused guest's memory; drawn from the seed if not said.
+    pub whole: Option<bool>,
 }
 
 /// Attempts before a seed's migration is left alone.
@@ -160,15 +191,15 @@ const ATTEMPTS_MAX: usize = 3;
 /// More steps mean that the two sides go round in circles.
 const STEPS_MAX: u64 = 400_000;
 
-/// Plays the world of `seed` to its end, with `bug` in the hosts if there is one (and then nothing else going
+/// Plays the world of `seed` to its end, with the bug in the hosts if there is one (and then nothing else going
 /// wrong). With `traced` every step goes to stderr.
 ///
 /// # Panics
 /// If anything happens that must not: two runners, none, a guest that runs on other bytes than it stopped with, a
 /// digest that does not notice, a host that is not as empty or as whole as it should be.
 #[must_use]
-pub fn run(seed: u64, bug: Option<Bug>, traced: bool) -> Report {
-    let mut world = World::new(seed, bug, traced);
+pub fn run(seed: u64, plan: Plan, traced: bool) -> Report {
+    let mut world = World::new(seed, plan, traced);
     world.trace(|| format!("{:#?}", world.scenario));
     let mut steps = 0;
     while world.step() {
@@ -181,9 +212,13 @@ pub fn run(seed: u64, bug: Option<Bug>, traced: bool) -> Report {
 }
 
 impl World {
-    fn new(seed: u64, bug: Option<Bug>, traced: bool) -> Self {
+    fn new(seed: u64, plan: Plan, traced: bool) -> Self {
+        let bug = plan.bug;
         let mut random = Random::new(seed);
-        let scenario = Scenario::draw(&mut random.fork(), bug.is_some());
+        let mut scenario = Scenario::draw(&mut random.fork(), bug);
+        if let Some(whole) = plan.whole {
+            scenario.verify_whole = whole;
+        }
         let now = Timestamp::default();
         let mut guest = Guest::filled(&scenario.layout, &scenario.work, random.fork());
         guest.set_runs(true, now);
@@ -208,6 +243,12 @@ impl World {
             target_refuses: false,
             control: Control::default(),
             streams: None,
+            streams_at_source: None,
+            kept_senders: Vec::new(),
+            incoming: None,
+            late_frame: None,
+            lost_page: None,
+            partition_until: [now; 2],
             sessions: 0,
             round: Round::default(),
             injection,
@@ -220,6 +261,7 @@ impl World {
                 harmful: false,
                 caught: false,
                 doubted: false,
+                reconnections: 0,
                 written_pages: 0,
                 sent_pages: 0,
                 took: Duration::ZERO,
@@ -246,6 +288,12 @@ impl World {
 
     pub(super) fn after(&mut self, delay: Duration, due: Due) {
         self.at(self.now + delay, due);
+    }
+
+    /// The same, over a link that may be cut in either direction.
+    pub(super) fn through_link(&mut self, delay: Duration, due: Due) {
+        let at = (self.now + delay).max(self.partition_until[0]).max(self.partition_until[1]);
+        self.at(at, due);
     }
 
     pub(super) fn at(&mut self, at: Timestamp, due: Due) {
@@ -315,6 +363,13 @@ impl World {
             Due::Control(number, to, bytes) => self.arrive(number, to, &bytes),
             Due::Lost(number, at) => self.lost(number, at),
             Due::Closed(number) => self.closed(number),
+            Due::Stream(session, event) if self.streams_at_source == Some(session) => self.tell_source(event),
+            Due::Stream(..) => {}
+            Due::Join(session, join) => self.join(session, join),
+            Due::EndOfStreams(session) => self.end_of_streams(session),
+            // What is written behind the comparison is beyond what a comparison can see.
+            Due::LateFrame(stream, bytes) if !self.round.paused => self.write_frame(stream, &bytes),
+            Due::LateFrame(..) => {}
             Due::Look(session, stream) => self.look(session, stream),
             Due::Write(session, stream) => self.write(session, stream),
             Due::Frame(session, stream, bytes) => self.frame(session, stream, &bytes),
@@ -331,6 +386,8 @@ impl World {
         self.injection = Injection::new(None, &mut self.random.fork());
         self.round = Round::default();
         self.target_refuses = false;
+        self.late_frame = None;
+        self.lost_page = None;
         let config = config(&self.scenario, self.attempt, self.epoch);
         self.source = Source::new(config, self.scenario.layout.clone(), self.now);
     }
@@ -359,7 +416,8 @@ impl World {
             self.report.harmful = true;
             self.report.caught |= !digests_agree;
         }
-        let blind = matches!(self.bug, Some(Bug::LostDirtyBit | Bug::ForgottenDeviceLog));
+        let log_bug = matches!(self.bug, Some(Bug::LostDirtyBit | Bug::ForgottenDeviceLog));
+        let blind = log_bug && !self.scenario.verify_whole;
         if digests_agree {
             assert!(difference.is_none() || blind, "the digests agree, but page {difference:?} differs");
         } else {
@@ -401,6 +459,14 @@ impl World {
                 let guest = self.source_guest.as_ref().expect("it stayed");
                 assert!(guest.runs(), "after a failure the source runs the guest");
                 let reclaimed = matches!(failure, Failure::Link(text) if text.contains("discarded"));
+                let by_whole =
+                    matches!(failure, Failure::Local(text) if text.contains("the dirty log has missed"));
+                assert!(
+                    !by_whole || self.bug.is_some(),
+                    "memory differs from what was sent of it without a bug"
+                );
+                self.report.harmful |= by_whole;
+                self.report.caught |= by_whole;
                 assert!(*epoch == self.epoch || epoch.number() == self.epoch.number() + 2, "epoch {epoch}");
                 self.epoch = *epoch;
                 if reclaimed { Ending::Reclaimed } else { Ending::Stayed(word(failure)) }
@@ -458,6 +524,8 @@ fn config(scenario: &Scenario, attempt: u32, epoch: Epoch) -> source::Config {
         streams: scenario.streams,
         compression: scenario.compression,
         verify: true,
+        verify_whole: scenario.verify_whole,
+        reconnect: scenario.reconnect,
         downtime_budget: scenario.budget,
         timeout: scenario.timeout,
         on_timeout: scenario.on_timeout,
@@ -465,7 +533,7 @@ fn config(scenario: &Scenario, attempt: u32, epoch: Epoch) -> source::Config {
 }
 
 /// The digest of a memory, taken over all its pages at once.
-fn digest(memory: &Memory) -> MemoryDigest {
+pub(super) fn digest(memory: &Memory) -> MemoryDigest {
     let pages = (0..memory.page_count()).map(|page| PageDigest::of(page, memory.page(page)).alone());
     pages.fold(MemoryDigest::ZERO, MemoryDigest::combine)
 }
@@ -476,6 +544,7 @@ fn word(failure: &Failure) -> String {
         Failure::Refused(abort) if abort.code == AbortCode::DigestDiffers => "digests differ".to_owned(),
         Failure::Refused(abort) => format!("refused ({:?})", abort.code),
         Failure::Link(_) => "link".to_owned(),
+        Failure::Local(text) if text.contains("the dirty log has missed") => "log broken".to_owned(),
         Failure::Local(_) => "local".to_owned(),
         Failure::Protocol(text) => format!("protocol ({text})"),
         Failure::Timeout(_) => "timeout".to_owned(),

@@ -2,6 +2,7 @@
 //!
 //! - `cargo xtask ci`: formatting, lints, documentation, tidiness. Tests are `cargo test --workspace`.
 //! - `cargo xtask tidy`: the rules of this repository that no other tool checks.
+//! - `cargo xtask sim`: the seeded simulation at length, or one seed of it with a trace.
 //! - `cargo xtask linux-guest [test]`: the Linux kernels and the initramfs of the tests, and their test.
 
 mod linux_guest;
@@ -25,6 +26,12 @@ enum Task {
     Ci,
     /// The rules of this repository that no other tool checks
     Tidy,
+    /// Play the seeded simulation: '--seeds N' of them, or one with a trace by '--seed N'
+    Sim {
+        /// What to pass on; '--help' tells
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Build the Linux guest's kernels and initramfs under target/linux-guest
     LinuxGuest {
         #[command(subcommand)]
@@ -46,6 +53,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Ci => ci(),
         Task::Tidy => tidy_up(),
+        Task::Sim { arguments } => return simulate(&arguments),
         Task::LinuxGuest { task: None } => linux_guest::build(&root()),
         Task::LinuxGuest { task: Some(LinuxGuestTask::Test { arguments }) } => {
             linux_guest::test(&root(), &arguments)
@@ -73,6 +81,23 @@ fn ci() -> anyhow::Result<()> {
     // The guest is no member of the workspace: it has a target and a linker script of its own.
     step("lints of the guest", &["clippy", "--target-dir", target, "--", "-D", "warnings"], &guest, &[])?;
     step("documentation", &["doc", "--workspace", "--no-deps", "--document-private-items"], &top, &warnings)
+}
+
+/// Runs the simulation's own program, whose exit code is this one's.
+fn simulate(arguments: &[String]) -> ExitCode {
+    let status = Command::new(env!("CARGO"))
+        .args(["run", "--quiet", "-p", "ferry-tests", "--bin", "ferry-sim", "--"])
+        .args(arguments)
+        .current_dir(root())
+        .status();
+    match status {
+        Ok(status) if status.success() => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: the simulation can't be run: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn tidy_up() -> anyhow::Result<()> {
