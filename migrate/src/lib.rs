@@ -27,7 +27,7 @@ mod transport;
 
 pub use bandwidth::BandwidthCap;
 pub use engine::source::{MigrateOptions, Update, migrate};
-pub use engine::target::{ReceiveOptions, Receiver};
+pub use engine::target::{ReceiveOptions, Receiver, TurnedAway};
 pub use ferry_protocol as protocol;
 pub use records::FileRecords;
 pub use transport::endpoint::{Endpoint, EndpointError, ListenAddress};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_protocol::Message;
-use ferry_protocol::frame::{DATA_MAGIC, JOIN_BYTES, Join};
+use ferry_protocol::frame::{DATA_MAGIC, JOIN_BYTES, Join, UNPROVED_MAGIC};
 use ferry_protocol::message::{Abort, AbortCode, Hello};
 use ferry_protocol::wire::{CONTROL_MAGIC, WireError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -16,6 +16,7 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::mpsc;
 
 use super::CLOSE_TIMEOUT;
+use super::lobby::{Lobby, Place, TurnedAway};
 use crate::transport::control::{
     ControlError, ControlReader, ControlStream, ControlWriter, Incoming, split, split_behind,
 };
@@ -27,19 +28,20 @@ use crate::transport::tls::{Accepted, HANDSHAKE_BYTE, Tls};
 use crate::transport::{tcp, unix};
 
 /// How long a connection may take to say who and what it is.
-const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const FIRST_BYTES_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long nothing is accepted after accepting has failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Connections that have not said yet what they are; more are closed at once.
-pub(super) const STRANGERS_MAX: usize = 128;
+/// The longest first message, far above any `Hello`: whoever says more has not even said who it is.
+const HELLO_BYTES_MAX: usize = 4096;
 
 /// Where connections come in.
 #[derive(Debug)]
 pub(super) struct Door {
     listener: Listener,
     security: Arc<Security>,
+    lobby: Arc<Lobby>,
 }
 
 #[derive(Debug)]
@@ -53,6 +55,9 @@ pub(super) struct Arrival {
     stream: Stream,
     peer: String,
     security: Arc<Security>,
+    turned_away: Arc<TurnedAway>,
+    /// Kept for as long as nothing is known of it.
+    place: Option<Place>,
 }
 
 enum Stream {
@@ -68,7 +73,7 @@ impl Door {
             ListenAddress::Tcp(address) => tcp::listen(*address).map(Listener::Tcp)?,
             ListenAddress::Unix(path) => unix::Listener::bind(path).map(Listener::Unix)?,
         };
-        Ok(Self { listener, security: Arc::new(security.clone()) })
+        Ok(Self { listener, security: Arc::new(security.clone()), lobby: Arc::default() })
     }
 
     pub(super) fn address(&self) -> io::Result<ListenAddress> {
@@ -78,19 +83,32 @@ impl Door {
         }
     }
 
+    /// Who was turned away so far.
+    pub(super) fn turned_away(&self) -> Arc<TurnedAway> {
+        Arc::clone(&self.lobby.turned_away)
+    }
+
     /// The next connection.
     pub(super) async fn accept(&self) -> io::Result<Arrival> {
-        let (stream, peer) = match &self.listener {
-            Listener::Tcp(listener) => {
-                let (stream, peer) = listener.accept().await?;
-                (Stream::Tcp(stream), peer.to_string())
-            }
-            Listener::Unix(listener) => {
-                let (stream, peer) = listener.accept().await?;
-                (Stream::Unix(stream), peer)
-            }
-        };
-        Ok(Arrival { stream, peer, security: Arc::clone(&self.security) })
+        loop {
+            let (stream, peer, place) = match &self.listener {
+                Listener::Tcp(listener) => {
+                    let (stream, peer) = listener.accept().await?;
+                    let Some(place) = self.lobby.enter(peer.ip()) else {
+                        let why = "too many connections of its address say nothing";
+                        self.lobby.turned_away.connection(&peer.to_string(), why);
+                        continue;
+                    };
+                    (Stream::Tcp(stream), peer.to_string(), Some(place))
+                }
+                Listener::Unix(listener) => {
+                    let (stream, peer) = listener.accept().await?;
+                    (Stream::Unix(stream), peer, None)
+                }
+            };
+            let (security, turned_away) = (Arc::clone(&self.security), self.turned_away());
+            return Ok(Arrival { stream, peer, security, turned_away, place });
+        }
     }
 }
 
@@ -157,35 +175,42 @@ pub(super) fn sort(accepted: io::Result<Arrival>, sorted: &mpsc::Sender<Knock>) 
             return tracing::warn!("a connection could not be accepted: {error}");
         }
     };
-    let peer = arrival.peer.clone();
+    let (peer, turned_away) = (arrival.peer.clone(), Arc::clone(&arrival.turned_away));
     let Ok(slot) = sorted.clone().try_reserve_owned() else {
-        return tracing::warn!("{peer} was turned away: too many connections say nothing");
+        return turned_away.connection(&peer, "too many connections say nothing");
     };
     tokio::spawn(async move {
         match tokio::time::timeout(FIRST_BYTES_TIMEOUT, introduce(arrival)).await {
             Ok(Some(knock)) => drop(slot.send(knock)),
             Ok(None) => {}
-            Err(_) => tracing::warn!("{peer} was turned away: it did not say what it wants"),
+            Err(_) => turned_away.connection(&peer, "it did not say what it wants in time"),
         }
     });
 }
 
-async fn introduce(Arrival { stream, peer, security }: Arrival) -> Option<Knock> {
+async fn introduce(Arrival { stream, peer, security, turned_away, place }: Arrival) -> Option<Knock> {
+    // Whatever becomes of it, when this ends it is no stranger any more.
+    let _place = place;
+    let caller = Caller { peer, turned_away };
     let stream = match stream {
         Stream::Tcp(stream) => stream,
         // Memory is handed over there, so there are no data streams, and the kernel has said who it is.
         Stream::Unix(stream) => {
             let (reader, writer) = split(ControlStream::Unix(stream));
-            return greet(Link { peer, identity: None, reader, writer }, None).await;
+            return caller.greet((reader, writer), None).await;
         }
     };
     tcp::set_up(&stream).ok()?;
-    let magic = peek(&stream).await?;
+    let Some(magic) = peek(&stream).await else {
+        caller.turned_away("it has left without a word");
+        return None;
+    };
     match (security.tls(), magic[0] == HANDSHAKE_BYTE) {
-        (Some(tls), true) => introduce_by_tls(stream, peer, tls).await,
-        (None, false) => introduce_plainly(stream, peer, magic).await,
+        (Some(tls), true) => caller.introduce_by_tls(stream, tls).await,
+        (None, false) => caller.introduce_plainly(stream, magic).await,
         (tls, _) => {
-            turn_away(stream, &peer, tls.is_some()).await;
+            caller.turned_away(if tls.is_some() { "it does not speak TLS" } else { "it speaks TLS" });
+            turn_away(stream, tls.is_some()).await;
             None
         }
     }
@@ -207,13 +232,12 @@ async fn peek(stream: &TcpStream) -> Option<[u8; 4]> {
 
 /// Tells a peer that speaks TLS where nobody can answer, or does not where it must. Within TLS's own words the former
 /// could not be told, but a ferry understands it.
-async fn turn_away(mut stream: TcpStream, peer: &str, tls: bool) {
+async fn turn_away(mut stream: TcpStream, tls: bool) {
     let sentence = if tls {
         "this target only talks to hosts with certificates: give the source one ('--tls-dir')"
     } else {
         "this target has no certificate: start its 'ferry receive' with '--tls-dir', or migrate with '--insecure'"
     };
-    tracing::warn!("{peer} was turned away: {}", if tls { "it does not speak TLS" } else { "it speaks TLS" });
     let abort = Message::Abort(Abort::new(AbortCode::Forbidden, sentence));
     // What has arrived must be read, or closing would take back what is said here.
     let _ = stream.write_all(&ferry_protocol::wire::encode(&abort)).await;
@@ -221,70 +245,90 @@ async fn turn_away(mut stream: TcpStream, peer: &str, tls: bool) {
     let _ = tokio::io::copy(&mut (&mut stream).take(64 << 10), &mut tokio::io::sink()).await;
 }
 
-async fn introduce_plainly(mut stream: TcpStream, peer: String, magic: [u8; 4]) -> Option<Knock> {
-    if magic != DATA_MAGIC {
-        let (reader, writer) = split(ControlStream::Tcp(stream));
-        return greet(Link { peer, identity: None, reader, writer }, None).await;
-    }
-    let mut join = [0; JOIN_BYTES];
-    stream.read_exact(&mut join).await.ok()?;
-    let join = read_join(&join, &peer)?;
-    Some(Knock::Join(join, Joining { peer, identity: None, stream: JoiningStream::Plain(stream) }))
+/// Who is being asked.
+struct Caller {
+    peer: String,
+    turned_away: Arc<TurnedAway>,
 }
 
-async fn introduce_by_tls(stream: TcpStream, peer: String, tls: &Tls) -> Option<Knock> {
-    let (mut stream, identity) = match tls.accept(stream).await {
-        Ok(accepted) => accepted,
-        Err(error) => {
-            tracing::warn!("{peer} was turned away: {error}");
+impl Caller {
+    fn turned_away(&self, why: impl std::fmt::Display) {
+        self.turned_away.connection(&self.peer, why);
+    }
+
+    async fn introduce_plainly(self, mut stream: TcpStream, magic: [u8; 4]) -> Option<Knock> {
+        if magic == UNPROVED_MAGIC {
+            self.turned_away(
+                "its data stream has no proof that it belongs to a migration; update ferry there",
+            );
             return None;
         }
-    };
-    let mut join = [0; JOIN_BYTES];
-    let (magic, rest) = join.split_at_mut(CONTROL_MAGIC.len());
-    stream.read_exact(magic).await.ok()?;
-    if magic != DATA_MAGIC {
-        let (reader, writer) = split_behind(ControlStream::Tls(Box::new(stream.into())), magic);
-        return greet(Link { peer, identity: Some(identity), reader, writer }, Some(tls)).await;
-    }
-    stream.read_exact(rest).await.ok()?;
-    let join = read_join(&join, &peer)?;
-    if let Err(forbidden) = identity.check_role(Role::Source) {
-        tracing::warn!("{peer} was turned away: {forbidden}");
-        return None;
-    }
-    let stream = JoiningStream::Tls(Box::new(stream.into_inner()));
-    Some(Knock::Join(join, Joining { peer, identity: Some(identity), stream }))
-}
-
-fn read_join(bytes: &[u8; JOIN_BYTES], peer: &str) -> Option<Join> {
-    Join::decode(bytes).map_err(|error| tracing::warn!("{peer} was turned away: {error}")).ok()
-}
-
-/// Takes in a control connection's `Hello`.
-async fn greet(mut link: Link, tls: Option<&Tls>) -> Option<Knock> {
-    let abort = match link.reader.next().await {
-        Ok(Incoming { message: Message::Hello(hello), memory: _ }) => match check(&link, &hello, tls) {
-            Ok(()) => return Some(Knock::Hello(Box::new(hello), link)),
-            Err(abort) => abort,
-        },
-        Ok(Incoming { message, memory: _ }) => {
-            Abort::new(AbortCode::Protocol, format!("a {:?} came before Hello", message.message_type()))
+        if magic != DATA_MAGIC {
+            return self.greet(split(ControlStream::Tcp(stream)), None).await;
         }
-        Err(error @ ControlError::Wire(WireError::Version(_))) => {
-            Abort::new(AbortCode::Version, error.to_string())
+        let mut join = [0; JOIN_BYTES];
+        self.said(stream.read_exact(&mut join).await)?;
+        let join = self.said(Join::decode(&join))?;
+        let stream = JoiningStream::Plain(stream);
+        Some(Knock::Join(join, Joining { peer: self.peer, identity: None, stream }))
+    }
+
+    async fn introduce_by_tls(self, stream: TcpStream, tls: &Tls) -> Option<Knock> {
+        let (mut stream, identity) = self.said(tls.accept(stream).await)?;
+        let mut join = [0; JOIN_BYTES];
+        let (magic, rest) = join.split_at_mut(CONTROL_MAGIC.len());
+        self.said(stream.read_exact(magic).await)?;
+        if magic != DATA_MAGIC {
+            let ends = split_behind(ControlStream::Tls(Box::new(stream.into())), magic);
+            return self.greet(ends, Some((tls, identity))).await;
         }
-        Err(error) => Abort::new(AbortCode::Protocol, error.to_string()),
-    };
-    tracing::warn!("{} was turned away: {}", link.peer, abort.sentence);
-    link.writer.send(&Message::Abort(abort));
-    link.writer.finish().await;
-    None
+        self.said(stream.read_exact(rest).await)?;
+        let join = self.said(Join::decode(&join))?;
+        self.said(identity.check_role(Role::Source))?;
+        let stream = JoiningStream::Tls(Box::new(stream.into_inner()));
+        Some(Knock::Join(join, Joining { peer: self.peer, identity: Some(identity), stream }))
+    }
+
+    /// What came of asking; a failure is counted.
+    fn said<T, E: std::fmt::Display>(&self, result: Result<T, E>) -> Option<T> {
+        result.map_err(|error| self.turned_away(error)).ok()
+    }
+
+    /// Takes in a control connection's `Hello`.
+    async fn greet(
+        self,
+        (mut reader, writer): (ControlReader, ControlWriter),
+        tls: Option<(&Tls, HostIdentity)>,
+    ) -> Option<Knock> {
+        let abort = match reader.next_within(HELLO_BYTES_MAX).await {
+            Ok(Incoming { message: Message::Hello(hello), memory: _ }) => match check(tls.as_ref(), &hello) {
+                Ok(()) => {
+                    let identity = tls.map(|(_, identity)| identity);
+                    return Some(Knock::Hello(
+                        Box::new(hello),
+                        Link { peer: self.peer, identity, reader, writer },
+                    ));
+                }
+                Err(abort) => abort,
+            },
+            Ok(Incoming { message, memory: _ }) => {
+                Abort::new(AbortCode::Protocol, format!("a {:?} came before Hello", message.message_type()))
+            }
+            Err(error @ ControlError::Wire(WireError::Version(_))) => {
+                Abort::new(AbortCode::Version, error.to_string())
+            }
+            Err(error) => Abort::new(AbortCode::Protocol, error.to_string()),
+        };
+        self.turned_away(&abort.sentence);
+        writer.send(&Message::Abort(abort));
+        writer.finish().await;
+        None
+    }
 }
 
 /// Whether both hosts may move this VM.
-fn check(link: &Link, hello: &Hello, tls: Option<&Tls>) -> Result<(), Abort> {
-    let (Some(tls), Some(identity)) = (tls, &link.identity) else { return Ok(()) };
+fn check(tls: Option<&(&Tls, HostIdentity)>, hello: &Hello) -> Result<(), Abort> {
+    let Some((tls, identity)) = tls else { return Ok(()) };
     let source = identity.check(Role::Source, &hello.name);
     let both = source.and_then(|()| tls.own().check(Role::Target, &hello.name));
     both.map_err(|forbidden| Abort::new(AbortCode::Forbidden, forbidden.to_string()))

@@ -11,16 +11,17 @@ use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
 use ferry_protocol::{MemoryDigest, MemoryLayout, Message, Record, VmId, VmName};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
-use super::door::{Door, Joining, Knock, Link, STRANGERS_MAX, sort};
+use super::connection::{Connection, connect};
+use super::door::{Door, Joining, Knock, Link, sort};
 use super::incoming::{Admission, Streams};
+use super::lobby::STRANGERS_MAX;
+pub use super::lobby::TurnedAway;
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
-use crate::transport::control::{ControlWriter, Incoming, UNHANDLED_MAX};
 use crate::transport::endpoint::ListenAddress;
 use crate::transport::security::Security;
 use crate::transport::tls::identity::HostIdentity;
@@ -99,6 +100,12 @@ impl Receiver {
         self.door.address()
     }
 
+    /// Whom it has turned away so far.
+    #[must_use]
+    pub fn turned_away(&self) -> Arc<TurnedAway> {
+        self.door.turned_away()
+    }
+
     /// Waits for a VM, through as many failed attempts as there are, until one runs here and its source knows.
     /// `None` once `cancel` is true and nothing is under way that can't be given up.
     ///
@@ -159,25 +166,20 @@ enum Ended {
 /// The next attempt, which waits until this one is over.
 type Newer = (Box<Hello>, Link);
 
-struct BuiltMachine {
+pub(super) struct BuiltMachine {
     vm: Arc<dyn TargetVm>,
     layout: MemoryLayout,
     streams: u16,
     verify: bool,
 }
 
-enum Happened {
+pub(super) enum Happened {
     Core(Event),
     /// Of the connection with this number. The permit bounds how many wait.
     Link(u64, Event, Option<OwnedSemaphorePermit>),
     /// Guest memory came over the connection with this number; the message that says so follows.
     Memory(u64, OwnedFd),
     Built(Result<BuiltMachine, BuildRefusal>),
-}
-
-struct Connection {
-    writer: ControlWriter,
-    reader: JoinHandle<()>,
 }
 
 /// One migration from `Hello` to its end.
@@ -190,6 +192,7 @@ struct Attempt {
     clock: Arc<dyn Clock>,
     updates: mpsc::UnboundedSender<Progress>,
     worker: VmWorker,
+    turned_away: Arc<TurnedAway>,
     events: mpsc::UnboundedSender<Happened>,
     inbox: mpsc::UnboundedReceiver<Happened>,
     connection: Option<Connection>,
@@ -229,6 +232,7 @@ impl Attempt {
             clock: Arc::clone(&receiver.clock),
             updates: receiver.updates.clone(),
             worker: VmWorker::start()?,
+            turned_away: receiver.door.turned_away(),
             events,
             inbox,
             connection: Some(connection),
@@ -362,7 +366,7 @@ impl Attempt {
         match streams.map_or(Ok(false), |streams| streams.take(&join, joining, report)) {
             Ok(true) => None,
             Ok(false) => {
-                tracing::warn!("{peer} was turned away: its data stream is none that is waited for");
+                self.turned_away.stream(&peer, "its data stream is none that is waited for");
                 None
             }
             Err(error) => Some(Event::StreamFailed {
@@ -568,31 +572,4 @@ impl Attempt {
             (Outcome::Running { .. }, None) => unreachable!("a guest that runs has a machine"),
         }
     }
-}
-
-fn connect(link: Link, number: u64, events: &mpsc::UnboundedSender<Happened>) -> Connection {
-    let Link { mut reader, writer, .. } = link;
-    let events = events.clone();
-    let unhandled = Arc::new(Semaphore::new(UNHANDLED_MAX));
-    let reader = tokio::spawn(async move {
-        loop {
-            let event = match reader.next().await {
-                Ok(Incoming { message, memory }) => {
-                    if let Some(memory) = memory
-                        && events.send(Happened::Memory(number, memory)).is_err()
-                    {
-                        return;
-                    }
-                    Event::Message(message)
-                }
-                Err(error) => Event::Disconnected(error.to_string()),
-            };
-            let ended = matches!(event, Event::Disconnected(_));
-            let permit = unhandled.clone().acquire_owned().await.ok();
-            if events.send(Happened::Link(number, event, permit)).is_err() || ended {
-                return;
-            }
-        }
-    });
-    Connection { writer, reader }
 }

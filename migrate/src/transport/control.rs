@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use ferry_protocol::Message;
-use ferry_protocol::wire::{self, Decoder, WireError};
+use ferry_protocol::wire::{self, BODY_BYTES_MAX, Decoder, WireError};
 use socket2::SockRef;
 use tokio::io::{self as tokio_io, AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -76,9 +76,14 @@ impl ControlReader {
 
     /// The next message.
     pub(crate) async fn next(&mut self) -> Result<Incoming, ControlError> {
+        self.next_within(BODY_BYTES_MAX).await
+    }
+
+    /// The next message, whose body may have so many bytes. More are not even waited for.
+    pub(crate) async fn next_within(&mut self, body_bytes_max: usize) -> Result<Incoming, ControlError> {
         let mut buffer = vec![0; 16 << 10];
         loop {
-            if let Some(message) = self.decoder.next_message()? {
+            if let Some(message) = self.decoder.next_within(body_bytes_max)? {
                 return self.half.with_descriptor(message);
             }
             let got = self.half.read(&mut buffer, self.decoder.is_empty()).await?;
