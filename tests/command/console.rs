@@ -68,6 +68,7 @@ struct Attached {
     before: Termios,
     keys: File,
     screen: Receiver<Vec<u8>>,
+    shown: Vec<u8>,
     child: Child,
 }
 
@@ -87,7 +88,7 @@ impl Attached {
                 && sender.send(chunk[..count].to_vec()).is_ok()
             {}
         });
-        let attached = Self { terminal: pair.slave, before, keys, screen, child };
+        let mut attached = Self { terminal: pair.slave, before, keys, screen, shown: Vec::new(), child };
         attached.until_shown("Ctrl-] detaches");
         let flags = || tcgetattr(&attached.terminal).unwrap().local_flags;
         wait_until("raw mode", || (!flags().intersects(LocalFlags::ICANON | LocalFlags::ISIG)).then_some(()));
@@ -98,13 +99,19 @@ impl Attached {
         (&self.keys).write_all(keys).unwrap();
     }
 
-    fn until_shown(&self, text: &str) {
-        let mut shown = Vec::new();
-        while !String::from_utf8_lossy(&shown).contains(text) {
+    /// Waits for `text`; what came after it is for the next time.
+    fn until_shown(&mut self, text: &str) {
+        loop {
+            let text = text.as_bytes();
+            if let Some(at) = self.shown.windows(text.len()).position(|shown| shown == text) {
+                self.shown.drain(..at + text.len());
+                return;
+            }
             let more = self.screen.recv_timeout(PATIENCE);
-            shown.extend(
-                more.unwrap_or_else(|_| panic!("{text} is not in {}", String::from_utf8_lossy(&shown))),
-            );
+            let shown = String::from_utf8_lossy(&self.shown);
+            let more =
+                more.unwrap_or_else(|_| panic!("{:?} is not in {shown:?}", text.escape_ascii().to_string()));
+            self.shown.extend(more);
         }
     }
 
@@ -137,7 +144,7 @@ fn a_terminal_is_put_back_however_the_console_ends() {
     assert!(said.code == Some(1) && said.stderr.contains("no VM 'web'"), "{said:?}");
     let vm = echoing_guest(&host);
 
-    let console = Attached::start(&host);
+    let mut console = Attached::start(&host);
     console.types(b"typed");
     console.until_shown("typed");
     // Ctrl-C is the guest's; what follows Ctrl-] is nobody's.
@@ -145,13 +152,13 @@ fn a_terminal_is_put_back_however_the_console_ends() {
     console.until_shown("detached");
     assert_eq!(console.end(), Some(0));
 
-    let console = Attached::start(&host);
+    let mut console = Attached::start(&host);
     console.until_shown("typed\u{3}");
     let id = console.child.id().to_string();
     assert!(Command::new("kill").args(["-s", "TERM", &id]).status().unwrap().success());
     assert_eq!(console.end(), Some(1));
 
-    let console = Attached::start(&host);
+    let mut console = Attached::start(&host);
     console.types(b"last");
     console.until_shown("last");
     host.ferry(&["stop", "web"]).well();

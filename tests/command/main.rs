@@ -3,6 +3,7 @@
 //! Whatever is refused must say what and why, and must cost nothing: the guest goes on where it was, and the next
 //! attempt is as good as the first. What moves over a real network is in `tests/lab/`.
 
+mod confined;
 mod console;
 mod control;
 mod cpus;

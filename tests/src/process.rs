@@ -234,6 +234,9 @@ pub struct Process {
     pub first: Value,
 }
 
+/// What a host process says when a seccomp filter has refused something to it, which is right in no test.
+const REFUSED: &str = "tried the system call";
+
 impl Process {
     fn follow(mut child: Child) -> Self {
         let (stdout, mut stderr) =
@@ -317,6 +320,7 @@ impl Process {
         let stdout = self.lines.iter().fold(String::new(), |text, line| text + &line + "\n");
         let said = Said { code: status.code(), stdout, stderr };
         assert!(in_time, "it did not end within {PATIENCE:?}: {said:?}");
+        assert!(!said.stderr.contains(REFUSED), "its seccomp filters miss something: {}", said.stderr);
         said
     }
 }
@@ -325,5 +329,8 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let said = self.errors.take().and_then(|errors| errors.join().ok()).unwrap_or_default();
+        let complete = std::thread::panicking() || !said.contains(REFUSED);
+        assert!(complete, "its seccomp filters miss something: {said}");
     }
 }

@@ -8,7 +8,7 @@
 //! ```text
 //!             source                                        target
 //!  negotiate  Hello, Describe          ------------------>  builds an empty machine
-//!                                      <------------------  Welcome, Ready
+//!                                      <------------------  Welcome, Admit, Ready
 //!  pre-copy   pages, fence   (rounds)  ==================>  writes them into guest memory
 //!                                      <------------------  FenceReached
 //!  stop       pauses the guest, last pages, State  ======>

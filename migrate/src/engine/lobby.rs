@@ -49,7 +49,7 @@ impl TurnedAway {
 
 fn count(counter: &AtomicU64, peer: &str, why: impl Display) {
     let before = counter.fetch_add(1, Ordering::Relaxed);
-    if before < LOGGED_MAX || before % LOGGED_MAX == 0 {
+    if before < LOGGED_MAX || before.is_multiple_of(LOGGED_MAX) {
         tracing::warn!("{peer} was turned away: {why}");
     }
 }

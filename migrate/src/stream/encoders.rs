@@ -56,11 +56,11 @@ impl Encoders {
         thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX)
     }
 
-    pub(super) fn start(tools: Tools) -> std::io::Result<Self> {
+    pub(super) fn start(tools: Tools, threads: usize) -> std::io::Result<Self> {
         let (jobs, queue) = mpsc::channel::<Job>();
         let (queue, tools) = (Arc::new(Mutex::new(queue)), Arc::new(tools));
         let mut encoders = Self { jobs: Some(jobs), threads: Vec::new() };
-        for number in 0..Self::threads() {
+        for number in 0..threads {
             let (queue, tools) = (Arc::clone(&queue), Arc::clone(&tools));
             let thread = thread::Builder::new().name(format!("ferry-pack-{number}")).spawn(move || {
                 confine::enter(Role::Data);

@@ -33,6 +33,8 @@ const IDLE_FOR: Duration = Duration::from_millis(1);
 
 /// What all streams of a migration share.
 pub(crate) struct SenderOptions {
+    /// How many threads pack, which a data thread could not find out.
+    pub(super) packers: usize,
     /// Makes the connections.
     pub(crate) dialer: Arc<Dialer>,
     pub(crate) migration: MigrationId,
@@ -90,6 +92,7 @@ impl SenderOptions {
             counters,
             clock,
             sent,
+            packers: Encoders::threads(),
             encoders: Mutex::new(None),
             tuner,
             working,
@@ -132,7 +135,7 @@ impl SenderOptions {
             return Ok(Arc::clone(encoders));
         }
         let (pages, sent, clock) = (Arc::clone(&self.pages), Arc::clone(&self.sent), Arc::clone(&self.clock));
-        let started = Arc::new(Encoders::start(Tools { pages, sent, clock })?);
+        let started = Arc::new(Encoders::start(Tools { pages, sent, clock }, self.packers)?);
         Ok(Arc::clone(encoders.insert(started)))
     }
 }

@@ -28,7 +28,7 @@ use ferry_protocol::{ChunkIndex, MemoryDigest, PageMask, PageRange, StreamIndex,
 use ferry_vmm::tcp_busy_time;
 use socket2::SockRef;
 
-use super::encoders::{Done, Encoders, Job};
+use super::encoders::{Done, Job};
 use super::send::{Round, STALL_MAX, SenderOptions};
 use crate::bandwidth::{Pieces, Waits};
 use crate::report::{PackingWork, StreamWork};
@@ -99,7 +99,7 @@ impl Sender {
     ) -> Self {
         let now = options.clock.now();
         let streams = usize::from(options.streams);
-        let packers = Encoders::threads().div_ceil(streams);
+        let packers = options.packers.div_ceil(streams);
         let (reply, ready) = mpsc::channel();
         let within_host = tcp::is_within_host(writer.socket());
         Self {

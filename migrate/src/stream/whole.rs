@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
 use ferry_protocol::{ChunkIndex, MemoryDigest, PageDigest};
+use ferry_vmm::confine::{self, Role};
 
 use crate::ports::GuestPages;
 
@@ -28,9 +29,10 @@ impl WholeDigest {
         let count = thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
         for number in 0..count {
             let (pages, next, stopped) = (Arc::clone(pages), Arc::clone(&next), Arc::clone(&stopped));
-            let thread = thread::Builder::new()
-                .name(format!("ferry-check-{number}"))
-                .spawn(move || add_up(&*pages, &next, &stopped))?;
+            let thread = thread::Builder::new().name(format!("ferry-check-{number}")).spawn(move || {
+                confine::enter(Role::Data);
+                add_up(&*pages, &next, &stopped)
+            })?;
             whole.threads.push(thread);
         }
         Ok(whole)

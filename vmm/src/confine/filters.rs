@@ -16,7 +16,7 @@ use super::Role;
 pub(super) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// For every thread: memory, locks, time, signals, and what is open already.
-const EVERY: [Sysno; 47] = [
+const EVERY: [Sysno; 48] = [
     Sysno::brk,
     // Gives up what is left; nobody can get any back.
     Sysno::capset,
@@ -29,6 +29,7 @@ const EVERY: [Sysno; 47] = [
     Sysno::epoll_wait,
     Sysno::exit,
     Sysno::exit_group,
+    Sysno::fcntl,
     Sysno::fstat,
     Sysno::futex,
     Sysno::getpid,
@@ -68,10 +69,9 @@ const EVERY: [Sysno; 47] = [
 ];
 
 /// For device threads also.
-const DEVICE: [Sysno; 11] = [
+const DEVICE: [Sysno; 10] = [
     Sysno::accept4,
     Sysno::fallocate,
-    Sysno::fcntl,
     Sysno::fdatasync,
     Sysno::fsync,
     Sysno::recvfrom,
@@ -179,8 +179,9 @@ const CONTROL: [Sysno; 76] = [
 /// Calls that make threads and processes. [`refused_quietly`] says which of them fail.
 const CLONES: [Sysno; 2] = [Sysno::clone, Sysno::clone3];
 
-/// The kinds of ioctl, by the second byte of their number: KVM's, those of terminals and taps, of block devices, and of
+/// The kinds of ioctl, by the second byte of their number: that which finds pages that were never touched, KVM's, those of terminals and taps, of block devices, and of
 /// network interfaces.
+const PAGE_MAP: u64 = 0x6600;
 const KVM: u64 = 0xAE00;
 const TERMINAL_AND_TAP: u64 = 0x5400;
 const BLOCK_DEVICE: u64 = 0x1200;
@@ -195,9 +196,9 @@ pub(super) fn of(role: Role) -> Result<Rules, BackendError> {
     let (calls, ioctls): (&[&[Sysno]], &[u64]) = match role {
         Role::Vcpu => (&[], &[KVM]),
         Role::Device => (&[&DEVICE], &[KVM, TERMINAL_AND_TAP, BLOCK_DEVICE]),
-        Role::Data => (&[&DATA], &[]),
+        Role::Data => (&[&DATA], &[PAGE_MAP]),
         Role::Control | Role::Opener => {
-            (&[&DEVICE, &DATA, &CONTROL], &[KVM, TERMINAL_AND_TAP, BLOCK_DEVICE, INTERFACE])
+            (&[&DEVICE, &DATA, &CONTROL], &[KVM, PAGE_MAP, TERMINAL_AND_TAP, BLOCK_DEVICE, INTERFACE])
         }
     };
     for call in EVERY.iter().chain(&CLONES).chain(calls.iter().copied().flatten()) {
@@ -212,10 +213,8 @@ pub(super) fn of(role: Role) -> Result<Rules, BackendError> {
     let itself = [libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS]
         .map(|what| with(0, Eq, u64::from(what.unsigned_abs())));
     rules.insert(i64::from(Sysno::prctl.id()), itself.into_iter().collect::<Result<_, _>>()?);
-    if !ioctls.is_empty() {
-        let kinds = ioctls.iter().map(|&kind| with(1, MaskedEq(0xFF00), kind)).collect::<Result<_, _>>()?;
-        rules.insert(i64::from(Sysno::ioctl.id()), kinds);
-    }
+    let kinds = ioctls.iter().map(|&kind| with(1, MaskedEq(0xFF00), kind)).collect::<Result<_, _>>()?;
+    rules.insert(i64::from(Sysno::ioctl.id()), kinds);
     if is_control {
         rules.insert(i64::from(Sysno::prctl.id()), Vec::new());
         let families = SOCKETS.map(|family| with(0, Eq, u64::from(family.unsigned_abs())));

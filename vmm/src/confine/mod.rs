@@ -10,6 +10,7 @@
 //! counted ([`refusals`]): whoever took a thread over gets no further, and a guest does not die because a C library has learned a new
 //! call. What is not here: namespaces, chroot and users of their own, which whoever starts ferry can add.
 
+mod arenas;
 mod filters;
 mod refused;
 
@@ -114,7 +115,8 @@ static SECCOMP: OnceLock<Seccomp> = OnceLock::new();
 /// # Errors
 /// That the kernel refuses; the thread is then as it was, or has its filter but not yet given up its capabilities.
 pub fn begin(seccomp: Seccomp, role: Role) -> Result<(), ConfineError> {
-    if SECCOMP.set(seccomp).is_ok() && seccomp == Seccomp::On {
+    if SECCOMP.set(seccomp).is_ok() && seccomp != Seccomp::Off {
+        arenas::settle();
         refused::catch().map_err(ConfineError::Handler)?;
     }
     try_enter(role)

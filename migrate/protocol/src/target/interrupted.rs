@@ -150,7 +150,7 @@ impl Interrupted {
         }
     }
 
-    fn give_up(self: Box<Self>, code: Option<AbortCode>, reason: &str, context: &mut Context) -> Phase {
+    fn give_up(self, code: Option<AbortCode>, reason: &str, context: &mut Context) -> Phase {
         discard(self.receiving.guest, code, reason, context)
     }
 

@@ -76,11 +76,15 @@ impl Signals {
 
 /// Stays until the VM is gone; a signal stops it.
 async fn stay(host: Arc<VmHost>, mut signals: Signals, json: bool) -> anyhow::Result<ExitCode> {
-    let watch = tokio::spawn(confined::say_refusals());
+    let mut refusals = confined::Refusals::default();
     loop {
         tokio::select! {
             () = host.until_ended() => break,
             () = signals.next() => {}
+            () = refusals.wait() => {
+                refusals.say();
+                continue;
+            }
         }
         let stopping = Arc::clone(&host);
         let stopped =
@@ -89,7 +93,7 @@ async fn stay(host: Arc<VmHost>, mut signals: Signals, json: bool) -> anyhow::Re
             err(format_args!("ferry: {}", refused.0));
         }
     }
-    watch.abort();
+    refusals.say();
     let (text, failed) = match &*host.life() {
         Life::Ended { reason, failed } => (reason.clone(), *failed),
         Life::Gone { target, .. } => (format!("it has moved to {target}"), false),

@@ -24,13 +24,22 @@ pub(crate) fn refused_system_calls() -> Vec<RefusedSystemCall> {
         .collect()
 }
 
-/// Says once of each system call and kind of thread that it was refused; never returns.
-pub(crate) async fn say_refusals() {
-    let mut said = HashSet::new();
-    loop {
+/// Says once of each system call and kind of thread that it was refused.
+#[derive(Debug, Default)]
+pub(crate) struct Refusals {
+    said: HashSet<(String, String)>,
+}
+
+impl Refusals {
+    /// Waits until something may be new.
+    pub(crate) async fn wait(&self) {
         tokio::time::sleep(PERIOD).await;
+    }
+
+    /// Says what is new.
+    pub(crate) fn say(&mut self) {
         for RefusedSystemCall { thread, system_call, .. } in refused_system_calls() {
-            if said.insert((thread.clone(), system_call.clone())) {
+            if self.said.insert((thread.clone(), system_call.clone())) {
                 tracing::warn!(
                     "a {thread} thread tried the system call {system_call}, which ferry has no use for there; it was \
                      refused. Either somebody has got into this process, or ferry's list is incomplete: please report it. \
