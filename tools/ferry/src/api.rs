@@ -81,6 +81,9 @@ pub(crate) struct VmInfo {
     /// System calls that its host process has no use for, but tried.
     #[serde(default)]
     pub(crate) refused_system_calls: Vec<RefusedSystemCall>,
+    /// Whom a target has turned away at its door.
+    #[serde(default)]
+    pub(crate) turned_away: Option<TurnedAwayInfo>,
     /// Where it listens for a VM.
     pub(crate) listen: Option<String>,
     /// Something worth knowing: why it stopped, where it went, what is in doubt.
@@ -94,6 +97,15 @@ pub(crate) struct RefusedSystemCall {
     pub(crate) thread: String,
     pub(crate) system_call: String,
     pub(crate) count: u64,
+}
+
+/// How many a target has turned away since it began to listen.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct TurnedAwayInfo {
+    /// Connections that did not say, or prove, who or what they are.
+    pub(crate) connections: u64,
+    /// Data streams that did not belong to the migration under way.
+    pub(crate) streams: u64,
 }
 
 /// A VM's interface.

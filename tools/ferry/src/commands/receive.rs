@@ -65,7 +65,7 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
     };
     let (updates, inbox) = mpsc::unbounded_channel();
     let options = ReceiveOptions { listen: args.listen.clone(), security, host: host_name(), name: None };
-    let mut receiver = Receiver::bind(
+    let receiver = Receiver::bind(
         options,
         Arc::new(machine_host),
         Arc::clone(&host.records) as _,
@@ -73,6 +73,7 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         updates,
     )
     .with_context(|| format!("can't listen on {}", args.listen))?;
+    let _ = host.turned_away.set(receiver.turned_away());
     let listen = receiver.local_address()?.to_string();
     host.set_life(Life::Waiting { listen: listen.clone(), note: None });
     let signals = Signals::watch()?;
@@ -82,9 +83,18 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
 
     let follower = Follower { host: Arc::clone(&host), listen, json };
     let follower = tokio::spawn(follower.run(inbox));
+    receive(receiver, &host);
+    let code = stay(host, signals, json).await?;
+    follower.abort();
+    server.await??;
+    Ok(code)
+}
+
+/// Waits for a VM beside everything else; `host` hears if none comes any more.
+fn receive(mut receiver: Receiver, host: &Arc<VmHost>) {
     let cancel = host.stop_waiting.subscribe();
     let waiting = tokio::spawn(async move { receiver.receive(cancel).await });
-    let ender = Arc::clone(&host);
+    let ender = Arc::clone(host);
     tokio::spawn(async move {
         // The receiver goes on answering the source after the guest runs, and then has no more to do.
         let (reason, failed) = match waiting.await {
@@ -95,10 +105,6 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         };
         ender.not_received(reason, failed);
     });
-    let code = stay(host, signals, json).await?;
-    follower.abort();
-    server.await??;
-    Ok(code)
 }
 
 /// Who is let in. A host that must not be a target is told so now.
