@@ -18,6 +18,7 @@
 pub mod announce;
 mod bandwidth;
 pub mod engine;
+pub mod fault;
 pub mod machine;
 pub mod ports;
 pub mod records;

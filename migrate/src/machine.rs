@@ -12,6 +12,7 @@ use ferry_protocol::{ChunkIndex, MemoryLayout, PAGE_BYTES, PageBitmap, PageMask,
 use ferry_vmm::{BuildError, GuestRam, LocalChoices, Machine, MachineConfig, MachineStatus, MemoryError};
 
 use crate::announce::LearnedAddresses;
+use crate::fault::{self, SourceStep, Step, TargetStep};
 use crate::ports::{
     BuildRefusal, GuestPages, PortError, SavedState, SourceVm, TargetHost, TargetVm, in_words,
 };
@@ -34,6 +35,7 @@ impl MachinePages {
     pub fn new(ram: GuestRam) -> Self {
         let regions = ram.regions().iter().map(|region| Region { gpa: region.gpa, bytes: region.bytes });
         let layout = MemoryLayout::new(regions.collect()).expect("a machine's own regions are in order");
+        ram.open_page_tables();
         Self { ram, layout, source: None }
     }
 
@@ -182,14 +184,17 @@ impl SourceVm for MigratableMachine {
     }
 
     fn let_go(&self) {
+        fault::point(Step::Source(SourceStep::LetsGo));
         if let Err(error) = self.machine.let_go_of_disks() {
             tracing::error!("the target can't take over: {}", in_words(&error));
         }
+        fault::point(Step::Source(SourceStep::HasLetGo));
     }
 
     fn resume(&self) -> Result<(), PortError> {
         let ran = std::mem::take(&mut *lock(&self.paused_by_engine));
         self.machine.take_disks()?;
+        fault::point(Step::Source(SourceStep::TookBack));
         if ran {
             self.machine.run()?;
         }
@@ -290,7 +295,9 @@ impl TargetVm for MigratableMachine {
 
     fn run(&self, runs: bool) -> Result<(), PortError> {
         self.machine.take_disks()?;
+        fault::point(Step::Target(TargetStep::TookDisks));
         let started = if runs { self.machine.run() } else { Ok(()) };
+        fault::point(Step::Target(TargetStep::Started));
         started.map_err(|error| {
             SourceVm::let_go(self);
             error.into()

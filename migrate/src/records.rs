@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use ferry_protocol::record::RecordError;
 use ferry_protocol::{Record, VmId, VmName};
 
+use crate::fault::{self, RecordOf, RecordStep, Step};
 use crate::ports::{PortError, RecordStore};
 
 /// Why a record could not be read or written.
@@ -48,6 +49,9 @@ pub struct FileRecords {
 
 const EXTENSION: &str = "record";
 
+/// Of the temporary file that becomes the record.
+const EXTENSION_NEW: &str = "record-new";
+
 impl FileRecords {
     /// The records of `name` in `folder`, which must exist.
     #[must_use]
@@ -75,6 +79,20 @@ impl FileRecords {
         Ok(records)
     }
 
+    /// Removes what a process that was killed while it wrote a record of the name has left: never the record itself, and
+    /// nothing that anybody reads. Only for whoever alone may write records of the name.
+    pub fn remove_unfinished(&self) {
+        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|extension| extension == EXTENSION_NEW)
+                && self.is_ours(&path.with_extension(EXTENSION))
+            {
+                // It is as harmless as it is useless.
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+
     fn path(&self, vm: VmId) -> PathBuf {
         self.folder.join(format!("{}.{vm}.{EXTENSION}", self.name))
     }
@@ -90,14 +108,22 @@ impl FileRecords {
         move |source| RecordFileError::Io { action, path, source }
     }
 
-    fn write(&self, path: &Path, bytes: &[u8]) -> Result<(), RecordFileError> {
-        let temporary = path.with_extension("record-new");
+    fn write(&self, path: &Path, record: &Record) -> Result<(), RecordFileError> {
+        let at = |step| fault::try_point(Step::Record(RecordOf::from(&record.standing), step));
+        let temporary = path.with_extension(EXTENSION_NEW);
+        at(RecordStep::Begins).map_err(Self::io_error("create", &temporary))?;
         let mut file = File::create(&temporary).map_err(Self::io_error("create", &temporary))?;
-        file.write_all(bytes).map_err(Self::io_error("write", &temporary))?;
-        file.sync_all().map_err(Self::io_error("sync", &temporary))?;
-        fs::rename(&temporary, path).map_err(Self::io_error("replace", path))?;
-        File::open(&self.folder)
+        at(RecordStep::Created)
+            .and_then(|()| file.write_all(&record.encode()))
+            .map_err(Self::io_error("write", &temporary))?;
+        at(RecordStep::Written).and_then(|()| file.sync_all()).map_err(Self::io_error("sync", &temporary))?;
+        at(RecordStep::Synced)
+            .and_then(|()| fs::rename(&temporary, path))
+            .map_err(Self::io_error("replace", path))?;
+        at(RecordStep::Renamed)
+            .and_then(|()| File::open(&self.folder))
             .and_then(|folder| folder.sync_all())
+            .and_then(|()| at(RecordStep::Durable))
             .map_err(Self::io_error("sync the folder of", path))
     }
 
@@ -118,7 +144,7 @@ impl RecordStore for FileRecords {
     }
 
     fn store(&self, record: &Record) -> Result<(), PortError> {
-        Ok(self.write(&self.path(record.vm), &record.encode())?)
+        Ok(self.write(&self.path(record.vm), record)?)
     }
 }
 
@@ -160,6 +186,21 @@ mod tests {
         other.store(&record(5)).unwrap();
         assert_eq!(records.all().unwrap().len(), 2);
         assert_eq!(other.all().unwrap(), [record(5)]);
+    }
+
+    #[test]
+    fn what_a_killed_writer_has_left_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let records = records(folder.path());
+        records.store(&record(1)).unwrap();
+        let unfinished = records.path(VmId([3; 16])).with_extension(EXTENSION_NEW);
+        let of_another = FileRecords::new(folder.path().to_owned(), "we".parse().unwrap());
+        let of_another = of_another.path(VmId([3; 16])).with_extension(EXTENSION_NEW);
+        fs::write(&unfinished, "half").unwrap();
+        fs::write(&of_another, "half").unwrap();
+        records.remove_unfinished();
+        assert!(!unfinished.exists() && of_another.exists());
+        assert_eq!(records.all().unwrap(), [record(1)]);
     }
 
     #[test]

@@ -29,13 +29,7 @@ fn eavesdropper(target: String) -> (String, Joins) {
             let (mut back_from, mut back_to) = (to.try_clone().unwrap(), from.try_clone().unwrap());
             let heard = Arc::clone(&heard);
             std::thread::spawn(move || {
-                let mut first = [0; JOIN_BYTES];
-                if from.read_exact(&mut first).is_ok() {
-                    if first[..4] == DATA_MAGIC {
-                        heard.lock().unwrap().push(first);
-                    }
-                    let _ = to.write_all(&first).and_then(|()| std::io::copy(&mut from, &mut to));
-                }
+                let _ = pass_on(&mut from, &mut to, &heard);
                 let _ = to.shutdown(Shutdown::Write);
             });
             std::thread::spawn(move || {
@@ -45,6 +39,19 @@ fn eavesdropper(target: String) -> (String, Joins) {
         }
     });
     (address, joins)
+}
+
+fn pass_on(from: &mut TcpStream, to: &mut TcpStream, heard: &Joins) -> std::io::Result<u64> {
+    let mut first = [0; JOIN_BYTES];
+    let (magic, rest) = first.split_at_mut(DATA_MAGIC.len());
+    from.read_exact(magic)?;
+    to.write_all(magic)?;
+    if magic == DATA_MAGIC {
+        from.read_exact(rest)?;
+        to.write_all(rest)?;
+        heard.lock().unwrap().push(first);
+    }
+    std::io::copy(from, to)
 }
 
 /// Opens a stream with `join` and sends a page over it; the target must close it.
@@ -117,7 +124,13 @@ fn nobody_else_joins_a_migration() {
         cap.set(None);
     });
     let outcome = runtime.block_on(async {
-        let moving = source(&guest, options, never());
+        let moving = async {
+            match source(&guest, options, never()).await {
+                // Said here and now: a target whose source has gone silently would be waited for without a word.
+                Outcome::Stayed { failure, .. } => panic!("the guest was not moved: {failure}"),
+                moved @ Outcome::Moved(_) => moved,
+            }
+        };
         tokio::join!(moving, target.receiver.receive(never())).0
     });
     attack.join().unwrap();

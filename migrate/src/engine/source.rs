@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::bandwidth::{Bandwidth, BandwidthCap};
+use crate::fault;
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
 use crate::report::StreamWork;
 use crate::stream::{How, Opening, SenderOptions, Senders, StreamSettings, TransferCounters};
@@ -266,6 +267,7 @@ impl Engine {
         let mut show = tokio::time::interval(TRANSFERRED_EVERY);
         loop {
             while let Some(action) = self.core.poll_action() {
+                fault::source_action(&action);
                 self.perform(action);
             }
             if let Some(outcome) = self.outcome.take() {
@@ -289,6 +291,7 @@ impl Engine {
                     continue;
                 }
             };
+            fault::source_event(&event);
             self.core.handle(self.clock.now(), event);
         }
     }

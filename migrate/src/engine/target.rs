@@ -21,6 +21,7 @@ pub use super::lobby::TurnedAway;
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
+use crate::fault;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
 use crate::transport::endpoint::ListenAddress;
 use crate::transport::security::Security;
@@ -219,7 +220,9 @@ impl Attempt {
         let vm = hello.vm;
         let admission = Admission::new(&hello)?;
         let mut core = Target::new(config, now).with_admission(admission.secret.clone());
-        core.handle(now, Event::Message(Message::Hello(hello)));
+        let greeted = Event::Message(Message::Hello(hello));
+        fault::target_event(&greeted);
+        core.handle(now, greeted);
         let (events, inbox) = mpsc::unbounded_channel();
         let identity = link.identity.clone();
         let connection = connect(link, 0, &events);
@@ -254,6 +257,7 @@ impl Attempt {
     ) -> Ended {
         loop {
             while let Some(action) = self.core.poll_action() {
+                fault::target_action(&action);
                 self.perform(action);
             }
             if let Some(outcome) = self.outcome.take() {
@@ -274,6 +278,7 @@ impl Attempt {
                 }
             };
             if let Some(event) = event {
+                fault::target_event(&event);
                 self.core.handle(self.clock.now(), event);
             }
         }
@@ -511,6 +516,7 @@ impl Attempt {
         tokio::spawn(announce::announce(Arc::clone(&streams.vm), network));
     }
 
+    /// Closes the control connection behind what was sent on it; what comes on it no longer counts.
     fn hang_up(&mut self) {
         self.connection_number += 1;
         if let Some(Connection { writer, reader }) = self.connection.take() {

@@ -14,6 +14,7 @@ use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, FrameError};
 use ferry_protocol::message::AbortCode;
 use ferry_protocol::{ChunkIndex, MemoryDigest, PageBitmap, PageDigest, PageMask, PageRange};
 
+use crate::fault::{self, Step, TargetStep};
 use crate::ports::GuestPages;
 use crate::transport::data::DataReader;
 
@@ -199,6 +200,11 @@ impl Receiver {
 
     /// Takes the digests of what stands in memory, so that a page that landed elsewhere is found.
     fn take_digests(&mut self, chunk: ChunkIndex, mask: &PageMask) {
+        if fault::damages(Step::Target(TargetStep::FrameArrives))
+            && let Some(range) = chunk.ranges(mask).next()
+        {
+            self.pages.patch(range.first(), 0, b"damaged");
+        }
         let received = Arc::clone(&self.received);
         let mut received = received.chunk(chunk);
         join(&mut received.filled, mask);

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -176,6 +176,8 @@ pub(super) struct Round {
     pub(super) paused: bool,
     /// Whether no round has reached the target yet.
     pub(super) first: bool,
+    /// The streams are being closed: there is nothing more to do.
+    closed: Arc<AtomicBool>,
     pub(super) gathered: Mutex<Gathered>,
 }
 
@@ -187,7 +189,7 @@ impl Round {
         options: &SenderOptions,
     ) -> Option<(ChunkIndex, PageMask)> {
         let page_count = self.pages.page_count();
-        loop {
+        while !self.closed.load(Ordering::Relaxed) {
             if !options.works(stream) {
                 // Only the first round is long enough to change one's mind in it. In any other a stream that waits would
                 // only keep the rest waiting for its fence.
@@ -204,6 +206,7 @@ impl Round {
                 return Some((chunk, mask));
             }
         }
+        None
     }
 }
 
@@ -261,6 +264,7 @@ pub(crate) struct Senders {
     queues: Vec<mpsc::Sender<Arc<Round>>>,
     sockets: Vec<TcpStream>,
     threads: Vec<JoinHandle<()>>,
+    closed: Arc<AtomicBool>,
 }
 
 impl Senders {
@@ -285,6 +289,7 @@ impl Senders {
             queues: Vec::new(),
             sockets: Vec::new(),
             threads: Vec::new(),
+            closed: Arc::default(),
         };
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
@@ -324,7 +329,15 @@ impl Senders {
             busy_max: Duration::ZERO,
             whole,
         });
-        let round = Arc::new(Round { pages, next: AtomicU64::new(0), fence, paused, first, gathered });
+        let round = Arc::new(Round {
+            pages,
+            next: AtomicU64::new(0),
+            fence,
+            paused,
+            first,
+            closed: Arc::clone(&self.closed),
+            gathered,
+        });
         self.options.interrupt_tuning();
         for queue in &self.queues {
             // A thread that has ended has said why through `done`.
@@ -338,6 +351,7 @@ impl Drop for Senders {
     /// Shuts the sockets, which ends whatever the threads are doing, and waits for them.
     fn drop(&mut self) {
         self.queues.clear();
+        self.closed.store(true, Ordering::Relaxed);
         for socket in &self.sockets {
             let _ = socket.shutdown(Shutdown::Both);
         }

@@ -31,6 +31,7 @@ use socket2::SockRef;
 use super::encoders::{Done, Job};
 use super::send::{Round, STALL_MAX, SenderOptions};
 use crate::bandwidth::{Pieces, Waits};
+use crate::fault::{self, SourceStep, Step};
 use crate::report::{PackingWork, StreamWork};
 use crate::transport::data::DataWriter;
 use crate::transport::tcp;
@@ -173,6 +174,7 @@ impl Sender {
         while let Some((chunk, mask)) = round.next(self.stream, &self.options) {
             let mask = if again { mask } else { self.touched(chunk, mask) };
             if !mask.is_empty() {
+                fault::try_point(Step::Source(SourceStep::ChunkSends))?;
                 self.send_chunk(chunk, mask, again)?;
             }
         }

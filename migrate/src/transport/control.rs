@@ -20,6 +20,7 @@ use tokio_rustls::TlsStream;
 
 use super::tls::HandshakeError;
 use super::unix;
+use crate::fault;
 
 /// Why a control connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -187,13 +188,15 @@ enum WriteHalf {
 impl WriteHalf {
     async fn write_all(&mut self, Outgoing { bytes, memory }: Outgoing) -> io::Result<()> {
         match self {
-            Self::Tcp(half) => half.write_all(&bytes).await,
+            Self::Tcp(half) => half.write_all(&bytes).await?,
             Self::Tls(half) => {
                 half.write_all(&bytes).await?;
-                half.flush().await
+                half.flush().await?;
             }
-            Self::Unix(stream) => unix::send(stream, &bytes, memory.as_ref().map(AsFd::as_fd)).await,
+            Self::Unix(stream) => unix::send(stream, &bytes, memory.as_ref().map(AsFd::as_fd)).await?,
         }
+        fault::sent(&bytes);
+        Ok(())
     }
 }
 

@@ -79,6 +79,8 @@ impl StateDir {
                 // A socket that is still there belongs to a process that has died.
                 let sockets = [self.socket(name), self.console(name)];
                 sockets.iter().for_each(|socket| drop(fs::remove_file(socket)));
+                // And so does a record that was never finished.
+                self.records(name).remove_unfinished();
                 Ok(NameLock { sockets, _lock: lock })
             }
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(

@@ -2,6 +2,7 @@
 //!
 //! - `cargo xtask ci`: formatting, lints, documentation, tidiness. Tests are `cargo test --workspace`.
 //! - `cargo xtask tidy`: the rules of this repository that no other tool checks.
+//! - `cargo xtask faults`: kills, stalls and cuts off real migrations at every step.
 //! - `cargo xtask sim`: the seeded simulation at length, or one seed of it with a trace.
 //! - `cargo xtask fuzz`: bent input for every decoder that a peer reaches.
 //! - `cargo xtask linux-guest [test]`: the Linux kernels and the initramfs of the tests, and their test.
@@ -27,6 +28,12 @@ enum Task {
     Ci,
     /// The rules of this repository that no other tool checks
     Tidy,
+    /// Kill, stall and cut off real migrations at every step; needs root and /dev/kvm
+    Faults {
+        /// What to pass on to the campaign: --count N, --seed N, --only N,.., --jobs N
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Play the seeded simulation: '--seeds N' of them, or one with a trace by '--seed N'
     Sim {
         /// What to pass on; '--help' tells
@@ -60,6 +67,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Ci => ci(),
         Task::Tidy => tidy_up(),
+        Task::Faults { arguments } => faults(&arguments),
         Task::Sim { arguments } => return program(("ferry-tests", "ferry-sim"), &arguments),
         Task::Fuzz { arguments } => return program(("ferry-fuzz", "ferry-fuzz"), &arguments),
         Task::LinuxGuest { task: None } => linux_guest::build(&root()),
@@ -115,6 +123,12 @@ fn tidy_up() -> anyhow::Result<()> {
         println!("  {complaint}");
     }
     if complaints.is_empty() { Ok(()) } else { bail!("{} places are untidy", complaints.len()) }
+}
+
+fn faults(arguments: &[String]) -> anyhow::Result<()> {
+    let run = ["run", "--package", "ferry-faults", "--"].map(str::to_owned);
+    let all = [&run[..], arguments].concat();
+    step("faults", &all.iter().map(String::as_str).collect::<Vec<_>>(), &root(), &[])
 }
 
 fn step(what: &str, arguments: &[&str], folder: &Path, environment: &[(&str, &str)]) -> anyhow::Result<()> {

@@ -134,7 +134,7 @@ impl PreCopy {
 
     pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         if let Some(failure) = interruption(&event) {
-            return reconnect::begin(failure, self.left(context), now, context);
+            return reconnect::begin((failure, &event), self.left(context), now, context);
         }
         if now >= context.deadline() && context.config.on_timeout == OnTimeout::Cancel {
             return undo(self.not_converged(context), context);

@@ -9,4 +9,5 @@ mod handover;
 mod local;
 mod plain;
 mod reconnect;
+mod target_side;
 mod world;
