@@ -35,6 +35,7 @@ impl MachinePages {
     pub fn new(ram: GuestRam) -> Self {
         let regions = ram.regions().iter().map(|region| Region { gpa: region.gpa, bytes: region.bytes });
         let layout = MemoryLayout::new(regions.collect()).expect("a machine's own regions are in order");
+        ram.open_page_tables();
         Self { ram, layout, source: None }
     }
 

@@ -8,6 +8,7 @@ mod console;
 mod control;
 mod cpus;
 mod disks;
+mod link;
 mod local;
 mod machines;
 mod names;

@@ -32,7 +32,7 @@ fn moves(source: &Host<'_>, target: &Host<'_>, address: &str) {
 /// `ferry migrate` fails with these words; the guest goes on and can be asked.
 fn stays(source: &Host<'_>, address: &str, words: &[&str]) {
     let words = [words, &["goes on here"]].concat();
-    source.refuses(&["migrate", "web", "--to", address], &words);
+    source.refuses(&["migrate", "web", "--to", address, "--reconnect", "1s"], &words);
     goes_on_here(source);
 }
 
@@ -43,7 +43,8 @@ fn goes_on_here(source: &Host<'_>) {
 
 /// A slow migration of `web` to `address` that is under way and sending pages.
 fn half_way(source: &Host<'_>, address: &str) -> ferry_tests::process::Process {
-    let arguments = ["migrate", "web", "--to", address, "--bandwidth", SLOW, "--downtime", BUDGET, "--json"];
+    let slow = ["--bandwidth", SLOW, "--downtime", BUDGET, "--reconnect", "1s"];
+    let arguments = [&["migrate", "web", "--to", address, "--json"][..], &slow].concat();
     let process = source.start(source.command(&arguments));
     process.until("transferred");
     process

@@ -119,7 +119,9 @@ fn a_link_that_is_cut_in_pre_copy_leaves_the_guest_here_and_the_next_attempt_wor
     let proxy = CuttingProxy::start(&target.address, 20 << 20);
     let outcome = runtime.block_on(async {
         let receiving = tokio::time::timeout(Duration::from_secs(20), target.receiver.receive(never()));
-        let migrating = source(&guest, guest.options(proxy.address.clone()), never());
+        let mut options = guest.options(proxy.address.clone());
+        options.reconnect = Duration::from_secs(1);
+        let migrating = source(&guest, options, never());
         tokio::select! {
             outcome = migrating => outcome,
             received = receiving => panic!("the target took {received:?}"),

@@ -32,7 +32,7 @@ fn move_over(guest: Guest, cuts: Cuts, streams: u16, compression: Compression) -
     assert!(!reconnections.is_empty(), "the link did break");
     // What had arrived was not sent again: at most one cut's worth is lost each time.
     let sent: u64 = summary.rounds.iter().map(|round| round.sent.wire_bytes).sum();
-    assert!(sent < 2 * 256 << 20, "{sent} bytes were sent");
+    assert!(sent < (2 * 256) << 20, "{sent} bytes were sent");
     assert!(reconnections.iter().any(|again| again.arrived_pages > 0), "{reconnections:?}");
     guest
 }

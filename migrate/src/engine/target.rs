@@ -359,13 +359,7 @@ impl Attempt {
                     streams.expect(session, digest);
                 }
             }
-            Action::HangUp => {
-                self.connection_number += 1;
-                if let Some(Connection { writer, reader }) = self.connection.take() {
-                    reader.abort();
-                    drop(writer);
-                }
-            }
+            Action::HangUp => self.hang_up(),
             Action::WriteRecord(record) => self.write_record(record),
             Action::RehearseRecord(record) => self.rehearse_record(record),
             Action::BuildMachine { description, layout, streams, verify } => {
@@ -485,6 +479,15 @@ impl Attempt {
     fn announce(&self, network: NetworkIdentity) {
         let Some(streams) = &self.streams else { return };
         tokio::spawn(announce::announce(Arc::clone(&streams.vm), network));
+    }
+
+    /// Closes the control connection behind what was sent on it; what comes on it no longer counts.
+    fn hang_up(&mut self) {
+        self.connection_number += 1;
+        if let Some(Connection { writer, reader }) = self.connection.take() {
+            reader.abort();
+            drop(writer);
+        }
     }
 
     /// Ends the streams and finds out what they have brought.

@@ -172,8 +172,8 @@ pub(super) struct Round {
     pub(super) paused: bool,
     /// Whether no round has reached the target yet.
     pub(super) first: bool,
-    /// Set when the streams are closed, which one whose turn to work has not come would not notice by its socket.
-    closing: Arc<AtomicBool>,
+    /// The streams are being closed: there is nothing more to do.
+    closed: Arc<AtomicBool>,
     pub(super) gathered: Mutex<Gathered>,
 }
 
@@ -185,11 +185,11 @@ impl Round {
         options: &SenderOptions,
     ) -> Option<(ChunkIndex, PageMask)> {
         let page_count = self.pages.page_count();
-        loop {
+        while !self.closed.load(Ordering::Relaxed) {
             if !options.works(stream) {
                 // Only the first round is long enough to change one's mind in it. In any other a stream that waits would
                 // only keep the rest waiting for its fence.
-                if !self.first || self.paused || self.closing.load(Ordering::Relaxed) {
+                if !self.first || self.paused {
                     return None;
                 }
                 ChunkIndex::new(self.next.load(Ordering::Relaxed), page_count)?;
@@ -202,6 +202,7 @@ impl Round {
                 return Some((chunk, mask));
             }
         }
+        None
     }
 }
 
@@ -257,7 +258,7 @@ pub(crate) struct Senders {
     queues: Vec<mpsc::Sender<Arc<Round>>>,
     sockets: Vec<TcpStream>,
     threads: Vec<JoinHandle<()>>,
-    closing: Arc<AtomicBool>,
+    closed: Arc<AtomicBool>,
 }
 
 impl Senders {
@@ -282,7 +283,7 @@ impl Senders {
             queues: Vec::new(),
             sockets: Vec::new(),
             threads: Vec::new(),
-            closing: Arc::default(),
+            closed: Arc::default(),
         };
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
@@ -321,9 +322,15 @@ impl Senders {
             busy_max: Duration::ZERO,
             whole,
         });
-        let closing = Arc::clone(&self.closing);
-        let next = AtomicU64::new(0);
-        let round = Arc::new(Round { pages, next, fence, paused, first, closing, gathered });
+        let round = Arc::new(Round {
+            pages,
+            next: AtomicU64::new(0),
+            fence,
+            paused,
+            first,
+            closed: Arc::clone(&self.closed),
+            gathered,
+        });
         self.options.interrupt_tuning();
         for queue in &self.queues {
             // A thread that has ended has said why through `done`.
@@ -336,8 +343,8 @@ impl Senders {
 impl Drop for Senders {
     /// Shuts the sockets, which ends whatever the threads are doing, and waits for them.
     fn drop(&mut self) {
-        self.closing.store(true, Ordering::Relaxed);
         self.queues.clear();
+        self.closed.store(true, Ordering::Relaxed);
         for socket in &self.sockets {
             let _ = socket.shutdown(Shutdown::Both);
         }

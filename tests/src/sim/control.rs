@@ -154,7 +154,10 @@ impl World {
             To::Source => self.control.targets,
         };
         if let Some(number) = own {
-            self.after(self.scenario.link.latency, Due::Closed(number));
+            // Behind all that was sent, however often TCP had to send it.
+            let direction = usize::from(to == To::Source);
+            let at = (self.now + self.scenario.link.latency).max(self.control.arrives_at[direction]);
+            self.at(at, Due::Closed(number));
         }
     }
 

@@ -93,9 +93,9 @@ impl World {
         let under_way: Vec<_> = self
             .queue
             .values()
-            .filter_map(|due| match due {
-                Due::Frame(of, stream, bytes) if *of == session => Some((*stream, bytes.clone())),
-                _ => None,
+            .filter_map(|due| {
+                let Due::Frame(of, stream, bytes) = due else { return None };
+                (*of == session).then(|| (*stream, bytes.clone()))
             })
             .collect();
         for (stream, bytes) in under_way {

@@ -257,6 +257,12 @@ impl GuestRam {
         self.inner.memory.iter().find_map(|region| region.file_offset()).map(FileOffset::file)
     }
 
+    /// Opens what tells which pages were ever touched, so that threads that may not open files can ask. Where that fails,
+    /// whoever asks is told.
+    pub fn open_page_tables(&self) {
+        let _ = self.pagemap();
+    }
+
     /// This process's page tables; opened when first asked for.
     pub(super) fn pagemap(&self) -> io::Result<&Pagemap> {
         if self.inner.pagemap.get().is_none() {

@@ -2,9 +2,9 @@
 //! target is reached anew. It says what has arrived; only the rest is sent.
 //!
 //! ```text
-//!              .---------------- lost again, no answer -----------------.
-//!              v                                                        |
-//!  Connecting --Connected--> Asking --Arrived (in parts)--> Opening --StreamsOpened--> Open --> PreCopy
+//!  Listening    .---------------- lost again, no answer -----------------.
+//!        |      v                                                        |
+//!        '-> Connecting --Connected--> Asking --Arrived (in parts)--> Opening --StreamsOpened--> Open --> PreCopy
 //! ```
 //!
 //! No dirty bit is lost on the way: pages of the round under way that have not arrived are put back, and so is what a log
@@ -33,6 +33,10 @@ use super::{interruption, precopy};
 
 /// Reconnections of one migration; a link that breaks more often is no link.
 pub const RECONNECTIONS_MAX: usize = 64;
+
+/// How long the control connection is kept when only a data stream broke: if the target is giving up, its word comes this
+/// way. The guest does not wait for it.
+const LAST_WORD_MAX: Duration = Duration::from_millis(500);
 
 /// How long the target may take to answer on a new connection, and to take the data streams.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -83,9 +87,19 @@ pub(super) struct Reconnecting {
 
 #[derive(Debug)]
 enum Step {
+    /// The old control connection still stands.
+    Listening {
+        until: Timestamp,
+    },
     Connecting,
-    Asking { answer_by: Timestamp, from: u64, arrived: PageBitmap },
-    Opening { open_by: Timestamp },
+    Asking {
+        answer_by: Timestamp,
+        from: u64,
+        arrived: PageBitmap,
+    },
+    Opening {
+        open_by: Timestamp,
+    },
     Open,
 }
 
@@ -97,21 +111,32 @@ fn may_reconnect(context: &Context) -> bool {
         && context.reconnections.len() < RECONNECTIONS_MAX
 }
 
-/// The link broke for `reason`; every other failure ends the attempt.
-pub(super) fn begin(failure: Failure, left: Left, now: Timestamp, context: &mut Context) -> Phase {
+/// Something failed by `event`. A lost link is made again where it may be; everything else ends the attempt.
+pub(super) fn begin(
+    (failure, event): (Failure, &Event),
+    left: Left,
+    now: Timestamp,
+    context: &mut Context,
+) -> Phase {
     let reason = match failure {
         Failure::Link(reason) if may_reconnect(context) => reason,
         failure => return undo(failure, context),
     };
+    let control_stands = matches!(event, Event::StreamFailed(_));
     context.act(Action::CloseStreams);
     let resuming = left.paused;
     if resuming {
         context.act(Action::ResumeVm);
     }
     context.report(Progress::Reconnecting { reason: reason.clone() });
-    context.act(Action::Connect { delay: Duration::ZERO });
+    let step = if control_stands {
+        Step::Listening { until: now + LAST_WORD_MAX }
+    } else {
+        context.act(Action::Connect { delay: Duration::ZERO });
+        Step::Connecting
+    };
     Phase::Reconnecting(Box::new(Reconnecting {
-        step: Step::Connecting,
+        step,
         left,
         resuming,
         since: now,
@@ -131,16 +156,25 @@ impl Reconnecting {
         };
         match self.step {
             Step::Connecting | Step::Open => deadline,
-            Step::Asking { answer_by: by, .. } | Step::Opening { open_by: by } => deadline.min(by),
+            Step::Listening { until: by }
+            | Step::Asking { answer_by: by, .. }
+            | Step::Opening { open_by: by } => deadline.min(by),
         }
     }
 
     pub(super) fn on(mut self: Box<Self>, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         match (&self.step, event) {
+            (Step::Listening { .. }, Event::Disconnected(_)) => self.connect(context),
+            // It says why, or it knows nothing yet.
+            (Step::Listening { .. }, Event::Message(message)) if !matches!(message, Message::Abort(_)) => {
+                Phase::Reconnecting(self)
+            }
             (_, Event::Disconnected(reason)) => self.again(reason, context),
             (Step::Opening { .. } | Step::Open, Event::StreamFailed(reason)) => self.again(reason, context),
             // The late end of a stream that was closed.
-            (Step::Connecting | Step::Asking { .. }, Event::StreamFailed(_)) => Phase::Reconnecting(self),
+            (Step::Listening { .. } | Step::Connecting | Step::Asking { .. }, Event::StreamFailed(_)) => {
+                Phase::Reconnecting(self)
+            }
             (Step::Connecting, Event::Connected) => {
                 context.send(hello(context, true));
                 context.session += 1;
@@ -180,6 +214,13 @@ impl Reconnecting {
         }
     }
 
+    /// The old control connection has nothing more to say.
+    fn connect(mut self: Box<Self>, context: &mut Context) -> Phase {
+        self.step = Step::Connecting;
+        context.act(Action::Connect { delay: Duration::ZERO });
+        Phase::Reconnecting(self)
+    }
+
     fn again(mut self: Box<Self>, reason: String, context: &mut Context) -> Phase {
         if !matches!(self.step, Step::Connecting) {
             context.act(Action::CloseStreams);
@@ -200,7 +241,12 @@ impl Reconnecting {
             );
             return undo(Failure::Link(text), context);
         }
-        self.again("the target does not answer".to_owned(), context)
+        match self.step {
+            Step::Listening { .. } => self.connect(context),
+            Step::Connecting | Step::Asking { .. } | Step::Opening { .. } | Step::Open => {
+                self.again("the target does not answer".to_owned(), context)
+            }
+        }
     }
 
     fn ask(

@@ -125,7 +125,7 @@ impl Stopping {
 
     pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         if let Some(failure) = interruption(&event) {
-            return reconnect::begin(failure, self.left(context), now, context);
+            return reconnect::begin((failure, &event), self.left(context), now, context);
         }
         match (self.step, event) {
             (Step::Pausing { carried }, Event::Paused) => {
@@ -252,7 +252,7 @@ impl Preparing {
         if let Some(failure) = interruption(&event) {
             let dirty = PageBitmap::empty(context.layout.page_count());
             let left = Left { round: Some(self.pages), dirty, log: Log::On, paused: true };
-            return reconnect::begin(failure, left, now, context);
+            return reconnect::begin((failure, &event), left, now, context);
         }
         match event {
             Event::Message(Message::Prepared(prepared)) => {

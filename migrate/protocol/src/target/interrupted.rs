@@ -29,7 +29,7 @@ use super::{Action, Context, Event, Phase, Progress};
 pub const KEEP_MAX: Duration = Duration::from_secs(600);
 
 /// So much longer than it was asked to does a target keep it: the source may have noticed the loss later.
-pub const KEEP_MARGIN: Duration = Duration::from_secs(15);
+pub const KEEP_MARGIN: Duration = Duration::from_secs(10);
 
 /// How long the control connection is left open when only a data stream broke: if the source is giving up, its word comes
 /// this way. Then it is closed, so that the source notices too.
@@ -150,7 +150,7 @@ impl Interrupted {
         }
     }
 
-    fn give_up(self: Box<Self>, code: Option<AbortCode>, reason: &str, context: &mut Context) -> Phase {
+    fn give_up(self, code: Option<AbortCode>, reason: &str, context: &mut Context) -> Phase {
         discard(self.receiving.guest, code, reason, context)
     }
 

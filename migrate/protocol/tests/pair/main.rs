@@ -8,4 +8,5 @@ mod handover;
 mod local;
 mod plain;
 mod reconnect;
+mod target_side;
 mod world;

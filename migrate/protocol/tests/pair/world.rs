@@ -26,7 +26,7 @@ pub(crate) const STREAMS: u16 = 2;
 
 /// How long a message takes to the other side.
 const LATENCY: Duration = Duration::from_micros(500);
-const VM_WORK: Duration = Duration::from_micros(300);
+pub(crate) const VM_WORK: Duration = Duration::from_micros(300);
 const PAGE_WORK: Duration = Duration::from_micros(10);
 
 /// More steps than this mean that the two go round in circles.
@@ -34,7 +34,7 @@ const STEPS_MAX: usize = 20_000;
 
 /// What comes due at some time.
 #[derive(Debug, Clone)]
-enum Due {
+pub(crate) enum Due {
     Source(source::Event),
     Target(target::Event),
     /// The source's connection attempt ends.
@@ -97,11 +97,11 @@ pub(crate) struct Pair {
     pub(crate) cut_at: Option<MessageType>,
     connection: Option<u32>,
     connections: u32,
-    queue: BTreeMap<(Timestamp, u64), Due>,
+    pub(crate) queue: BTreeMap<(Timestamp, u64), Due>,
     sequence: u64,
     streams_open: bool,
     /// The pages of the round that was begun last.
-    round: PageBitmap,
+    pub(crate) round: PageBitmap,
     /// No message arrives, though both connections stand.
     pub(crate) silent: bool,
     /// Every set of pages that was sent, in order.
@@ -111,7 +111,7 @@ pub(crate) struct Pair {
     /// Whether the streams take digests, at the source and at the target.
     pub(crate) streams_verify: (bool, bool),
     /// A connection with another migration that waits for the target to be free.
-    waiting: Option<Hello>,
+    pub(crate) waiting: Option<Hello>,
 }
 
 pub(crate) fn config() -> source::Config {
@@ -142,7 +142,7 @@ pub(crate) fn layout() -> MemoryLayout {
 }
 
 /// A digest that stands for memory contents number `number`, or for one stream's part of it.
-fn digest(number: u64) -> MemoryDigest {
+pub(crate) fn digest(number: u64) -> MemoryDigest {
     PageDigest::of(number, &[1; PAGE_BYTES]).alone()
 }
 
@@ -259,7 +259,7 @@ impl Pair {
     }
 
     /// Nothing of what was under way on the streams comes any more.
-    fn end_streams(&mut self) {
+    pub(crate) fn end_streams(&mut self) {
         self.streams_open = false;
         let of_a_stream = |due: &Due| {
             matches!(
@@ -278,7 +278,7 @@ impl Pair {
         self.cut_all(Duration::ZERO);
     }
 
-    fn after(&mut self, delay: Duration, due: Due) {
+    pub(crate) fn after(&mut self, delay: Duration, due: Due) {
         self.sequence += 1;
         self.queue.insert((self.now + delay, self.sequence), due);
     }
@@ -469,28 +469,27 @@ impl Pair {
                 self.after(VM_WORK, Due::Source(Event::VmResumed));
             }
             Action::ReleaseVm => self.source_guest = Guest::default(),
-            Action::WriteRecord(record) => {
-                let took = self.source_disk.next_took();
-                let event = match self.source_disk.write(record) {
-                    Ok(()) => Event::RecordWritten { took },
-                    Err(reason) => Event::RecordFailed(reason),
-                };
-                self.after(took, Due::Source(event));
-            }
-            Action::RehearseRecord(record) => {
-                let took = self.source_disk.next_took();
-                let event = match self.source_disk.rehearse(record) {
-                    Ok(()) => Event::RecordRehearsed { took },
-                    Err(reason) => Event::RehearsalFailed(reason),
-                };
-                self.after(took, Due::Source(event));
-            }
+            Action::WriteRecord(record) => self.write_source_record(record, false),
+            Action::RehearseRecord(record) => self.write_source_record(record, true),
             Action::Report(progress) => self.source_progress.push(progress),
             Action::Finish(outcome) => {
                 assert!(self.source_outcome.replace(outcome).is_none(), "the source ends once");
                 self.close();
             }
         }
+    }
+
+    fn write_source_record(&mut self, record: Record, rehearsal: bool) {
+        use source::Event;
+        let took = self.source_disk.next_took();
+        let event = if rehearsal {
+            let written = self.source_disk.rehearse(record);
+            written.map_or_else(Event::RehearsalFailed, |()| Event::RecordRehearsed { took })
+        } else {
+            let written = self.source_disk.write(record);
+            written.map_or_else(Event::RecordFailed, |()| Event::RecordWritten { took })
+        };
+        self.after(took, Due::Source(event));
     }
 
     fn next_dirty_pages(&mut self) -> PageBitmap {
@@ -534,97 +533,8 @@ impl Pair {
         }
     }
 
-    fn perform_target(&mut self, action: target::Action) {
-        use target::{Action, Event};
-        match action {
-            Action::Send(message) => self.deliver_to_source(message),
-            Action::WriteRecord(record) => {
-                let took = self.target_disk.next_took();
-                let event = match self.target_disk.write(record) {
-                    Ok(()) => Event::RecordWritten { took },
-                    Err(reason) => Event::RecordFailed(reason),
-                };
-                self.after(took, Due::Target(event));
-            }
-            Action::RehearseRecord(record) => {
-                let took = self.target_disk.next_took();
-                let event = match self.target_disk.rehearse(record) {
-                    Ok(()) => Event::RecordRehearsed { took },
-                    Err(reason) => Event::RehearsalFailed(reason),
-                };
-                self.after(took, Due::Target(event));
-            }
-            Action::BuildMachine { description, layout: built, streams, verify } => {
-                self.streams_verify = (self.streams_verify.0, verify);
-                assert_eq!((description, built, streams), (vec![1, 2, 3], layout(), STREAMS));
-                let event = match self.build_refusal {
-                    None => Event::MachineBuilt,
-                    Some((code, text)) => Event::BuildFailed { code, sentence: text.to_owned() },
-                };
-                self.target_guest.exists = self.build_refusal.is_none();
-                self.after(VM_WORK, Due::Target(event));
-            }
-            Action::AdoptMemory { description, layout: built } => {
-                assert_eq!((description, built), (vec![1, 2, 3], layout()));
-                let event = match self.build_refusal {
-                    None => Event::MachineBuilt,
-                    Some((code, text)) => Event::BuildFailed { code, sentence: text.to_owned() },
-                };
-                self.target_guest.exists = self.build_refusal.is_none();
-                self.adopted = self.target_guest.exists;
-                self.after(VM_WORK, Due::Target(event));
-            }
-            Action::EndStreams => {
-                // What was under way is lost, but for the lower half of the round.
-                self.end_streams();
-                let mut arrived = PageBitmap::empty(PAGES);
-                let count = usize::try_from(self.round.count() / 2).unwrap();
-                self.round
-                    .ranges()
-                    .flat_map(|r| r.first()..r.first() + r.count())
-                    .take(count)
-                    .for_each(|page| arrived.insert(page));
-                let ended = Event::StreamsEnded { arrived, digest: digest(7) };
-                self.after(VM_WORK, Due::Target(ended));
-            }
-            Action::ExpectStreams { session, digest: _ } => {
-                assert!(session > 0);
-                self.round = PageBitmap::empty(PAGES);
-            }
-            Action::HangUp => self.cut_control(Duration::ZERO),
-            Action::DropStaleFrames => assert!(self.target_guest.exists),
-            Action::RestoreState(state) => {
-                assert_eq!(state, [5]);
-                self.after(VM_WORK, Due::Target(Event::StateRestored { took: VM_WORK }));
-            }
-            Action::RunVm { runs } => {
-                assert!(self.target.as_ref().is_some_and(Target::may_run), "the rules allow it");
-                let expected = Some(("running", self.target_disk.record.as_ref().unwrap().epoch.number()));
-                assert_eq!(self.target_disk.standing(), expected, "only what is recorded runs");
-                self.target_guest.runs = runs;
-                self.adopted = false;
-                self.after(VM_WORK, Due::Target(Event::VmRunning { took: VM_WORK }));
-            }
-            Action::Announce(_) => assert!(self.target_guest.runs, "only a running guest is announced"),
-            Action::DiscardMachine => {
-                assert!(!self.target_guest.runs, "a running guest is never discarded");
-                self.target_guest = Guest::default();
-                self.adopted = false;
-            }
-            Action::Report(progress) => self.target_progress.push(progress),
-            Action::Finish(outcome) => {
-                self.target_outcomes.push(outcome);
-                self.target = None;
-                self.queue.retain(|_, due| !matches!(due, Due::Target(_)));
-                if self.waiting.is_none() {
-                    self.close();
-                }
-            }
-        }
-    }
-
     /// As the engine does: the connection is closed behind the last message.
-    fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         if let Some(number) = self.connection {
             self.after(LATENCY, Due::Closed(number));
         }
@@ -634,7 +544,7 @@ impl Pair {
         self.deliver(message, Due::ToTarget);
     }
 
-    fn deliver_to_source(&mut self, message: Message) {
+    pub(crate) fn deliver_to_source(&mut self, message: Message) {
         self.deliver(message, Due::ToSource);
     }
 

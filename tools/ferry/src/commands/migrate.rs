@@ -288,15 +288,7 @@ pub(crate) fn summary(report: &MigrationReport) -> String {
     }
     let _ = writeln!(text, "  total        {:>9}   {} rounds", show_ms(report.total_ms), report.rounds.len());
     let _ = writeln!(text, "  sent         {:>9}   {}", show_bytes(report.wire_bytes), page_kinds(report));
-    if !report.reconnections.is_empty() {
-        let lost = report.reconnections.iter().map(|again| again.ms).sum();
-        let _ = writeln!(
-            text,
-            "  link         {:>9}   broken {} times and made again",
-            show_ms(lost),
-            report.reconnections.len()
-        );
-    }
+    text += &link_line(report);
     for (number, stream) in report.streams.iter().enumerate() {
         let _ = writeln!(
             text,
@@ -314,6 +306,19 @@ pub(crate) fn summary(report: &MigrationReport) -> String {
     };
     let _ = writeln!(text, "  digest       {digest}");
     text
+}
+
+/// How often the link broke, if it did.
+fn link_line(report: &MigrationReport) -> String {
+    if report.reconnections.is_empty() {
+        return String::new();
+    }
+    let lost_ms = report.reconnections.iter().map(|again| again.ms).sum();
+    format!(
+        "  link         {:>9}   until it was made again, {} times\n",
+        show_ms(lost_ms),
+        report.reconnections.len()
+    )
 }
 
 /// How the pages of all rounds travelled, as far as there are any of a kind: `262,144 whole, 12 as deltas`.

@@ -234,6 +234,11 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
         (16, vec![Event::RecordFailed("full".to_owned())], "the commit could not be recorded"),
         (16, vec![Event::Cancel], "it was cancelled before the commit was sent"),
         (8, vec![lost()], "the link broke while round 1 was being sent"),
+        (
+            8,
+            vec![Event::StreamFailed("reset".to_owned())],
+            "a data stream broke while round 1 was being sent",
+        ),
         (8, vec![lost(), Event::Connected], "what has arrived is asked"),
         (8, vec![lost(), Event::Connected, arrived(0)], "the streams are opened anew"),
         (12, vec![lost()], "the link broke while the last log was being read"),
