@@ -25,10 +25,13 @@ pub mod records;
 pub mod report;
 mod stream;
 mod transport;
+pub mod witness;
 
 pub use bandwidth::BandwidthCap;
+pub use engine::resolver::Resolver;
 pub use engine::source::{MigrateOptions, Update, migrate};
 pub use engine::target::{ReceiveOptions, Receiver};
 pub use ferry_protocol as protocol;
 pub use records::FileRecords;
 pub use transport::endpoint::{Endpoint, EndpointError, ListenAddress};
+pub use witness::WitnessAddress;

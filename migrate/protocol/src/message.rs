@@ -9,6 +9,7 @@ use crate::digest::MemoryDigest;
 use crate::ident::{Epoch, MigrationId, VmId, VmName};
 use crate::layout::Region;
 use crate::negotiation::Features;
+use crate::witness::WitnessId;
 
 /// The longest sentence that a peer may give as a reason, in bytes; longer ones are cut.
 pub const SENTENCE_BYTES_MAX: usize = 4096;
@@ -262,9 +263,11 @@ pub enum AbortCode {
     Internal = 10,
     /// The other side stands in the way of this host's records.
     Epoch = 11,
+    /// The two sides don't have the same witness, or it can't be reached.
+    Witness = 20,
 }
 
-const ABORT_CODES: [AbortCode; 11] = [
+const ABORT_CODES: [AbortCode; 12] = [
     AbortCode::Cancelled,
     AbortCode::Version,
     AbortCode::Occupied,
@@ -276,6 +279,7 @@ const ABORT_CODES: [AbortCode; 11] = [
     AbortCode::Timeout,
     AbortCode::Internal,
     AbortCode::Epoch,
+    AbortCode::Witness,
 ];
 
 impl From<AbortCode> for u16 {
@@ -391,6 +395,8 @@ messages! {
     31 Resume(Resume),
     /// Target: this.
     32 Arrived(Arrived),
+    /// Source, after `Welcome` and where both have one: this is my witness.
+    40 Witness(WitnessId),
 }
 
 fn whole<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, String> {
@@ -456,6 +462,7 @@ impl Message {
             | Self::Rehearsed(_)
             | Self::KeepFor(_)
             | Self::Resume(_)
+            | Self::Witness(_)
             | Self::Pong(_) => Ok(()),
         }
     }
@@ -519,6 +526,7 @@ pub(crate) mod tests {
                 runs: vec![Run { first: 4, count: 600 }, Run { first: 1000, count: 1 }],
                 next: Some(2000),
             }),
+            Message::Witness(WitnessId([5; 16])),
         ]
     }
 

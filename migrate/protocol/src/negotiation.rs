@@ -31,6 +31,9 @@ impl Features {
     /// A migration whose connections break before the commit may be taken up where it was ([`crate::message::Resume`]). A
     /// source offers this only if its operator wants it to reconnect.
     pub const RESUMPTION: Self = Self(1 << 17);
+    /// The sender has a witness: offered only where one is configured, and both must have it or neither. Which one it is
+    /// the source says in [`crate::Message::Witness`].
+    pub const WITNESS: Self = Self(1 << 20);
     /// All that this crate can do on any connection.
     pub const OURS: Self = Self::LZ4
         .and(Self::ZSTD)

@@ -38,12 +38,14 @@ impl World {
                     | Message::Pong(_)
                     | Message::Rehearse(_)
                     | Message::Rehearsed(_)
+                    | Message::Witness(_)
                     | Message::KeepFor(_)
                     | Message::Resume(_)
                     | Message::Arrived(_) => {}
                 }
                 self.send(To::Source, &message);
             }
+            Action::ProbeWitness | Action::AskWitness(_) => unreachable!("there is no witness"),
             Action::WriteRecord(_)
             | Action::RehearseRecord(_)
             | Action::BuildMachine { .. }
@@ -109,6 +111,7 @@ impl World {
                     Event::MachineBuilt
                 }
             }
+            Action::ProbeWitness | Action::AskWitness(_) => unreachable!("there is no witness"),
             Action::AdoptMemory { .. } => unreachable!("the two hosts of this world share no memory"),
             Action::RestoreState(state) => {
                 assert_eq!(state, [5]);

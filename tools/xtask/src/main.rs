@@ -3,6 +3,7 @@
 //! - `cargo xtask ci`: formatting, lints, documentation, tidiness. Tests are `cargo test --workspace`.
 //! - `cargo xtask tidy`: the rules of this repository that no other tool checks.
 //! - `cargo xtask faults`: kills, stalls and cuts off real migrations at every step.
+//! - `cargo xtask model`: searches every order of events in a handover.
 //! - `cargo xtask sim`: the seeded simulation at length, or one seed of it with a trace.
 //! - `cargo xtask linux-guest [test]`: the Linux kernels and the initramfs of the tests, and their test.
 
@@ -30,6 +31,12 @@ enum Task {
     /// Kill, stall and cut off real migrations at every step; needs root and /dev/kvm
     Faults {
         /// What to pass on to the campaign: --count N, --seed N, --only N,.., --jobs N
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Search every order of events in a handover
+    Model {
+        /// What to pass on; '--help' tells
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
@@ -61,6 +68,7 @@ fn main() -> ExitCode {
         Task::Ci => ci(),
         Task::Tidy => tidy_up(),
         Task::Faults { arguments } => faults(&arguments),
+        Task::Model { arguments } => return model(&arguments),
         Task::Sim { arguments } => return simulate(&arguments),
         Task::LinuxGuest { task: None } => linux_guest::build(&root()),
         Task::LinuxGuest { task: Some(LinuxGuestTask::Test { arguments }) } => {
@@ -91,10 +99,22 @@ fn ci() -> anyhow::Result<()> {
     step("documentation", &["doc", "--workspace", "--no-deps", "--document-private-items"], &top, &warnings)
 }
 
-/// Runs the simulation's own program, whose exit code is this one's.
+/// Runs the simulation's own program.
 fn simulate(arguments: &[String]) -> ExitCode {
+    program("the simulation", &["-p", "ferry-tests", "--bin", "ferry-sim"], arguments)
+}
+
+/// Runs the search of the handover, built for speed.
+fn model(arguments: &[String]) -> ExitCode {
+    program("the model", &["--release", "-p", "ferry-model"], arguments)
+}
+
+/// Runs a program of the workspace, whose exit code is this one's.
+fn program(what: &str, which: &[&str], arguments: &[String]) -> ExitCode {
     let status = Command::new(env!("CARGO"))
-        .args(["run", "--quiet", "-p", "ferry-tests", "--bin", "ferry-sim", "--"])
+        .args(["run", "--quiet"])
+        .args(which)
+        .arg("--")
         .args(arguments)
         .current_dir(root())
         .status();
@@ -102,7 +122,7 @@ fn simulate(arguments: &[String]) -> ExitCode {
         Ok(status) if status.success() => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("xtask: the simulation can't be run: {error}");
+            eprintln!("xtask: {what} can't be run: {error}");
             ExitCode::FAILURE
         }
     }

@@ -2,6 +2,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use ferry_protocol::WitnessId;
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, JOIN_BYTES, Join};
 use ferry_protocol::message::{
     Abort, AbortCode, Arrived, AtEpoch, Describe, FenceReached, HandOver, Hello, KeepFor, MessageType,
@@ -74,6 +75,7 @@ fn messages() -> Vec<Message> {
             runs: vec![Run { first: 4, count: 600 }, Run { first: 1000, count: 1 }],
             next: Some(40_000),
         }),
+        Message::Witness(WitnessId([5; 16])),
     ]
 }
 

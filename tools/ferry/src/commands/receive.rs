@@ -39,9 +39,10 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
     }
     let records = state.records(&args.name);
     records.all().with_context(|| {
-        format!("'{}' is in doubt; once you know that no other host runs it, remove the record", args.name)
+        format!("'{}' is in doubt; once you know that no other host runs it, 'ferry resolve {} --discard' sets the record aside", args.name, args.name)
     })?;
-    let host = VmHost::new(args.name, records, Life::Waiting { listen: args.listen.to_string(), note: None });
+    let life = Life::Waiting { listen: args.listen.to_string(), note: None };
+    let host = VmHost::new(args.name, records, args.witness.open(), life);
     let console = Arc::new(console::bind(&state, &host.name)?);
     let local = LocalChoices {
         tap: tap.clone(),
@@ -58,8 +59,13 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         machines: Arc::new(MachineHost::new(local)),
     };
     let (updates, inbox) = mpsc::unbounded_channel();
-    let options = ReceiveOptions { listen: args.listen.clone(), host: host_name(), name: None };
-    let mut receiver = Receiver::bind(
+    let options = ReceiveOptions {
+        listen: args.listen.clone(),
+        host: host_name(),
+        name: None,
+        witness: host.witness.clone(),
+    };
+    let receiver = Receiver::bind(
         options,
         Arc::new(machine_host),
         Arc::clone(&host.records) as _,
@@ -76,9 +82,18 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
 
     let follower = Follower { host: Arc::clone(&host), listen, json };
     let follower = tokio::spawn(follower.run(inbox));
+    wait_for_vm(receiver, &host);
+    let code = stay(host, signals, json).await?;
+    follower.abort();
+    server.await??;
+    Ok(code)
+}
+
+/// Has the receiver wait, and the process end if that comes to nothing.
+fn wait_for_vm(mut receiver: Receiver, host: &Arc<VmHost>) {
     let cancel = host.stop_waiting.subscribe();
     let waiting = tokio::spawn(async move { receiver.receive(cancel).await });
-    let ender = Arc::clone(&host);
+    let ender = Arc::clone(host);
     tokio::spawn(async move {
         // The receiver goes on answering the source after the guest runs, and then has no more to do.
         let (reason, failed) = match waiting.await {
@@ -89,10 +104,6 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         };
         ender.not_received(reason, failed);
     });
-    let code = stay(host, signals, json).await?;
-    follower.abort();
-    server.await??;
-    Ok(code)
 }
 
 fn host_name() -> String {
@@ -226,6 +237,12 @@ impl Follower {
                 Progress::InDoubt => {
                     let text = "the source is gone at the last moment; waiting for it to come back";
                     say(self.json, &self.host, "in-doubt", text, &[]);
+                }
+                Progress::WitnessSilent { reason } => {
+                    let text = format!(
+                        "the VM was handed over, but the witness can't be asked for leave to run it ({reason}); asking again"
+                    );
+                    say(self.json, &self.host, "witness-silent", &text, &[("reason", &reason)]);
                 }
                 Progress::Running => {
                     let epoch = self.host.info().epoch.unwrap_or_default().to_string();
