@@ -4,6 +4,7 @@
 //! that learns, and never a frame of the guest from two hosts. Times are printed, and bounded only loosely: they
 //! belong to the benches.
 
+mod cable;
 mod demo;
 mod moves;
 mod taps;

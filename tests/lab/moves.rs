@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use crate::{FERRY, turn};
 
-const PORT: u16 = 4444;
+pub(crate) const PORT: u16 = 4444;
 
 /// Concurrent requests of the client.
 const CONNECTIONS: usize = 4;
@@ -73,7 +73,7 @@ impl TapWatch {
     }
 }
 
-fn run(host: &Host<'_>) -> Process {
+pub(crate) fn run(host: &Host<'_>) -> Process {
     let workload = format!("http ip={VM_IPV4}/24 ip6={}/64 fill=32 random=100", ipv6_beside(VM_IPV4));
     let net = format!("tap={TAP},mac={VM_MAC}");
     let arguments = ["run", "--name", "web", "--memory", "96M", "--serial", "null", "--net", &net];
@@ -82,7 +82,7 @@ fn run(host: &Host<'_>) -> Process {
     process
 }
 
-fn receive(host: &Host<'_>, address: &str) -> Process {
+pub(crate) fn receive(host: &Host<'_>, address: &str) -> Process {
     let net = format!("tap={TAP}");
     host.hosts(&["receive", "--name", "web", "--listen", address, "--net", &net, "--insecure"])
 }

@@ -148,6 +148,10 @@ impl Source {
     /// Begins a migration of a guest with `layout` at `now`: the first action is to connect.
     #[must_use]
     pub fn new(config: Config, layout: MemoryLayout, now: Timestamp) -> Self {
+        let mut costs = FixedCosts::default();
+        if config.verify_whole {
+            costs.expect_whole(layout.page_count());
+        }
         let mut context = Context {
             standing: SourceStanding::Owner(config.epoch),
             config,
@@ -157,7 +161,7 @@ impl Source {
             host: String::new(),
             rounds: Vec::new(),
             link: LinkEstimate::default(),
-            costs: FixedCosts::default(),
+            costs,
             features: Features::NONE,
             fence: 0,
             reached: 0,

@@ -275,6 +275,10 @@ impl PreCopy {
             return Phase::PreCopy(self);
         };
         let (started, sent, dirty_pages) = (*started, *sent, pages.count());
+        if context.config.verify_whole && context.fence == 1 {
+            // What the guest touches later is hardly more than what it has touched so far.
+            context.costs.expect_whole(context.layout.page_count().saturating_sub(sent.untouched_pages));
+        }
         let took = now.since(started);
         context.link.add_round(
             sent.pages() - sent.zero_pages,
