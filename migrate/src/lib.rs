@@ -28,7 +28,10 @@ mod transport;
 
 pub use bandwidth::BandwidthCap;
 pub use engine::source::{MigrateOptions, Update, migrate};
-pub use engine::target::{ReceiveOptions, Receiver};
+pub use engine::target::{ReceiveOptions, Receiver, TurnedAway};
 pub use ferry_protocol as protocol;
 pub use records::FileRecords;
 pub use transport::endpoint::{Endpoint, EndpointError, ListenAddress};
+pub use transport::security::{Security, SecurityError};
+pub use transport::tls;
+pub use transport::tls::{Tls, TlsError};

@@ -82,7 +82,7 @@ fn a_port_that_is_taken_is_named() {
         &["can't listen on", &address, "in use"],
     );
     host.refuses(
-        &["receive", "--name", "other", "--listen", "192.0.2.1:4444"],
+        &["receive", "--name", "other", "--listen", "192.0.2.1:4444", "--insecure"],
         &["can't listen on 192.0.2.1:4444", "Cannot assign"],
     );
 }

@@ -20,6 +20,7 @@ mod shutdown;
 mod targets;
 #[path = "../../vmm/tests/support/elf.rs"]
 mod tiny_kernel;
+mod tls;
 mod under_way;
 
 /// The program under test.

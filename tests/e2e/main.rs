@@ -6,6 +6,7 @@
 mod backings;
 mod bad_input;
 mod clocks;
+mod joins;
 mod local;
 mod migrations;
 mod reconnect;

@@ -83,11 +83,12 @@ pub(crate) fn run(host: &Host<'_>) -> Process {
 }
 
 pub(crate) fn receive(host: &Host<'_>, address: &str) -> Process {
-    host.hosts(&["receive", "--name", "web", "--listen", address, "--net", &format!("tap={TAP}")])
+    let net = format!("tap={TAP}");
+    host.hosts(&["receive", "--name", "web", "--listen", address, "--net", &net, "--insecure"])
 }
 
 fn migrate(from: &Host<'_>, to: &Host<'_>, address: &str) -> Value {
-    let said = from.ferry(&["migrate", "web", "--to", address, "--downtime", BUDGET, "--json"]);
+    let said = from.ferry(&["migrate", "web", "--to", address, "--downtime", BUDGET, "--insecure", "--json"]);
     let report = said.json_lines().pop().expect("events");
     assert_eq!((&report["event"], &report["digest_equal"]), (&"moved".into(), &true.into()), "{report}");
     to.until_state("web", "running");
@@ -233,7 +234,18 @@ fn no_frame_of_the_guest_leaves_the_target_before_the_handover() {
     let address = format!("{HOST_B_IPV4}:{PORT}");
     let watch = TapWatch::start(&lab.host_b, clock);
     let _on_b = receive(&b, &address);
-    let slowly = ["migrate", "web", "--to", &address, "--bandwidth", "10M/s", "--downtime", "2ms", "--json"];
+    let slowly = [
+        "migrate",
+        "web",
+        "--to",
+        &address,
+        "--bandwidth",
+        "10M/s",
+        "--downtime",
+        "2ms",
+        "--insecure",
+        "--json",
+    ];
     let migrating = a.start(a.command(&slowly));
     migrating.until("transferred");
     std::thread::sleep(Duration::from_secs(1));

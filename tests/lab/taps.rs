@@ -18,7 +18,10 @@ fn a_tap_that_can_not_be_had_is_named() {
     let listen = format!("{HOST_A_IPV4}:0");
     let refused = |net: &str, words: &[&str]| {
         host.refuses(&run("second", net), words);
-        host.refuses(&["receive", "--name", "second", "--listen", &listen, "--net", net], words);
+        host.refuses(
+            &["receive", "--name", "second", "--listen", &listen, "--net", net, "--insecure"],
+            words,
+        );
         assert!(!host.file("second.sock").exists() && host.has_no_record_of("second"));
     };
     refused("tap=tap9", &["'tap9'", "no interface", "ip tuntap add"]);
@@ -47,10 +50,11 @@ fn a_target_whose_tap_is_taken_meanwhile_refuses_and_takes_the_vm_later() {
     let running = source.hosts(&[&run[..], &["--guest", "http ip=10.77.0.2/24"]].concat());
     source.until_ready("web");
     let address = format!("{}:4444", ferry_lab::network::lab::HOST_B_IPV4);
-    let _waiting = target.hosts(&["receive", "--name", "web", "--listen", &address, "--net", &net]);
+    let _waiting =
+        target.hosts(&["receive", "--name", "web", "--listen", &address, "--net", &net, "--insecure"]);
 
     let thief = lab.host_b.run(|| ferry_vmm::tap::Tap::attach(TAP).unwrap()).unwrap();
-    let migrate = ["migrate", "web", "--to", &address, "--downtime", "2s"];
+    let migrate = ["migrate", "web", "--to", &address, "--downtime", "2s", "--insecure"];
     source.refuses(&migrate, &["goes on here", "'tap0'", "in use by another process"]);
     source.goes_on("web");
     drop(thief);
@@ -71,8 +75,8 @@ fn a_vm_with_an_interface_needs_a_target_with_a_tap() {
     let _running = source.hosts(&[&run[..], &["--guest", "http ip=10.77.0.2/24"]].concat());
     source.until_ready("web");
     let address = format!("{}:4444", ferry_lab::network::lab::HOST_B_IPV4);
-    let _waiting = target.hosts(&["receive", "--name", "web", "--listen", &address]);
-    source.refuses(&["migrate", "web", "--to", &address], &["goes on here", "tap"]);
+    let _waiting = target.hosts(&["receive", "--name", "web", "--listen", &address, "--insecure"]);
+    source.refuses(&["migrate", "web", "--to", &address, "--insecure"], &["goes on here", "tap"]);
     source.goes_on("web");
     target.until_state("web", "waiting");
 }

@@ -14,7 +14,8 @@ use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::source::{Failure, OnTimeout, Outcome, Summary};
 use ferry_migrate::protocol::{Epoch, MemoryLayout, MigrationId, PAGE_BYTES, VmId};
 use ferry_migrate::{
-    BandwidthCap, FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Update, migrate,
+    BandwidthCap, FileRecords, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Security, Update,
+    migrate,
 };
 use ferry_vmm::{
     Backing, BootSource, ClockMode, CpuModel, CpuProfile, Kernel, LocalChoices, Machine, MachineConfig,
@@ -193,6 +194,7 @@ impl Guest {
             name: "guest".parse().expect("a name"),
             epoch: self.epoch,
             target: target.parse().expect("an endpoint"),
+            security: Security::LoopbackOnly,
             streams: 1,
             adapt_streams: false,
             compression: Compression::None,
@@ -305,7 +307,8 @@ fn target_at(guest: &Guest, listen: ListenAddress, memory: MemoryChoices) -> Tar
     };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
-    let options = ReceiveOptions { listen, host: "target".into(), name: None };
+    let options =
+        ReceiveOptions { listen, security: Security::LoopbackOnly, host: "target".into(), name: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
     let receiver = Receiver::bind(options, Arc::new(host), Arc::clone(&records) as _, clock, updates)

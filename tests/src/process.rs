@@ -116,7 +116,11 @@ impl<'a> Host<'a> {
     /// `ferry` with these arguments on this host, not started yet.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
-        command.args(arguments).env("FERRY_STATE_DIR", self.state()).env_remove("FERRY_LOG");
+        command
+            .args(arguments)
+            .env("FERRY_STATE_DIR", self.state())
+            .env("FERRY_TLS_DIR", "")
+            .env_remove("FERRY_LOG");
         command
     }
 

@@ -13,19 +13,32 @@
 //! the pages. A fence carries its number in the chunk field and says that everything sent before it on this
 //! stream has been sent.
 //!
-//! A stream begins with a join of 32 bytes: "FRRD", version (u16 LE), stream index (u16 LE), migration (16
-//! bytes), zero (4 bytes), crc32c of the first 28 bytes.
+//! A stream begins with a join:
+//!
+//! ```text
+//!  0        4         6        8               24        28              60       64
+//!  +--------+---------+--------+---------------+---------+---------------+--------+
+//!  | "FRRJ" | version | stream | migration     | session | proof         | crc32c |
+//!  +--------+---------+--------+---------------+---------+---------------+--------+
+//!    bytes    u16 LE    u16 LE   16 bytes        u32 LE    32 bytes        u32 LE
+//! ```
+//!
+//! The checksum covers what stands before it; [`crate::admission`] says what is proved.
 
+use crate::admission::Proof;
 use crate::bitmap::{CHUNK_PAGES, ChunkIndex, PageMask};
 use crate::ident::MigrationId;
 use crate::layout::PAGE_BYTES_U64;
 use crate::wire::{VERSION_NEWEST, VERSION_OLDEST};
 
 /// What every data stream begins with.
-pub const DATA_MAGIC: [u8; 4] = *b"FRRD";
+pub const DATA_MAGIC: [u8; 4] = *b"FRRJ";
+
+/// What a data stream without a proof began with, in the first ferries. It is refused by name.
+pub const UNPROVED_MAGIC: [u8; 4] = *b"FRRD";
 
 /// Bytes of a stream's join.
-pub const JOIN_BYTES: usize = 32;
+pub const JOIN_BYTES: usize = 64;
 
 /// Bytes of a frame's header.
 pub const FRAME_HEADER_BYTES: usize = 84;
@@ -223,7 +236,7 @@ fn is_delta_length(pages: u64, body_bytes: u32) -> bool {
 
 const _: () = assert!(CHUNK_PAGES == 512, "the mask has 512 bits");
 
-/// What opens a data stream: which migration and which of its streams.
+/// What opens a data stream: which migration, which of its streams, and the proof that it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Join {
     /// The migration that the control connection announced.
@@ -233,6 +246,8 @@ pub struct Join {
     /// Which of the migration's sets of streams it belongs to: 0, and after each interruption the number that
     /// [`crate::message::Resume`] has announced. A stream that was under way when the link broke is thereby known as late.
     pub session: u32,
+    /// Made with the key that the target has given the source; not checked yet.
+    pub proof: Proof,
 }
 
 impl Join {
@@ -245,8 +260,9 @@ impl Join {
         bytes[6..8].copy_from_slice(&self.stream.to_le_bytes());
         bytes[8..24].copy_from_slice(&self.migration.0);
         bytes[24..28].copy_from_slice(&self.session.to_le_bytes());
-        let crc = crc32c::crc32c(&bytes[..28]);
-        bytes[28..].copy_from_slice(&crc.to_le_bytes());
+        bytes[28..60].copy_from_slice(&self.proof.0);
+        let crc = crc32c::crc32c(&bytes[..60]);
+        bytes[60..].copy_from_slice(&crc.to_le_bytes());
         bytes
     }
 
@@ -258,7 +274,7 @@ impl Join {
         if bytes[0..4] != DATA_MAGIC {
             return Err(FrameError::Join("it begins with other bytes"));
         }
-        if crc32c::crc32c(&bytes[..28]).to_le_bytes() != bytes[28..] {
+        if crc32c::crc32c(&bytes[..60]).to_le_bytes() != bytes[60..] {
             return Err(FrameError::Join("its checksum is wrong"));
         }
         let version = u16::from_le_bytes(array(&bytes[4..6]));
@@ -267,7 +283,8 @@ impl Join {
         }
         let stream = u16::from_le_bytes(array(&bytes[6..8]));
         let session = u32::from_le_bytes(array(&bytes[24..28]));
-        Ok(Self { migration: MigrationId(array(&bytes[8..24])), stream, session })
+        let proof = Proof(array(&bytes[28..60]));
+        Ok(Self { migration: MigrationId(array(&bytes[8..24])), stream, session, proof })
     }
 }
 
@@ -344,7 +361,7 @@ mod tests {
 
     #[test]
     fn joins_read_back() {
-        let join = Join { migration: MigrationId([3; 16]), stream: 5, session: 7 };
+        let join = Join { migration: MigrationId([3; 16]), stream: 5, session: 7, proof: Proof([8; 32]) };
         let bytes = join.encode();
         assert_eq!(Join::decode(&bytes), Ok(join));
         for at in 0..JOIN_BYTES {

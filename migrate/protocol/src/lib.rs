@@ -8,7 +8,7 @@
 //! ```text
 //!             source                                        target
 //!  negotiate  Hello, Describe          ------------------>  builds an empty machine
-//!                                      <------------------  Welcome, Ready
+//!                                      <------------------  Welcome, Admit, Ready
 //!  pre-copy   pages, fence   (rounds)  ==================>  writes them into guest memory
 //!                                      <------------------  FenceReached
 //!  stop       pauses the guest, last pages, State  ======>
@@ -23,6 +23,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod admission;
 pub mod bitmap;
 pub mod digest;
 pub mod encode;

@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use crate::admission::JoinKey;
 use crate::digest::MemoryDigest;
 use crate::ident::{Epoch, MigrationId, VmId, VmName};
 use crate::layout::Region;
@@ -148,6 +149,15 @@ pub struct Run {
     pub count: u64,
 }
 
+/// What lets the data streams of one session in: sent before `Ready`, and before the last part of each `Arrived`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Admit {
+    /// The number in the streams' joins.
+    pub session: u32,
+    /// What their proofs are made with.
+    pub key: JoinKey,
+}
+
 /// What a guest is known by on its network.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct NetworkIdentity {
@@ -262,9 +272,11 @@ pub enum AbortCode {
     Internal = 10,
     /// The other side stands in the way of this host's records.
     Epoch = 11,
+    /// By its certificate, or for lack of one, a side may not do this.
+    Forbidden = 12,
 }
 
-const ABORT_CODES: [AbortCode; 11] = [
+const ABORT_CODES: [AbortCode; 12] = [
     AbortCode::Cancelled,
     AbortCode::Version,
     AbortCode::Occupied,
@@ -276,6 +288,7 @@ const ABORT_CODES: [AbortCode; 11] = [
     AbortCode::Timeout,
     AbortCode::Internal,
     AbortCode::Epoch,
+    AbortCode::Forbidden,
 ];
 
 impl From<AbortCode> for u16 {
@@ -391,6 +404,8 @@ messages! {
     31 Resume(Resume),
     /// Target: this.
     32 Arrived(Arrived),
+    /// Target: the data streams are let in with this.
+    40 Admit(Admit),
 }
 
 fn whole<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, String> {
@@ -456,6 +471,7 @@ impl Message {
             | Self::Rehearsed(_)
             | Self::KeepFor(_)
             | Self::Resume(_)
+            | Self::Admit(_)
             | Self::Pong(_) => Ok(()),
         }
     }
@@ -464,6 +480,7 @@ impl Message {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::admission::JoinSecret;
 
     /// A message of every type, with fixed contents: the golden vectors are made of these.
     pub(crate) fn one_of_each() -> Vec<Message> {
@@ -519,6 +536,7 @@ pub(crate) mod tests {
                 runs: vec![Run { first: 4, count: 600 }, Run { first: 1000, count: 1 }],
                 next: Some(2000),
             }),
+            Message::Admit(Admit { session: 1, key: JoinSecret([7; 32]).key(1) }),
         ]
     }
 

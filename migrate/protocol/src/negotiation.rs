@@ -31,6 +31,9 @@ impl Features {
     /// A migration whose connections break before the commit may be taken up where it was ([`crate::message::Resume`]). A
     /// source offers this only if its operator wants it to reconnect.
     pub const RESUMPTION: Self = Self(1 << 17);
+    /// Each data stream proves that it belongs to the migration ([`crate::message::Admit`]). A target that wants proof takes
+    /// no streams of a source without this.
+    pub const ADMISSION: Self = Self(1 << 18);
     /// All that this crate can do on any connection.
     pub const OURS: Self = Self::LZ4
         .and(Self::ZSTD)
@@ -38,7 +41,8 @@ impl Features {
         .and(Self::REHEARSAL)
         .and(Self::UNVERIFIED)
         .and(Self::KEEPALIVE)
-        .and(Self::RESUMPTION);
+        .and(Self::RESUMPTION)
+        .and(Self::ADMISSION);
 
     /// All of either.
     #[must_use]

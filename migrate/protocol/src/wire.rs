@@ -43,8 +43,8 @@ pub enum WireError {
     /// A message type that this version does not have.
     #[error("the peer sent a message of the unknown type {0}")]
     Type(u16),
-    /// A length beyond [`BODY_BYTES_MAX`].
-    #[error("the peer announced a message of {0} bytes, above the limit of {BODY_BYTES_MAX}")]
+    /// A length beyond [`BODY_BYTES_MAX`], or what the peer may send yet.
+    #[error("the peer announced a message of {0} bytes, above what it may send")]
     TooLong(u32),
     /// The checksum does not fit the bytes.
     #[error("a message of type {message_type} arrived damaged (its checksum is wrong)")]
@@ -108,6 +108,14 @@ impl Decoder {
     /// # Errors
     /// [`WireError`]; the stream can't be read any further afterwards.
     pub fn next_message(&mut self) -> Result<Option<Message>, WireError> {
+        self.next_within(BODY_BYTES_MAX)
+    }
+
+    /// The same, where a body may have at most so many bytes, as long as the peer is not known.
+    ///
+    /// # Errors
+    /// [`WireError`]; the stream can't be read any further afterwards.
+    pub fn next_within(&mut self, body_bytes_max: usize) -> Result<Option<Message>, WireError> {
         if let Some(magic) = self.buffer.first_chunk::<4>().filter(|&magic| *magic != CONTROL_MAGIC) {
             return Err(WireError::Magic(*magic));
         }
@@ -124,7 +132,7 @@ impl Decoder {
         let message_type = MessageType::from_number(number).ok_or(WireError::Type(number))?;
         let body_bytes = usize::try_from(length)
             .ok()
-            .filter(|&n| n <= BODY_BYTES_MAX)
+            .filter(|&n| n <= body_bytes_max.min(BODY_BYTES_MAX))
             .ok_or(WireError::TooLong(length))?;
         let Some(whole) = self.buffer.get(..HEADER_BYTES + body_bytes) else {
             return Ok(None);

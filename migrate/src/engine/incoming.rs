@@ -5,15 +5,16 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use ferry_protocol::admission::{JoinSecret, PROOF_BYTES, Place};
 use ferry_protocol::frame::Join;
+use ferry_protocol::message::Hello;
 use ferry_protocol::target::Event;
-use ferry_protocol::{MemoryDigest, StreamIndex};
+use ferry_protocol::{Epoch, MemoryDigest, MigrationId, StreamIndex, VmId};
 use ferry_vmm::confine::{self, Role};
-use tokio::net::TcpStream;
 
+use super::door::Joining;
 use crate::ports::TargetVm;
 use crate::stream::{Part, ReceivedMemory, StreamEvent, receive_stream};
-use crate::transport::tcp;
 
 /// The data streams that the migration under way expects, and the machine that they fill.
 pub(super) struct Streams {
@@ -25,15 +26,49 @@ pub(super) struct Streams {
     joined: Vec<bool>,
     sockets: Vec<std::net::TcpStream>,
     threads: Vec<JoinHandle<u32>>,
+    /// What streams prove.
+    admission: Admission,
     /// Which set of streams is let in, if any.
     session: Option<u32>,
     /// The digest of all that earlier sets brought; the first stream of a set takes it over.
     digest: MemoryDigest,
 }
 
+/// Tells the migration's own streams from others.
+#[derive(Debug, Clone)]
+pub(super) struct Admission {
+    /// New for each attempt.
+    pub(super) secret: JoinSecret,
+    vm: VmId,
+    /// The epoch in which the source runs it.
+    epoch: Epoch,
+    migration: MigrationId,
+}
+
+impl Admission {
+    /// For the attempt that begins with `hello`.
+    ///
+    /// # Errors
+    /// If there are no random numbers.
+    pub(super) fn new(hello: &Hello) -> io::Result<Self> {
+        let mut secret = [0; PROOF_BYTES];
+        getrandom::fill(&mut secret).map_err(|error| io::Error::other(error.to_string()))?;
+        let Hello { vm, epoch, migration, .. } = *hello;
+        Ok(Self { secret: JoinSecret(secret), vm, epoch, migration })
+    }
+
+    /// Whether whoever sent this join was given the key for it.
+    fn admits(&self, join: &Join) -> bool {
+        let Self { ref secret, vm, epoch, migration } = *self;
+        let Join { migration: joined, stream, session, proof } = *join;
+        let place = Place { vm, epoch, migration, session, stream };
+        joined == migration && secret.key(session).admits(&place, &proof)
+    }
+}
+
 impl Streams {
     /// Lets in the first set of `count` streams.
-    pub(super) fn new(vm: Arc<dyn TargetVm>, count: u16, verify: bool) -> Self {
+    pub(super) fn new(vm: Arc<dyn TargetVm>, count: u16, verify: bool, admission: Admission) -> Self {
         let received = Arc::new(ReceivedMemory::new(vm.pages().layout().page_count()));
         Self {
             vm,
@@ -42,6 +77,7 @@ impl Streams {
             joined: vec![false; usize::from(count)],
             sockets: Vec::new(),
             threads: Vec::new(),
+            admission,
             session: Some(0),
             digest: MemoryDigest::ZERO,
         }
@@ -52,27 +88,31 @@ impl Streams {
         (self.session, self.digest) = (Some(session), digest);
     }
 
-    /// Takes a stream, unless it is of another set, as one that was under way when the link broke, or has joined before.
+    /// Takes a stream, unless it is of another set, as one that was under way when the link broke, or has joined before;
+    /// says whether it did.
     ///
     /// # Errors
     /// What the operating system says of the socket or the thread.
     pub(super) fn take(
         &mut self,
         join: &Join,
-        stream: TcpStream,
+        joining: Joining,
         report: impl Fn(Event) + Send + 'static,
-    ) -> io::Result<()> {
+    ) -> io::Result<bool> {
         let count = u16::try_from(self.joined.len()).expect("made of a u16");
         let (Some(index), true) = (StreamIndex::new(join.stream, count), self.session == Some(join.session))
         else {
-            return Ok(());
+            return Ok(false);
         };
-        if std::mem::replace(&mut self.joined[usize::from(join.stream)], true) {
-            return Ok(());
+        // Before it takes a place that somebody else may have a right to.
+        if !self.admission.admits(join) {
+            return Ok(false);
         }
-        let socket = stream.into_std()?;
-        tcp::set_up_data(&socket, None)?;
-        let handle = socket.try_clone()?;
+        if std::mem::replace(&mut self.joined[usize::from(join.stream)], true) {
+            return Ok(false);
+        }
+        let reader = joining.into_reader()?;
+        let handle = reader.socket().try_clone()?;
         let (pages, received) = (self.vm.pages(), Arc::clone(&self.received));
         let digest = std::mem::take(&mut self.digest);
         let part = Part { verify: self.verify, session: join.session, digest };
@@ -90,11 +130,11 @@ impl Streams {
                     },
                 });
             };
-            receive_stream(socket, pages, received, part, &report)
+            receive_stream(reader, pages, received, part, &report)
         })?;
         self.sockets.push(handle);
         self.threads.push(thread);
-        Ok(())
+        Ok(true)
     }
 
     /// Lets no stream in any more and shuts the sockets, which ends the threads; what is returned waits for them, and says

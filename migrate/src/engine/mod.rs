@@ -2,8 +2,10 @@
 //!
 //! Decisions are the core's; what stands here is plumbing: tasks, threads, channels.
 
+mod connection;
 mod door;
 mod incoming;
+mod lobby;
 pub mod source;
 pub mod target;
 mod vm_worker;

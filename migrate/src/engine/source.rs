@@ -10,8 +10,7 @@ use ferry_protocol::record::Standing;
 use ferry_protocol::source::{
     Action, Config, Event, Failure, MemoryPath, OnTimeout, Outcome, Progress, Source,
 };
-use ferry_protocol::{Epoch, MemoryLayout, Message, MigrationId, Record, VmId, VmName};
-use tokio::net::{TcpStream, UnixStream};
+use ferry_protocol::{Epoch, MemoryLayout, Message, MigrationId, PageBitmap, Record, VmId, VmName};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -24,7 +23,7 @@ use crate::report::StreamWork;
 use crate::stream::{How, Opening, SenderOptions, Senders, StreamSettings, TransferCounters};
 use crate::transport::control::{ControlReader, ControlStream, ControlWriter, UNHANDLED_MAX, split};
 use crate::transport::endpoint::Endpoint;
-use crate::transport::tcp;
+use crate::transport::security::{Dialer, Security};
 
 /// What the caller of [`migrate`] chooses.
 #[derive(Debug, Clone)]
@@ -40,6 +39,8 @@ pub struct MigrateOptions {
     /// The target. Through a Unix socket guest memory is handed over ([`MemoryPath::HandedOver`]): no page is copied, and
     /// streams, compression and bandwidth have no meaning.
     pub target: Endpoint,
+    /// Whom the connections to it can be trusted to reach, and who may read along.
+    pub security: Security,
     /// How many data streams, 1 to [`ferry_protocol::ident::STREAMS_MAX`].
     pub streams: u16,
     /// Whether only as many of them work as make the migration faster.
@@ -129,10 +130,12 @@ pub async fn migrate(
     let layout = pages.layout();
     let bandwidth = Arc::new(Bandwidth::new(options.bandwidth.clone(), Arc::clone(&clock)));
     let counters = Arc::new(TransferCounters::default());
-    let target = options.target.clone();
+    let dialer = Dialer::new(options.security.clone(), options.target.clone(), options.name.clone());
     let settings = StreamSettings {
-        target: target.to_string(),
+        dialer: Arc::new(dialer),
         migration: options.migration,
+        vm: options.vm,
+        epoch: options.epoch,
         streams: options.streams,
         adapt_streams: options.adapt_streams,
         compression: options.compression,
@@ -151,7 +154,6 @@ pub async fn migrate(
         updates,
         counters,
         sender_options,
-        target,
         memory,
         connection: None,
         connection_number: 0,
@@ -176,6 +178,7 @@ fn begin(
         name,
         epoch,
         target,
+        security: _,
         streams,
         adapt_streams: _,
         compression,
@@ -243,7 +246,6 @@ struct Engine {
     updates: mpsc::UnboundedSender<Update>,
     counters: Arc<TransferCounters>,
     sender_options: Arc<SenderOptions>,
-    target: Endpoint,
     /// Guest memory, if it is to be handed over.
     memory: Option<OwnedFd>,
     connection: Option<Connection>,
@@ -322,22 +324,12 @@ impl Engine {
     fn link_event(&mut self, number: u64, event: LinkEvent) -> Option<Event> {
         match event {
             LinkEvent::Up(stream) => {
-                self.pin_address(&stream);
                 let (reader, writer) = split(stream);
                 let reader = tokio::spawn(read(reader, number, self.events.clone()));
                 self.connection = Some(Connection { writer, reader });
                 Some(Event::Connected)
             }
             LinkEvent::Event(event) => Some(event),
-        }
-    }
-
-    /// A name may stand for several hosts; streams and reconnections go to the one that was reached first.
-    fn pin_address(&mut self, stream: &ControlStream) {
-        if let ControlStream::Tcp(stream) = stream
-            && let Ok(address) = stream.peer_addr()
-        {
-            let _ = self.sender_options.pinned.set(address);
         }
     }
 
@@ -351,10 +343,10 @@ impl Engine {
             }
             Action::SendMemory(message) => self.send_memory(&message),
             Action::OpenStreams { verify } => {
-                self.open_streams(Opening { verify, session: 0, lacking: None });
+                self.open_streams((verify, 0, None));
             }
             Action::ReopenStreams { verify, session, lacking } => {
-                self.open_streams(Opening { verify, session, lacking: Some(lacking) });
+                self.open_streams((verify, session, Some(lacking)));
             }
             Action::CloseStreams => {
                 self.sender_options.bandwidth.stop();
@@ -399,16 +391,14 @@ impl Engine {
         }
         self.connection_number += 1;
         let (number, events) = (self.connection_number, self.events.clone());
-        let target = match &self.target {
-            Endpoint::Tcp(_) => Endpoint::Tcp(self.sender_options.address()),
-            Endpoint::Unix(path) => Endpoint::Unix(path.clone()),
-        };
+        let dialer = Arc::clone(&self.sender_options.dialer);
         tokio::spawn(async move {
             tokio::time::sleep(delay).await;
-            let event = match connect_control(&target).await {
+            let event = match dialer.control().await {
                 Ok(stream) => LinkEvent::Up(stream),
                 Err(error) => LinkEvent::Event(Event::Disconnected(format!(
-                    "can't connect to {target}: {error}; is 'ferry receive --listen' running there?"
+                    "can't connect to {}: {error}",
+                    dialer.address()
                 ))),
             };
             let _ = events.send(Happened::Link(number, event, None));
@@ -427,9 +417,16 @@ impl Engine {
         }
     }
 
-    fn open_streams(&mut self, opening: Opening) {
-        let session = opening.session;
+    fn open_streams(&mut self, (verify, session, lacking): (bool, u32, Option<PageBitmap>)) {
         self.session = session;
+        let Some(key) = self.core.join_key(session) else {
+            // An older one, which would let anybody join.
+            let reason =
+                "the target has not said what data streams are let in with; update ferry there".to_owned();
+            let _ = self.events.send(Happened::Core(Event::StreamFailed(reason)));
+            return;
+        };
+        let opening = Opening { verify, session, lacking, key };
         let closing = self.closing.take();
         let (options, events) = (Arc::clone(&self.sender_options), self.events.clone());
         let done = events.clone();
@@ -568,22 +565,6 @@ async fn cancelled(cancel: &mut watch::Receiver<bool>) {
         // The sender is gone, so nobody can cancel any more.
         std::future::pending::<()>().await;
     }
-}
-
-async fn connect_control(target: &Endpoint) -> std::io::Result<ControlStream> {
-    let connecting = async {
-        match target {
-            Endpoint::Tcp(address) => {
-                let stream = TcpStream::connect(address).await?;
-                tcp::set_up(&stream)?;
-                Ok(ControlStream::Tcp(stream))
-            }
-            Endpoint::Unix(path) => UnixStream::connect(path).await.map(ControlStream::Unix),
-        }
-    };
-    tokio::time::timeout(tcp::CONNECT_TIMEOUT, connecting)
-        .await
-        .map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?
 }
 
 async fn read(mut reader: ControlReader, number: u64, events: mpsc::UnboundedSender<Happened>) {

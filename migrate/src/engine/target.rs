@@ -10,26 +10,30 @@ use std::time::Duration;
 use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
-use ferry_protocol::{MemoryDigest, MemoryLayout, Message, MigrationId, Record, VmId, VmName};
-use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::task::JoinHandle;
+use ferry_protocol::{MemoryDigest, MemoryLayout, Message, Record, VmId, VmName};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
-use super::door::{Door, Knock, Link, STRANGERS_MAX, sort};
-use super::incoming::Streams;
+use super::connection::{Connection, connect};
+use super::door::{Door, Joining, Knock, Link, sort};
+use super::incoming::{Admission, Streams};
+use super::lobby::STRANGERS_MAX;
+pub use super::lobby::TurnedAway;
 use super::vm_worker::VmWorker;
 use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
 use crate::announce;
 use crate::fault;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
-use crate::transport::control::{ControlWriter, Incoming, UNHANDLED_MAX};
 use crate::transport::endpoint::ListenAddress;
+use crate::transport::security::Security;
+use crate::transport::tls::identity::HostIdentity;
 
 /// What the caller of [`Receiver::bind`] chooses.
 #[derive(Debug, Clone)]
 pub struct ReceiveOptions {
     /// Where to listen.
     pub listen: ListenAddress,
+    /// Who is let in. Without TLS and without [`Security::Insecure`] only what comes from this very host.
+    pub security: Security,
     /// This host's name, shown at the source.
     pub host: String,
     /// The only VM that is taken, if the operator said one.
@@ -73,7 +77,8 @@ impl Receiver {
     /// Binds the listener. `updates` hears of what happens from then on.
     ///
     /// # Errors
-    /// What the operating system says of the address.
+    /// What the operating system says of the address, and `PermissionDenied` with the ways out for one that is open to
+    /// a network without TLS.
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -84,7 +89,7 @@ impl Receiver {
         clock: Arc<dyn Clock>,
         updates: mpsc::UnboundedSender<Progress>,
     ) -> std::io::Result<Self> {
-        let door = Door::open(&options.listen)?;
+        let door = Door::open(&options.listen, &options.security)?;
         Ok(Self { door, options, host, records, clock, updates })
     }
 
@@ -94,6 +99,12 @@ impl Receiver {
     /// What the operating system says.
     pub fn local_address(&self) -> std::io::Result<ListenAddress> {
         self.door.address()
+    }
+
+    /// Whom it has turned away so far.
+    #[must_use]
+    pub fn turned_away(&self) -> Arc<TurnedAway> {
+        self.door.turned_away()
     }
 
     /// Waits for a VM, through as many failed attempts as there are, until one runs here and its source knows.
@@ -156,14 +167,14 @@ enum Ended {
 /// The next attempt, which waits until this one is over.
 type Newer = (Box<Hello>, Link);
 
-struct BuiltMachine {
+pub(super) struct BuiltMachine {
     vm: Arc<dyn TargetVm>,
     layout: MemoryLayout,
     streams: u16,
     verify: bool,
 }
 
-enum Happened {
+pub(super) enum Happened {
     Core(Event),
     /// Of the connection with this number. The permit bounds how many wait.
     Link(u64, Event, Option<OwnedSemaphorePermit>),
@@ -172,25 +183,23 @@ enum Happened {
     Built(Result<BuiltMachine, BuildRefusal>),
 }
 
-struct Connection {
-    writer: ControlWriter,
-    reader: JoinHandle<()>,
-}
-
 /// One migration from `Hello` to its end.
 struct Attempt {
     core: Target,
     vm: VmId,
-    migration: MigrationId,
+    admission: Admission,
     host: Arc<dyn TargetHost>,
     records: Arc<dyn RecordStore>,
     clock: Arc<dyn Clock>,
     updates: mpsc::UnboundedSender<Progress>,
     worker: VmWorker,
+    turned_away: Arc<TurnedAway>,
     events: mpsc::UnboundedSender<Happened>,
     inbox: mpsc::UnboundedReceiver<Happened>,
     connection: Option<Connection>,
     connection_number: u64,
+    /// What the source's certificate says, with TLS.
+    identity: Option<HostIdentity>,
     /// What the source has handed over, until a machine is built on it.
     memory: Option<OwnedFd>,
     streams: Option<Streams>,
@@ -208,26 +217,30 @@ impl Attempt {
             record,
         };
         let now = receiver.clock.now();
-        let mut core = Target::new(config, now);
-        let (vm, migration) = (hello.vm, hello.migration);
+        let vm = hello.vm;
+        let admission = Admission::new(&hello)?;
+        let mut core = Target::new(config, now).with_admission(admission.secret.clone());
         let greeted = Event::Message(Message::Hello(hello));
         fault::target_event(&greeted);
         core.handle(now, greeted);
         let (events, inbox) = mpsc::unbounded_channel();
+        let identity = link.identity.clone();
         let connection = connect(link, 0, &events);
         Ok(Self {
             core,
             vm,
-            migration,
+            admission,
             host: Arc::clone(&receiver.host),
             records: Arc::clone(&receiver.records),
             clock: Arc::clone(&receiver.clock),
             updates: receiver.updates.clone(),
             worker: VmWorker::start()?,
+            turned_away: receiver.door.turned_away(),
             events,
             inbox,
             connection: Some(connection),
             connection_number: 0,
+            identity,
             memory: None,
             streams: None,
             newer: None,
@@ -295,7 +308,7 @@ impl Attempt {
                         sentence: sentence.to_owned(),
                     });
                 }
-                self.streams = Some(Streams::new(vm, count, verify));
+                self.streams = Some(Streams::new(vm, count, verify, self.admission.clone()));
                 Some(Event::MachineBuilt)
             }
             Happened::Built(Err(refusal)) => {
@@ -308,8 +321,9 @@ impl Attempt {
     async fn knock(&mut self, knock: Knock) -> Option<Event> {
         match knock {
             Knock::Join(join, stream) => self.join(join, stream),
-            Knock::Hello(hello, link) if self.core.resumed_by(&hello) => {
+            Knock::Hello(hello, link) if self.core.resumed_by(&hello) && self.is_source(&link) => {
                 self.connection_number += 1;
+                self.identity.clone_from(&link.identity);
                 let connection = connect(link, self.connection_number, &self.events);
                 if let Some(old) = self.connection.replace(connection) {
                     old.reader.abort();
@@ -334,16 +348,37 @@ impl Attempt {
         }
     }
 
-    /// Takes a data stream, if it belongs to this migration and has not joined before.
-    fn join(&mut self, join: Join, stream: TcpStream) -> Option<Event> {
-        let streams = self.streams.as_mut().filter(|_| join.migration == self.migration)?;
+    /// Whether a connection is of the host that this migration comes from. Its certificate may have been renewed.
+    fn is_source(&self, link: &Link) -> bool {
+        match (&self.identity, &link.identity) {
+            (Some(known), Some(identity)) => known.host() == identity.host(),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        }
+    }
+
+    /// Takes a data stream, if it belongs to this migration, comes from its source and has not joined before.
+    fn join(&mut self, join: Join, joining: Joining) -> Option<Event> {
+        let same = match (&self.identity, &joining.identity) {
+            (Some(known), Some(identity)) => known.is_same(identity),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        };
+        let peer = joining.peer.clone();
+        let streams = self.streams.as_mut().filter(|_| same);
         let events = self.events.clone();
         let report = move |event| drop(events.send(Happened::Core(event)));
-        let error = streams.take(&join, stream, report).err()?;
-        Some(Event::StreamFailed {
-            code: AbortCode::Internal,
-            sentence: format!("data stream {} can't be taken: {error}", join.stream),
-        })
+        match streams.map_or(Ok(false), |streams| streams.take(&join, joining, report)) {
+            Ok(true) => None,
+            Ok(false) => {
+                self.turned_away.stream(&peer, "its data stream is none that is waited for");
+                None
+            }
+            Err(error) => Some(Event::StreamFailed {
+                code: AbortCode::Internal,
+                sentence: format!("data stream {} can't be taken: {error}", join.stream),
+            }),
+        }
     }
 
     fn perform(&mut self, action: Action) {
@@ -545,31 +580,4 @@ impl Attempt {
             (Outcome::Running { .. }, None) => unreachable!("a guest that runs has a machine"),
         }
     }
-}
-
-fn connect(link: Link, number: u64, events: &mpsc::UnboundedSender<Happened>) -> Connection {
-    let Link { mut reader, writer, .. } = link;
-    let events = events.clone();
-    let unhandled = Arc::new(Semaphore::new(UNHANDLED_MAX));
-    let reader = tokio::spawn(async move {
-        loop {
-            let event = match reader.next().await {
-                Ok(Incoming { message, memory }) => {
-                    if let Some(memory) = memory
-                        && events.send(Happened::Memory(number, memory)).is_err()
-                    {
-                        return;
-                    }
-                    Event::Message(message)
-                }
-                Err(error) => Event::Disconnected(error.to_string()),
-            };
-            let ended = matches!(event, Event::Disconnected(_));
-            let permit = unhandled.clone().acquire_owned().await.ok();
-            if events.send(Happened::Link(number, event, permit)).is_err() || ended {
-                return;
-            }
-        }
-    });
-    Connection { writer, reader }
 }

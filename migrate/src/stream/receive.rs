@@ -3,9 +3,7 @@
 //! Everything the peer names has been checked by [`Frame::decode`] before it is used; a thread holds at most one
 //! packed group (512 KiB) besides guest memory.
 
-use std::io::{self, Read};
-use std::net::TcpStream;
-use std::os::fd::AsFd;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ferry_protocol::bitmap::CHUNK_PAGES;
@@ -18,6 +16,7 @@ use ferry_protocol::{ChunkIndex, MemoryDigest, PageBitmap, PageDigest, PageMask,
 
 use crate::fault::{self, Step, TargetStep};
 use crate::ports::GuestPages;
+use crate::transport::data::DataReader;
 
 /// What a receiving stream reports.
 #[derive(Debug)]
@@ -58,7 +57,7 @@ pub(crate) struct Part {
 
 /// Reads frames until the stream ends, which it always does with [`StreamEvent::Failed`]; how many fences came.
 pub(crate) fn receive_stream(
-    socket: TcpStream,
+    reader: DataReader,
     pages: Arc<dyn GuestPages>,
     received: Arc<ReceivedMemory>,
     Part { verify, session, digest }: Part,
@@ -66,7 +65,7 @@ pub(crate) fn receive_stream(
 ) -> u32 {
     let page_count = pages.layout().page_count();
     let mut receiver = Receiver {
-        socket,
+        reader,
         pages,
         page_count,
         verify,
@@ -161,7 +160,7 @@ struct Round {
 }
 
 struct Receiver {
-    socket: TcpStream,
+    reader: DataReader,
     pages: Arc<dyn GuestPages>,
     page_count: u64,
     /// Whether anybody wants to compare digests.
@@ -178,7 +177,7 @@ impl Receiver {
     /// Takes in one frame; the fence's number if it was one.
     fn next_frame(&mut self) -> Result<Option<u32>, StreamError> {
         let mut header = [0; FRAME_HEADER_BYTES];
-        self.socket.read_exact(&mut header)?;
+        self.reader.read_exact(&mut header)?;
         match Frame::decode(&header, self.page_count)? {
             Frame::Raw { chunk, mask } => self.raw(chunk, &mask)?,
             Frame::Zero { chunk, mask } => self.zero(chunk, &mask)?,
@@ -194,7 +193,7 @@ impl Receiver {
         let ranges: Vec<PageRange> = chunk.ranges(mask).collect();
         // Before: what is written half-way when the connection breaks is not zero any more.
         join(&mut self.received.chunk(chunk).filled, mask);
-        self.pages.receive(self.socket.as_fd(), &ranges)?;
+        self.reader.receive(&*self.pages, &ranges)?;
         self.take_digests(chunk, mask);
         Ok(())
     }
@@ -244,7 +243,7 @@ impl Receiver {
     /// Reads a frame's body, whose length its header's check has bounded.
     fn read_body(&mut self, body_bytes: u32) -> io::Result<()> {
         self.body.resize(usize::try_from(body_bytes).expect("u32 fits usize"), 0);
-        self.socket.read_exact(&mut self.body)
+        self.reader.read_exact(&mut self.body)
     }
 
     fn packed(

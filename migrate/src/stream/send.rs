@@ -1,18 +1,19 @@
 //! The source's data streams: their connections, the rounds that they are handed, and what they share. What each does
 //! with a round is in [`super::sender`].
 
-use std::io::{self, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::io;
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use ferry_protocol::admission::{JoinKey, Place};
 use ferry_protocol::frame::Join;
 use ferry_protocol::page::Compression;
 use ferry_protocol::source::RoundSent;
 use ferry_protocol::streams::StreamTuner;
-use ferry_protocol::{ChunkIndex, MemoryDigest, MigrationId, PageBitmap, PageMask, StreamIndex};
+use ferry_protocol::{ChunkIndex, Epoch, MemoryDigest, MigrationId, PageBitmap, PageMask, StreamIndex, VmId};
 use ferry_vmm::confine::{self, Role};
 
 use super::encoders::{Encoders, Tools};
@@ -22,7 +23,7 @@ use super::whole::WholeDigest;
 use crate::bandwidth::Bandwidth;
 use crate::ports::{Clock, GuestPages};
 use crate::report::StreamWork;
-use crate::transport::tcp;
+use crate::transport::security::Dialer;
 
 /// How long a stream may be unable to write before it counts as stalled.
 pub(super) const STALL_MAX: Duration = Duration::from_secs(10);
@@ -34,11 +35,11 @@ const IDLE_FOR: Duration = Duration::from_millis(1);
 pub(crate) struct SenderOptions {
     /// How many threads pack, which a data thread could not find out.
     pub(super) packers: usize,
-    /// The target as the operator gave it.
-    pub(crate) target: String,
-    /// Where the first control connection led.
-    pub(crate) pinned: OnceLock<SocketAddr>,
+    /// Makes the connections.
+    pub(crate) dialer: Arc<Dialer>,
     pub(crate) migration: MigrationId,
+    vm: VmId,
+    epoch: Epoch,
     pub(crate) streams: u16,
     pub(crate) compression: Compression,
     pub(crate) pages: Arc<dyn GuestPages>,
@@ -56,8 +57,11 @@ pub(crate) struct SenderOptions {
 
 /// What the engine decides about the streams.
 pub(crate) struct StreamSettings {
-    pub(crate) target: String,
+    pub(crate) dialer: Arc<Dialer>,
     pub(crate) migration: MigrationId,
+    pub(crate) vm: VmId,
+    /// The epoch in which it runs here.
+    pub(crate) epoch: Epoch,
     pub(crate) streams: u16,
     /// Whether only as many of them work as pay.
     pub(crate) adapt_streams: bool,
@@ -72,14 +76,15 @@ impl SenderOptions {
         counters: Arc<TransferCounters>,
         clock: Arc<dyn Clock>,
     ) -> Self {
-        let StreamSettings { target, migration, streams, adapt_streams, compression } = settings;
+        let StreamSettings { dialer, migration, vm, epoch, streams, adapt_streams, compression } = settings;
         let tuner = adapt_streams.then(|| Mutex::new(StreamTuner::new(streams, clock.now())));
         let working = AtomicU16::new(if adapt_streams { 1 } else { streams });
         let sent = Arc::new(SentMemory::new(pages.layout().page_count()));
         Self {
-            target,
-            pinned: OnceLock::new(),
+            dialer,
             migration,
+            vm,
+            epoch,
             streams,
             compression,
             pages,
@@ -92,6 +97,10 @@ impl SenderOptions {
             tuner,
             working,
         }
+    }
+
+    fn place(&self, session: u32, stream: u16) -> Place {
+        Place { vm: self.vm, epoch: self.epoch, migration: self.migration, session, stream }
     }
 
     /// Whether it is this stream's turn to work.
@@ -128,11 +137,6 @@ impl SenderOptions {
         let (pages, sent, clock) = (Arc::clone(&self.pages), Arc::clone(&self.sent), Arc::clone(&self.clock));
         let started = Arc::new(Encoders::start(Tools { pages, sent, clock }, self.packers)?);
         Ok(Arc::clone(encoders.insert(started)))
-    }
-
-    /// Where to connect: to the host that was reached first, once there is one.
-    pub(crate) fn address(&self) -> String {
-        self.pinned.get().map_or_else(|| self.target.clone(), ToString::to_string)
     }
 }
 
@@ -248,6 +252,8 @@ pub(crate) struct Opening {
     pub(crate) verify: bool,
     /// The number in each stream's join.
     pub(crate) session: u32,
+    /// What the streams are let in with.
+    pub(crate) key: JoinKey,
     /// Pages that were sent by streams before and have not arrived.
     pub(crate) lacking: Option<PageBitmap>,
 }
@@ -269,7 +275,7 @@ impl Senders {
         opening: &Opening,
         done: &Arc<impl Done>,
     ) -> io::Result<Self> {
-        let &Opening { verify, session, ref lacking } = opening;
+        let &Opening { verify, session, ref lacking, ref key } = opening;
         let mut digest = MemoryDigest::ZERO;
         if let Some(lacking) = lacking {
             // What they still pack was never sent, but would count as sent.
@@ -288,15 +294,16 @@ impl Senders {
         for number in 0..options.streams {
             // Should one fail, dropping `senders` closes the others and ends their threads.
             let stream = StreamIndex::new(number, options.streams).expect("numbered below their count");
-            let mut socket = tcp::connect(&options.address())?;
-            tcp::set_up_data(&socket, Some(STALL_MAX))?;
-            socket.write_all(&Join { migration: options.migration, stream: number, session }.encode())?;
-            senders.sockets.push(socket.try_clone()?);
+            let mut writer = options.dialer.data(STALL_MAX).map_err(io::Error::other)?;
+            let proof = key.prove(&options.place(session, number));
+            let join = Join { migration: options.migration, stream: number, session, proof };
+            writer.write_all(&join.encode())?;
+            senders.sockets.push(writer.socket().try_clone()?);
             let (queue, rounds) = mpsc::channel::<Arc<Round>>();
             senders.queues.push(queue);
             // One of them takes over what all have sent before.
             let digest = std::mem::take(&mut digest);
-            let mut sender = Sender::new(options, socket, stream, verify, digest);
+            let mut sender = Sender::new(options, writer, stream, verify, digest);
             let done = Arc::clone(done);
             let thread = thread::Builder::new().name(format!("ferry-send-{number}")).spawn(move || {
                 confine::enter(Role::Data);

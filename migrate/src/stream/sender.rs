@@ -10,7 +10,6 @@
 //! On a slow one encoders pack beside it, and while they are busy and the link would run dry, pages are sent unpacked.
 
 use std::io;
-use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
@@ -34,6 +33,7 @@ use super::send::{Round, STALL_MAX, SenderOptions};
 use crate::bandwidth::{Pieces, Waits};
 use crate::fault::{self, SourceStep, Step};
 use crate::report::{PackingWork, StreamWork};
+use crate::transport::data::DataWriter;
 use crate::transport::tcp;
 
 /// Chunks with fewer pages are not worth another thread's while.
@@ -50,7 +50,7 @@ const BUFFERED_MAX: Duration = Duration::from_millis(50);
 
 pub(super) struct Sender {
     options: Arc<SenderOptions>,
-    socket: TcpStream,
+    writer: DataWriter,
     stream: StreamIndex,
     encoder: Option<Encoder>,
     chooser: Chooser,
@@ -93,7 +93,7 @@ enum Plan {
 impl Sender {
     pub(super) fn new(
         options: &Arc<SenderOptions>,
-        socket: TcpStream,
+        writer: DataWriter,
         stream: StreamIndex,
         verify: bool,
         digest: MemoryDigest,
@@ -102,10 +102,10 @@ impl Sender {
         let streams = usize::from(options.streams);
         let packers = options.packers.div_ceil(streams);
         let (reply, ready) = mpsc::channel();
-        let within_host = tcp::is_within_host(&socket);
+        let within_host = tcp::is_within_host(writer.socket());
         Self {
             options: Arc::clone(options),
-            socket,
+            writer,
             stream,
             encoder: Some(Encoder::default()),
             chooser: Chooser::new(
@@ -165,7 +165,7 @@ impl Sender {
         self.waits = Waits::default();
         self.in_socket = Duration::ZERO;
         self.packing = PackingWork::default();
-        let busy_before = tcp_busy_time(self.socket.as_fd());
+        let busy_before = tcp_busy_time(self.writer.socket().as_fd());
         self.window = Window { began: self.options.clock.now(), bytes: 0, writing: Duration::ZERO };
         let again = !round.first;
         if again && self.stream.number() == 0 && self.options.sent.is_short() {
@@ -185,7 +185,7 @@ impl Sender {
         }
         self.write(&Frame::Fence(round.fence).encode(), &[])?;
         self.round.digest = self.digest;
-        let busy = tcp_busy_time(self.socket.as_fd()).zip(busy_before);
+        let busy = tcp_busy_time(self.writer.socket().as_fd()).zip(busy_before);
         // Without a word of the system the link may have been busy all the time.
         let busy = busy.map_or(Duration::MAX, |(after, before)| after.saturating_sub(before));
         self.report_work(began);
@@ -343,7 +343,7 @@ impl Sender {
                 bandwidth.wait_for(piece.bytes, &mut self.waits);
             }
             let writing_since = options.clock.now();
-            options.pages.send(self.socket.as_fd(), piece.header, &piece.ranges)?;
+            self.writer.send(&*options.pages, piece.header, &piece.ranges)?;
             let ended = options.clock.now();
             self.in_socket += ended.since(writing_since);
             self.wrote(piece.bytes, began, ended);
@@ -374,7 +374,7 @@ impl Sender {
             self.chooser.wrote(bytes, writing, now.since(began));
             self.window = Window { began: now, bytes: 0, writing: Duration::ZERO };
             // The system makes it larger as it sees fit. A third is free when it wakes the writer, and some is overhead.
-            self.buffer_bytes = SockRef::from(&self.socket).send_buffer_size().unwrap_or(0) / 5 * 3;
+            self.buffer_bytes = SockRef::from(self.writer.socket()).send_buffer_size().unwrap_or(0) / 5 * 3;
         }
     }
 

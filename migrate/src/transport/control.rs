@@ -1,4 +1,4 @@
-//! The control connection: messages in and out of a TCP or Unix stream, by two tasks.
+//! The control connection: messages in and out of a TCP, TLS or Unix stream, by two tasks.
 //!
 //! A Unix stream carries one descriptor: that of guest memory, beside the message `HandOver`. Any other ends the
 //! connection, and whatever came is closed.
@@ -9,14 +9,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use ferry_protocol::Message;
-use ferry_protocol::wire::{self, Decoder, WireError};
+use ferry_protocol::wire::{self, BODY_BYTES_MAX, Decoder, WireError};
 use socket2::SockRef;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{self as tokio_io, AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsStream;
 
+use super::tls::HandshakeError;
 use super::unix;
 use crate::fault;
 
@@ -29,22 +31,26 @@ pub(crate) enum ControlError {
     Io(#[from] io::Error),
     #[error("{0}")]
     Wire(#[from] WireError),
+    #[error("{0}")]
+    Tls(#[from] HandshakeError),
     #[error("the peer says that it hands memory over, but no descriptor of it came")]
     NoDescriptor,
     #[error("the peer sent descriptors that nobody asked for")]
     SurplusDescriptors,
 }
 
-/// A connection of either kind.
+/// A connection of any kind.
 #[derive(Debug)]
 pub(crate) enum ControlStream {
     Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
     Unix(UnixStream),
 }
 
 #[derive(Debug)]
 enum ReadHalf {
     Tcp(OwnedReadHalf),
+    Tls(tokio_io::ReadHalf<TlsStream<TcpStream>>),
     Unix { stream: Arc<UnixStream>, descriptor: Option<OwnedFd> },
 }
 
@@ -71,9 +77,14 @@ impl ControlReader {
 
     /// The next message.
     pub(crate) async fn next(&mut self) -> Result<Incoming, ControlError> {
+        self.next_within(BODY_BYTES_MAX).await
+    }
+
+    /// The next message, whose body may have so many bytes. More are not even waited for.
+    pub(crate) async fn next_within(&mut self, body_bytes_max: usize) -> Result<Incoming, ControlError> {
         let mut buffer = vec![0; 16 << 10];
         loop {
-            if let Some(message) = self.decoder.next_message()? {
+            if let Some(message) = self.decoder.next_within(body_bytes_max)? {
                 return self.half.with_descriptor(message);
             }
             let got = self.half.read(&mut buffer, self.decoder.is_empty()).await?;
@@ -90,6 +101,14 @@ impl ReadHalf {
     async fn read(&mut self, buffer: &mut [u8], between_messages: bool) -> Result<usize, ControlError> {
         let (stream, descriptor) = match self {
             Self::Tcp(half) => return Ok(half.read(buffer).await?),
+            Self::Tls(half) => {
+                return match half.read(buffer).await {
+                    // It ended without saying so within TLS: whatever is missing of a message is not taken.
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(0),
+                    Err(error) => Err(HandshakeError::from(error).into()),
+                    Ok(got) => Ok(got),
+                };
+            }
             Self::Unix { stream, descriptor } => (stream, descriptor),
         };
         // It came beside a message that has no use for one.
@@ -110,7 +129,7 @@ impl ReadHalf {
             (Self::Unix { descriptor, .. }, Message::HandOver(_)) => {
                 Some(descriptor.take().ok_or(ControlError::NoDescriptor)?)
             }
-            (Self::Unix { .. } | Self::Tcp(_), _) => None,
+            (Self::Unix { .. } | Self::Tcp(_) | Self::Tls(_), _) => None,
         };
         Ok(Incoming { message, memory })
     }
@@ -162,6 +181,7 @@ pub(crate) const UNHANDLED_MAX: usize = 64;
 /// The writing side, which is closed when it is dropped.
 enum WriteHalf {
     Tcp(OwnedWriteHalf),
+    Tls(tokio_io::WriteHalf<TlsStream<TcpStream>>),
     Unix(Arc<UnixStream>),
 }
 
@@ -169,6 +189,10 @@ impl WriteHalf {
     async fn write_all(&mut self, Outgoing { bytes, memory }: Outgoing) -> io::Result<()> {
         match self {
             Self::Tcp(half) => half.write_all(&bytes).await?,
+            Self::Tls(half) => {
+                half.write_all(&bytes).await?;
+                half.flush().await?;
+            }
             Self::Unix(stream) => unix::send(stream, &bytes, memory.as_ref().map(AsFd::as_fd)).await?,
         }
         fault::sent(&bytes);
@@ -179,8 +203,8 @@ impl WriteHalf {
 impl Drop for WriteHalf {
     fn drop(&mut self) {
         match self {
-            // tokio does it.
-            Self::Tcp(_) => {}
+            // tokio does it, or [`write_all`] has said goodbye within TLS.
+            Self::Tcp(_) | Self::Tls(_) => {}
             Self::Unix(stream) => drop(SockRef::from(stream.as_ref()).shutdown(Shutdown::Write)),
         }
     }
@@ -188,10 +212,19 @@ impl Drop for WriteHalf {
 
 /// Splits a connection into its two ends.
 pub(crate) fn split(stream: ControlStream) -> (ControlReader, ControlWriter) {
+    split_behind(stream, &[])
+}
+
+/// The same, of a connection of which `first` has been read.
+pub(crate) fn split_behind(stream: ControlStream, first: &[u8]) -> (ControlReader, ControlWriter) {
     let (read, write) = match stream {
         ControlStream::Tcp(stream) => {
             let (read, write) = stream.into_split();
             (ReadHalf::Tcp(read), WriteHalf::Tcp(write))
+        }
+        ControlStream::Tls(stream) => {
+            let (read, write) = tokio_io::split(*stream);
+            (ReadHalf::Tls(read), WriteHalf::Tls(write))
         }
         ControlStream::Unix(stream) => {
             let stream = Arc::new(stream);
@@ -200,7 +233,9 @@ pub(crate) fn split(stream: ControlStream) -> (ControlReader, ControlWriter) {
     };
     let (queue, messages) = mpsc::channel(QUEUED_MAX);
     let task = tokio::spawn(write_all(write, messages));
-    (ControlReader { half: read, decoder: Decoder::default() }, ControlWriter { queue, task })
+    let mut decoder = Decoder::default();
+    decoder.push(first);
+    (ControlReader { half: read, decoder }, ControlWriter { queue, task })
 }
 
 async fn write_all(mut half: WriteHalf, mut messages: mpsc::Receiver<Outgoing>) {
@@ -208,6 +243,9 @@ async fn write_all(mut half: WriteHalf, mut messages: mpsc::Receiver<Outgoing>) 
         if half.write_all(outgoing).await.is_err() {
             return;
         }
+    }
+    if let WriteHalf::Tls(half) = &mut half {
+        let _ = half.shutdown().await;
     }
 }
 

@@ -1,7 +1,7 @@
 //! TCP as a migration needs it: no Nagle delay, dead peers noticed within seconds.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -56,18 +56,6 @@ fn spare_pacing(stream: &TcpStream) {
     if let Err(error) = SockRef::from(stream).set_tcp_congestion(b"reno") {
         tracing::debug!("a data stream keeps its congestion control: {error}");
     }
-}
-
-/// Connects a data stream to the first of `address`'s addresses that answers.
-pub(crate) fn connect(address: &str) -> io::Result<TcpStream> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for address in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }
 
 /// Binds the listener for migrations. The address can be taken again at once after a restart.

@@ -40,7 +40,8 @@ impl World {
                     | Message::Rehearsed(_)
                     | Message::KeepFor(_)
                     | Message::Resume(_)
-                    | Message::Arrived(_) => {}
+                    | Message::Arrived(_)
+                    | Message::Admit(_) => {}
                 }
                 self.send(To::Source, &message);
             }

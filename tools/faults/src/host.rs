@@ -130,7 +130,11 @@ impl<'a> Host<'a> {
     /// What ferry says.
     pub fn receive(&mut self, faults: &str) -> anyhow::Result<()> {
         let (address, net) = (self.listens_on(), format!("tap={TAP}"));
-        self.hosts(&["receive", "--name", NAME, "--listen", &address, "--net", &net], faults, "listening")
+        self.hosts(
+            &["receive", "--name", NAME, "--listen", &address, "--net", &net, "--insecure"],
+            faults,
+            "listening",
+        )
     }
 
     /// Starts `ferry migrate` from here to `target`, whose link is made again within `reconnect`.
@@ -139,7 +143,8 @@ impl<'a> Host<'a> {
     /// If it can't be started.
     pub fn migrate(&self, target: &str, reconnect: &str) -> anyhow::Result<Process> {
         // A guest that dirties little fits any budget; what is looked at here is not how long it takes.
-        let arguments = ["migrate", NAME, "--to", target, "--downtime", "10s", "--timeout", "60s"];
+        let arguments =
+            ["migrate", NAME, "--to", target, "--downtime", "10s", "--timeout", "60s", "--insecure"];
         self.start(&[&arguments[..], &["--streams", "2", "--reconnect", reconnect, "--json"]].concat())
     }
 

@@ -81,6 +81,9 @@ pub(crate) struct VmInfo {
     /// System calls that its host process has no use for, but tried.
     #[serde(default)]
     pub(crate) refused_system_calls: Vec<RefusedSystemCall>,
+    /// Whom a target has turned away at its door.
+    #[serde(default)]
+    pub(crate) turned_away: Option<TurnedAwayInfo>,
     /// Where it listens for a VM.
     pub(crate) listen: Option<String>,
     /// Something worth knowing: why it stopped, where it went, what is in doubt.
@@ -94,6 +97,15 @@ pub(crate) struct RefusedSystemCall {
     pub(crate) thread: String,
     pub(crate) system_call: String,
     pub(crate) count: u64,
+}
+
+/// How many a target has turned away since it began to listen.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct TurnedAwayInfo {
+    /// Connections that did not say, or prove, who or what they are.
+    pub(crate) connections: u64,
+    /// Data streams that did not belong to the migration under way.
+    pub(crate) streams: u64,
 }
 
 /// A VM's interface.
@@ -130,6 +142,12 @@ pub(crate) struct MigrationRequest {
     pub(crate) reconnect_ms: f64,
     pub(crate) timeout_ms: f64,
     pub(crate) on_timeout: OnTimeoutWord,
+    /// The folder with this host's certificate, instead of the one that the VM was started with.
+    #[serde(default)]
+    pub(crate) tls_dir: Option<std::path::PathBuf>,
+    /// Whether to go without TLS over any network.
+    #[serde(default)]
+    pub(crate) insecure: bool,
 }
 
 /// `PUT /api/v1/migration/bandwidth`.

@@ -1,6 +1,8 @@
 //! The command line as clap reads it, and the small languages inside some of its values.
 
+mod cert;
 mod disk;
+mod security;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -16,7 +18,9 @@ use ferry_vmm::{Backing, CpuProfile, HugePages, MemoryChoices, MemoryConfig, Ser
 
 use crate::cpu_profile::cpu_profile;
 use crate::quantity;
+pub(crate) use cert::{CertCommand, CertInitArgs, CertIssueArgs, CertShowArgs};
 pub(crate) use disk::DiskArg;
+pub(crate) use security::{SecurityArgs, TlsArgs};
 
 /// ferry moves a running virtual machine from one host to another, and proves that it did.
 #[derive(Debug, Parser)]
@@ -50,6 +54,9 @@ pub(crate) enum Command {
     Shutdown(NameArgs),
     /// Stop a VM at once, or a waiting 'ferry receive'
     Stop(NameArgs),
+    /// Make an authority and certificates, so that only hosts of your own migrate to each other
+    #[command(subcommand)]
+    Cert(CertCommand),
     /// Show a live migration from start to end: two hosts, a loaded web server, one command
     Demo(DemoArgs),
     /// Measure ferry and its peers on this machine, side by side; the same as ferry-bench
@@ -129,6 +136,8 @@ pub(crate) struct RunArgs {
     /// Where the serial console goes
     #[arg(long, default_value = "stdio", value_parser = serial, value_name = "stdio|pty|socket=PATH|file=PATH|null")]
     pub(crate) serial: SerialTarget,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
     /// What becomes of system calls that the VM's host process has no use for: 'on' refuses and counts them ('ferry info'), 'log' carries
     /// them out and has the kernel log them
     #[arg(long, value_enum, default_value_t = SeccompArg::On, value_name = "on|log|off")]
@@ -165,6 +174,8 @@ pub(crate) struct ReceiveArgs {
     /// Where the serial console goes
     #[arg(long, default_value = "null", value_parser = serial, value_name = "stdio|pty|socket=PATH|file=PATH|null")]
     pub(crate) serial: SerialTarget,
+    #[command(flatten)]
+    pub(crate) security: SecurityArgs,
     /// What becomes of system calls that the VM's host process has no use for: 'on' refuses and counts them ('ferry info'), 'log' carries
     /// them out and has the kernel log them
     #[arg(long, value_enum, default_value_t = SeccompArg::On, value_name = "on|log|off")]
@@ -282,6 +293,8 @@ pub(crate) struct MigrateArgs {
     /// What to do when that time is over
     #[arg(long, value_enum, default_value_t = OnTimeoutArg::Cancel)]
     pub(crate) on_timeout: OnTimeoutArg,
+    #[command(flatten)]
+    pub(crate) security: SecurityArgs,
     #[command(flatten)]
     pub(crate) output: Output,
 }

@@ -17,6 +17,7 @@ mod cpu_profile;
 mod demo;
 mod host;
 mod quantity;
+mod security;
 mod state_dir;
 mod terminal;
 
@@ -71,6 +72,7 @@ fn wants_json(command: &Command) -> bool {
         | Command::Resume(args)
         | Command::Shutdown(args)
         | Command::Stop(args) => args.output.json,
+        Command::Cert(command) => command.output().json,
         // Their JSON goes into files.
         Command::Demo(_) | Command::Bench { .. } => false,
         // It shows what the VM says.
@@ -92,6 +94,7 @@ fn confine(command: &Command) -> anyhow::Result<Option<Opener>> {
         | Command::Resume(_)
         | Command::Shutdown(_)
         | Command::Stop(_)
+        | Command::Cert(_)
         | Command::Demo(_)
         | Command::Bench { .. } => Ok(None),
     }
@@ -113,6 +116,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Resume(args) => commands::control::resume(args).await,
             Command::Shutdown(args) => commands::control::shutdown(args).await,
             Command::Stop(args) => commands::control::stop(args).await,
+            Command::Cert(command) => commands::cert::run(command),
             Command::Demo(args) => demo::run(args).await,
             // It waits on threads of its own.
             Command::Bench { task } => {

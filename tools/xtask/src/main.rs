@@ -4,6 +4,7 @@
 //! - `cargo xtask tidy`: the rules of this repository that no other tool checks.
 //! - `cargo xtask faults`: kills, stalls and cuts off real migrations at every step.
 //! - `cargo xtask sim`: the seeded simulation at length, or one seed of it with a trace.
+//! - `cargo xtask fuzz`: bent input for every decoder that a peer reaches.
 //! - `cargo xtask linux-guest [test]`: the Linux kernels and the initramfs of the tests, and their test.
 
 mod linux_guest;
@@ -39,6 +40,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Throw bent input at every decoder that a peer reaches, for '--seconds N'
+    Fuzz {
+        /// What to pass on; '--help' tells
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Build the Linux guest's kernels and initramfs under target/linux-guest
     LinuxGuest {
         #[command(subcommand)]
@@ -61,7 +68,8 @@ fn main() -> ExitCode {
         Task::Ci => ci(),
         Task::Tidy => tidy_up(),
         Task::Faults { arguments } => faults(&arguments),
-        Task::Sim { arguments } => return simulate(&arguments),
+        Task::Sim { arguments } => return program(("ferry-tests", "ferry-sim"), &arguments),
+        Task::Fuzz { arguments } => return program(("ferry-fuzz", "ferry-fuzz"), &arguments),
         Task::LinuxGuest { task: None } => linux_guest::build(&root()),
         Task::LinuxGuest { task: Some(LinuxGuestTask::Test { arguments }) } => {
             linux_guest::test(&root(), &arguments)
@@ -91,10 +99,10 @@ fn ci() -> anyhow::Result<()> {
     step("documentation", &["doc", "--workspace", "--no-deps", "--document-private-items"], &top, &warnings)
 }
 
-/// Runs the simulation's own program, whose exit code is this one's.
-fn simulate(arguments: &[String]) -> ExitCode {
+/// Runs a program of this repository, whose exit code is this one's.
+fn program((package, name): (&str, &str), arguments: &[String]) -> ExitCode {
     let status = Command::new(env!("CARGO"))
-        .args(["run", "--quiet", "-p", "ferry-tests", "--bin", "ferry-sim", "--"])
+        .args(["run", "--quiet", "-p", package, "--bin", name, "--"])
         .args(arguments)
         .current_dir(root())
         .status();
@@ -102,7 +110,7 @@ fn simulate(arguments: &[String]) -> ExitCode {
         Ok(status) if status.success() => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("xtask: the simulation can't be run: {error}");
+            eprintln!("xtask: {name} can't be run: {error}");
             ExitCode::FAILURE
         }
     }

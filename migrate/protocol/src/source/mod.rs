@@ -37,11 +37,12 @@ pub use reconnect::RECONNECTIONS_MAX;
 
 use std::collections::VecDeque;
 
+use crate::admission::JoinKey;
 use crate::handover::SourceStanding;
 use crate::ident::Epoch;
 use crate::layout::MemoryLayout;
 use crate::liveness::{self, Liveness, Tick};
-use crate::message::Message;
+use crate::message::{Admit, Message};
 use crate::negotiation::Features;
 use crate::page::Compression;
 use crate::policy::{FixedCosts, LinkEstimate};
@@ -72,6 +73,8 @@ struct Context {
     liveness: Option<Liveness>,
     /// Whether the dirty log may be on.
     logging: bool,
+    /// What lets the next data streams in at the target, if it has said.
+    admitted: Option<Admit>,
 }
 
 impl Context {
@@ -166,6 +169,7 @@ impl Source {
             reconnections: Vec::new(),
             liveness: None,
             logging: false,
+            admitted: None,
         };
         let phase = negotiate::begin(&mut context, now);
         Self { context, phase }
@@ -198,6 +202,11 @@ impl Source {
     /// Takes in what shows whether the target is still there; gives back what the phase has to deal with.
     fn listen(&mut self, now: Timestamp, event: Event) -> Option<Event> {
         match event {
+            Event::Message(Message::Admit(admit)) => {
+                self.context.liveness.iter_mut().for_each(Liveness::heard);
+                self.context.admitted = Some(admit);
+                None
+            }
             Event::Message(message) => {
                 self.context.liveness.iter_mut().for_each(Liveness::heard);
                 (message != Message::Pong(liveness::TOKEN)).then_some(Event::Message(message))
@@ -241,6 +250,12 @@ impl Source {
             | Phase::Undoing(_)
             | Phase::Finished => false,
         }
+    }
+
+    /// What the target lets the data streams of `session` in with; `None` if it has not said.
+    #[must_use]
+    pub fn join_key(&self, session: u32) -> Option<JoinKey> {
+        self.context.admitted.as_ref().filter(|admit| admit.session == session).map(|admit| admit.key.clone())
     }
 
     /// The next thing to do, if any.

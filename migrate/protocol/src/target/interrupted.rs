@@ -168,6 +168,7 @@ impl Interrupted {
         let (session, round, complete) = (resume.session, resume.round, answer.next.is_none());
         if complete {
             context.act(Action::ExpectStreams { session, digest: self.receiving.digest() });
+            context.admit(session);
         }
         context.send(Message::Arrived(answer));
         self.asked = None;

@@ -20,13 +20,14 @@ pub use interrupted::{KEEP_MARGIN, KEEP_MAX};
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::admission::JoinSecret;
 use crate::bitmap::PageBitmap;
 use crate::digest::MemoryDigest;
 use crate::handover::TargetStanding;
 use crate::ident::{Epoch, MigrationId, StreamIndex, VmId, VmName};
 use crate::layout::MemoryLayout;
 use crate::liveness::{self, Liveness, Tick};
-use crate::message::{Abort, AbortCode, Hello, Message, NetworkIdentity};
+use crate::message::{Abort, AbortCode, Admit, Hello, Message, NetworkIdentity};
 use crate::record::{Record, Standing};
 use crate::time::Timestamp;
 
@@ -252,6 +253,8 @@ struct Context {
     actions: VecDeque<Action>,
     /// Whether the source is still there, if it pings.
     liveness: Option<Liveness>,
+    /// What keys for data streams are made of, if they are to prove themselves.
+    secret: Option<JoinSecret>,
 }
 
 /// Who is coming, known once `Hello` was accepted.
@@ -291,6 +294,14 @@ impl Context {
         self.liveness = self.liveness.map(|_| Liveness::new(now));
     }
 
+    /// Gives the source what its next data streams are let in with.
+    fn admit(&mut self, session: u32) {
+        if let Some(secret) = &self.secret {
+            let key = secret.key(session);
+            self.send(Message::Admit(Admit { session, key }));
+        }
+    }
+
     fn abort(&mut self, code: AbortCode, sentence: &str) {
         self.send(Message::Abort(Abort::new(code, sentence)));
     }
@@ -322,7 +333,15 @@ impl Target {
     #[must_use]
     pub fn new(config: Config, now: Timestamp) -> Self {
         let phase = Phase::Greeting(receive::Greeting { deadline: now + GREETING_TIMEOUT });
-        Self { context: Context { config, actions: VecDeque::new(), liveness: None }, phase }
+        let context = Context { config, actions: VecDeque::new(), liveness: None, secret: None };
+        Self { context, phase }
+    }
+
+    /// Has data streams prove themselves with keys made of `secret`, which is random. The caller checks the proofs.
+    #[must_use]
+    pub fn with_admission(mut self, secret: JoinSecret) -> Self {
+        self.context.secret = Some(secret);
+        self
     }
 
     /// Takes in what happened at `now`.

@@ -104,7 +104,8 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
     let standing = TargetStanding::Receiving(hello.epoch.next());
     let guest = Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
     let deadline = now + super::GREETING_TIMEOUT;
-    Phase::Building(Building { guest, step: BuildStep::AwaitingDescription, deadline, verify })
+    let proves = hello.features.contains(Features::ADMISSION);
+    Phase::Building(Building { guest, step: BuildStep::AwaitingDescription, deadline, verify, proves })
 }
 
 /// A source that may have committed comes back, but this process has nothing of its migration any more: it was
@@ -135,6 +136,8 @@ pub(super) struct Building {
     deadline: Timestamp,
     /// Whether digests of memory are taken and compared.
     verify: bool,
+    /// Whether the source's data streams can prove themselves.
+    proves: bool,
 }
 
 #[derive(Debug)]
@@ -188,6 +191,9 @@ impl Building {
             }
             (BuildStep::Building { memory, record }, Event::MachineBuilt) => {
                 let record_us = u64::try_from(record.as_micros()).unwrap_or(u64::MAX);
+                if let Memory::Streams(_) = memory {
+                    context.admit(0);
+                }
                 context.send(Message::Ready(Ready { record_us }));
                 context.act(Action::Report(Progress::Receiving));
                 context.restart_liveness(now);
@@ -211,6 +217,10 @@ impl Building {
             Ok(layout) => layout,
             Err(error) => return refuse(Some(AbortCode::CannotBuild), &error.to_string(), context),
         };
+        if matches!(memory, Memory::Streams(_)) && context.secret.is_some() && !self.proves {
+            let text = "the source's data streams can't prove that they are its own; update ferry there";
+            return refuse(Some(AbortCode::Version), text, context);
+        }
         let standing = Standing::Receiving { source: context.config.source.clone() };
         context.act(Action::WriteRecord(self.guest.record(standing)));
         self.step = BuildStep::Recording { description, layout, memory };

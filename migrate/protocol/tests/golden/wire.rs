@@ -2,9 +2,10 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use ferry_protocol::admission::{JoinSecret, Place};
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, JOIN_BYTES, Join};
 use ferry_protocol::message::{
-    Abort, AbortCode, Arrived, AtEpoch, Describe, FenceReached, HandOver, Hello, KeepFor, MessageType,
+    Abort, AbortCode, Admit, Arrived, AtEpoch, Describe, FenceReached, HandOver, Hello, KeepFor, MessageType,
     NetworkIdentity, Prepare, Prepared, Ready, Rehearse, Rehearsed, Resume, Run, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
@@ -74,6 +75,7 @@ fn messages() -> Vec<Message> {
             runs: vec![Run { first: 4, count: 600 }, Run { first: 1000, count: 1 }],
             next: Some(40_000),
         }),
+        Message::Admit(Admit { session: 1, key: JoinSecret([0xc3; 32]).key(1) }),
     ]
 }
 
@@ -128,8 +130,12 @@ fn frames_have_the_bytes_that_they_always_had() {
 
 #[test]
 fn a_join_has_the_bytes_that_it_always_had() {
-    let join = Join { migration: MigrationId([0xa1; 16]), stream: 5, session: 0 };
-    let golden = check_bytes("join", &format!("{join:?}"), &join.encode());
+    let (migration, stream, session) = (MigrationId([0xa1; 16]), 5, 1);
+    let place = Place { vm: VmId([0xb2; 16]), epoch: Epoch::new(300), migration, session, stream };
+    // The proof too: both ends must agree for ever.
+    let proof = JoinSecret([0xc3; 32]).key(session).prove(&place);
+    let join = Join { migration, stream, session, proof };
+    let golden = check_bytes("join-proved", &format!("{join:?}"), &join.encode());
     let bytes: [u8; JOIN_BYTES] = golden.try_into().unwrap();
     assert_eq!(Join::decode(&bytes), Ok(join));
 }

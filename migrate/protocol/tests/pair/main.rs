@@ -1,6 +1,7 @@
 //! Source and target core against each other in virtual time: plain migrations and everything that may come
 //! between.
 
+mod admission;
 mod disk;
 mod failures;
 mod forecast;

@@ -75,11 +75,11 @@ fn the_messages_come_in_the_order_that_is_drawn_in_the_protocol() {
     let order: Vec<_> =
         pair.delivered.iter().map(|(_, message)| *message).filter(|m| !chatter.contains(m)).collect();
     use MessageType::{
-        Commit, Describe, Hello, KeepFor, Prepare, Prepared, Ready, Released, Running, State, Stopping,
-        Welcome,
+        Admit, Commit, Describe, Hello, KeepFor, Prepare, Prepared, Ready, Released, Running, State,
+        Stopping, Welcome,
     };
     let drawn = [
-        Hello, Welcome, Describe, Ready, KeepFor, Stopping, State, Prepare, Prepared, Commit, Running,
+        Hello, Welcome, Describe, Admit, Ready, KeepFor, Stopping, State, Prepare, Prepared, Commit, Running,
         Released,
     ];
     assert_eq!(order, drawn);

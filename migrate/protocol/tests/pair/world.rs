@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use ferry_protocol::admission::JoinSecret;
 use ferry_protocol::message::{AbortCode, Hello, MessageType};
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -19,6 +20,9 @@ use ferry_protocol::{
 };
 
 use crate::disk::Disk;
+
+/// What the target makes keys for data streams of.
+const SECRET: JoinSecret = JoinSecret([9; 32]);
 
 pub(crate) const MS: Duration = Duration::from_millis(1);
 pub(crate) const PAGES: u64 = 4096;
@@ -380,7 +384,7 @@ impl Pair {
             name: self.target_name.as_ref().map(|name| name.parse().unwrap()),
             record: self.target_disk.record.clone(),
         };
-        let mut target = Target::new(config, self.now);
+        let mut target = Target::new(config, self.now).with_admission(SECRET);
         target.handle(self.now, target::Event::Message(Message::Hello(hello)));
         self.target = Some(target);
     }
@@ -424,6 +428,7 @@ impl Pair {
                 self.deliver_to_target(message);
             }
             Action::OpenStreams { verify } => {
+                self.check_key(0);
                 self.streams_verify = (verify, self.streams_verify.1);
                 self.streams_open = true;
                 self.after(LATENCY, Due::Source(Event::StreamsOpened));
@@ -437,6 +442,7 @@ impl Pair {
             }
             Action::ReopenStreams { verify, session, lacking } => {
                 assert!(session > 0 && !self.streams_open);
+                self.check_key(session);
                 self.lacking.push(lacking);
                 self.streams_verify = (verify, self.streams_verify.1);
                 self.streams_open = true;
@@ -477,6 +483,12 @@ impl Pair {
                 self.close();
             }
         }
+    }
+
+    /// Streams are opened only with what the target lets these in with.
+    fn check_key(&self, session: u32) {
+        assert_eq!(self.source.join_key(session), Some(SECRET.key(session)), "session {session}");
+        assert_eq!(self.source.join_key(session + 1), None);
     }
 
     fn write_source_record(&mut self, record: Record, rehearsal: bool) {

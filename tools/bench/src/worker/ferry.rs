@@ -16,7 +16,9 @@ use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::source::{Failure, OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{Epoch, MigrationId, VmId, VmName};
 use ferry_migrate::report::MigrationReport;
-use ferry_migrate::{BandwidthCap, FileRecords, MigrateOptions, ReceiveOptions, Receiver, Update, migrate};
+use ferry_migrate::{
+    BandwidthCap, FileRecords, MigrateOptions, ReceiveOptions, Receiver, Security, Update, migrate,
+};
 use ferry_vmm::{
     BootSource, ClockMode, CpuModel, CpuProfile, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices,
     NetConfig, SerialTarget,
@@ -113,6 +115,7 @@ async fn move_away(
         name: name()?,
         epoch: Epoch::FIRST,
         target: order.target.parse()?,
+        security: Security::Insecure,
         streams: order.streams.unwrap_or_else(MigrateOptions::streams_to_choose_from),
         adapt_streams: order.streams.is_none(),
         compression: words::packing(order.compression).map_err(|lacks| anyhow!(lacks))?,
@@ -179,7 +182,12 @@ async fn run_target(order: TargetOrder) -> anyhow::Result<ExitCode> {
         memory: MemoryChoices::default(),
         cpu: CpuProfile::default(),
     });
-    let options = ReceiveOptions { listen: listen.parse()?, host: "target".to_owned(), name: None };
+    let options = ReceiveOptions {
+        listen: listen.parse()?,
+        security: Security::Insecure,
+        host: "target".to_owned(),
+        name: None,
+    };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
     let mut receiver = Receiver::bind(options, Arc::new(host), records(&folder)?, clock, updates)?;

@@ -99,6 +99,12 @@ fn print(info: &VmInfo) {
     for RefusedSystemCall { thread, system_call, count } in &info.refused_system_calls {
         row("refused", Some(format!("{system_call} to a {thread} thread, {count} times")));
     }
+    let turned_away = info.turned_away.filter(|counts| counts.connections + counts.streams > 0);
+    row(
+        "turned away",
+        turned_away
+            .map(|counts| format!("{} connections, {} data streams", counts.connections, counts.streams)),
+    );
     row("listens", info.listen.clone());
     row("process", Some(info.pid.to_string()));
     row("note", info.note.clone());

@@ -15,6 +15,7 @@ use crate::api::{self, MigrationEvent, MigrationRequest, OnTimeoutWord, VmInfo, 
 use crate::cli::{MigrateArgs, OnTimeoutArg, StreamsArg, VerifyArg};
 use crate::client::{self, Events};
 use crate::quantity::{show_bytes, show_ms, show_rate};
+use crate::security;
 use crate::state_dir::StateDir;
 
 pub(crate) async fn run(args: MigrateArgs) -> anyhow::Result<ExitCode> {
@@ -49,6 +50,9 @@ fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
             OnTimeoutArg::Cancel => OnTimeoutWord::Cancel,
             OnTimeoutArg::Stop => OnTimeoutWord::Stop,
         },
+        // The process that hosts the VM may stand in another folder, and know another default.
+        tls_dir: security::said(args.security.tls.tls_dir.clone()).map(std::path::absolute).transpose()?,
+        insecure: args.security.insecure,
     })
 }
 

@@ -1,5 +1,6 @@
 //! One file a subcommand; `control.rs` has the small ones.
 
+pub(crate) mod cert;
 pub(crate) mod console;
 pub(crate) mod control;
 pub(crate) mod list;

@@ -12,7 +12,8 @@ use ferry_migrate::protocol::message::AbortCode;
 use ferry_migrate::protocol::record::Standing;
 use ferry_migrate::protocol::target::Progress;
 use ferry_migrate::protocol::{MemoryLayout, VmId};
-use ferry_migrate::{ReceiveOptions, Receiver};
+use ferry_migrate::tls::identity::Role;
+use ferry_migrate::{ListenAddress, ReceiveOptions, Receiver, Security};
 use ferry_vmm::LocalChoices;
 use tokio::sync::mpsc;
 
@@ -20,6 +21,7 @@ use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
 use crate::cli::{DiskArg, ReceiveArgs, serial_target};
 use crate::host::opener::Opener;
 use crate::host::{Here, Life, VmHost, console, server};
+use crate::security;
 use crate::state_dir::StateDir;
 
 pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<ExitCode> {
@@ -27,6 +29,7 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         exit_with_stdin();
     }
     let json = args.output.json;
+    let security = security_for(&args)?;
     let state = StateDir::from_environment()?;
     let _lock = state.claim(&args.name)?;
     let tap = args.net.as_ref().map(|net| net.tap.clone());
@@ -42,6 +45,9 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         format!("'{}' is in doubt; once you know that no other host runs it, remove the record", args.name)
     })?;
     let host = VmHost::new(args.name, records, Life::Waiting { listen: args.listen.to_string(), note: None });
+    if let Some(tls) = security.tls() {
+        let _ = host.tls_folder.set(tls.folder().to_owned());
+    }
     let console = Arc::new(console::bind(&state, &host.name)?);
     let local = LocalChoices {
         tap: tap.clone(),
@@ -58,8 +64,8 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         machines: Arc::new(MachineHost::new(local)),
     };
     let (updates, inbox) = mpsc::unbounded_channel();
-    let options = ReceiveOptions { listen: args.listen.clone(), host: host_name(), name: None };
-    let mut receiver = Receiver::bind(
+    let options = ReceiveOptions { listen: args.listen.clone(), security, host: host_name(), name: None };
+    let receiver = Receiver::bind(
         options,
         Arc::new(machine_host),
         Arc::clone(&host.records) as _,
@@ -67,6 +73,7 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         updates,
     )
     .with_context(|| format!("can't listen on {}", args.listen))?;
+    let _ = host.turned_away.set(receiver.turned_away());
     let listen = receiver.local_address()?.to_string();
     host.set_life(Life::Waiting { listen: listen.clone(), note: None });
     let signals = Signals::watch()?;
@@ -76,9 +83,18 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
 
     let follower = Follower { host: Arc::clone(&host), listen, json };
     let follower = tokio::spawn(follower.run(inbox));
+    receive(receiver, &host);
+    let code = stay(host, signals, json).await?;
+    follower.abort();
+    server.await??;
+    Ok(code)
+}
+
+/// Waits for a VM beside everything else; `host` hears if none comes any more.
+fn receive(mut receiver: Receiver, host: &Arc<VmHost>) {
     let cancel = host.stop_waiting.subscribe();
     let waiting = tokio::spawn(async move { receiver.receive(cancel).await });
-    let ender = Arc::clone(&host);
+    let ender = Arc::clone(host);
     tokio::spawn(async move {
         // The receiver goes on answering the source after the guest runs, and then has no more to do.
         let (reason, failed) = match waiting.await {
@@ -89,10 +105,20 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         };
         ender.not_received(reason, failed);
     });
-    let code = stay(host, signals, json).await?;
-    follower.abort();
-    server.await??;
-    Ok(code)
+}
+
+/// Who is let in. A host that must not be a target is told so now.
+fn security_for(args: &ReceiveArgs) -> anyhow::Result<Security> {
+    let folder = security::folder(args.security.tls.tls_dir.clone()).map(std::path::absolute).transpose()?;
+    let security = match &args.listen {
+        ListenAddress::Tcp(_) => security::security(folder.as_deref(), args.security.insecure)?,
+        // The kernel says who is at the other end.
+        ListenAddress::Unix(_) => Security::LoopbackOnly,
+    };
+    if let Some(tls) = security.tls() {
+        tls.check_own_role(Role::Target)?;
+    }
+    Ok(security)
 }
 
 fn host_name() -> String {

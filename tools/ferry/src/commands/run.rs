@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
 use ferry_guest_abi::Workload;
-use ferry_migrate::FileRecords;
 use ferry_migrate::machine::MigratableMachine;
 use ferry_migrate::ports::RecordStore;
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::{Epoch, VmId};
+use ferry_migrate::{FileRecords, Tls};
 use ferry_vmm::{BootSource, ClockMode, CpuModel, Kernel, Machine, MachineConfig, NetConfig, SerialTarget};
 
 use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
@@ -19,6 +19,7 @@ use crate::host::migration::random_id;
 use crate::host::opener::Opener;
 use crate::host::{Here, Life, VmHost, console, server};
 use crate::quantity::show_bytes;
+use crate::security;
 use crate::state_dir::StateDir;
 use crate::terminal::{Mode, Terminal};
 
@@ -54,6 +55,11 @@ pub(crate) async fn run(args: RunArgs, opener: Opener) -> anyhow::Result<ExitCod
     let tap = args.net.as_ref().map(|net| net.tap.clone());
     let here = Here { machine: machine.clone(), vm, epoch, tap, migration: None };
     let host = VmHost::new(args.name, records, Life::Here(Box::new(here)));
+    if let Some(folder) = security::folder(args.tls.tls_dir) {
+        // Told now rather than when the VM is to move.
+        Tls::load(&folder)?;
+        let _ = host.tls_folder.set(std::path::absolute(folder)?);
+    }
     let signals = Signals::watch()?;
     let listener = server::bind(&state, &host)?;
     let server = tokio::spawn(server::serve(Arc::clone(&host), listener));

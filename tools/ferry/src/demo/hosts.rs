@@ -35,6 +35,8 @@ impl HostProcess {
             .args(arguments)
             .args(["--json", "--exit-with-stdin"])
             .env("FERRY_STATE_DIR", folder)
+            // Certificates of this host are not for the demo's.
+            .env("FERRY_TLS_DIR", "")
             // Its standard input is a pipe from here, which closes with this process however that ends.
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

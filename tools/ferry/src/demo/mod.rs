@@ -100,6 +100,9 @@ async fn migrate(
         reconnect_ms: 30_000.0,
         timeout_ms: 60_000.0,
         on_timeout: OnTimeoutWord::Cancel,
+        tls_dir: None,
+        // The demo's hosts are alone on their network.
+        insecure: true,
     };
     let began_ms = clock.now_ms();
     let (mut rounds_ended_ms, mut handed_ms) = (Vec::new(), began_ms);

@@ -30,7 +30,9 @@ pub(super) async fn run(args: &DemoArgs) -> anyhow::Result<DemoResult> {
     let run = [run.as_slice(), &["--serial", "null"]].concat();
     let host_a = HostProcess::start(&run, &folder.path().join("a"), Some(&lab.host_a)).await?;
     let listen = format!("{HOST_B_IPV4}:{PORT}");
-    let receive = ["receive", "--name", super::NAME, "--listen", &listen, "--net", &format!("tap={TAP}")];
+    let net = format!("tap={TAP}");
+    // Nobody else is on this network.
+    let receive = ["receive", "--name", super::NAME, "--listen", &listen, "--net", &net, "--insecure"];
     let host_b = HostProcess::start(&receive, &folder.path().join("b"), Some(&lab.host_b)).await?;
     until_ready(&host_a).await?;
 

@@ -1,14 +1,16 @@
 //! A migration away, as the control API shows it: started once, followed by any number of readers, cancelled.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use ferry_migrate::protocol::MigrationId;
 use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::UnknownCompression;
 use ferry_migrate::protocol::source::{OnTimeout, Outcome, Progress};
-use ferry_migrate::protocol::{MigrationId, VmName};
 use ferry_migrate::report::{MigrationReport, ReportKind, StreamWork};
-use ferry_migrate::{BandwidthCap, EndpointError, MigrateOptions, Update, migrate};
+use ferry_migrate::tls::identity::Role;
+use ferry_migrate::{BandwidthCap, Endpoint, EndpointError, MigrateOptions, Security, Update, migrate};
 use tokio::sync::{mpsc, watch};
 
 use super::{Here, Life, Refused, VmHost};
@@ -200,7 +202,7 @@ pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc
         now.migration = Some(Arc::clone(&task));
         here
     };
-    let options = match options(&host.name, &here, &request, task.bandwidth.clone()) {
+    let options = match options(host, &here, &request, task.bandwidth.clone()) {
         Ok(options) => options,
         Err(refused) => {
             task.add(MigrationEvent::Failed { reason: refused.0.clone() });
@@ -214,7 +216,7 @@ pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc
 }
 
 fn options(
-    name: &VmName,
+    host: &VmHost,
     here: &Here,
     request: &MigrationRequest,
     bandwidth: BandwidthCap,
@@ -229,12 +231,14 @@ fn options(
         return Err(Refused(format!("{} data streams, not 1 to {STREAMS_MAX}", request.streams)));
     }
     check_bandwidth(request.bandwidth_bytes_per_s)?;
+    let security = security_for(&target, host, request)?;
     Ok(MigrateOptions {
         migration: MigrationId(random_id()?),
         vm: here.vm,
-        name: name.clone(),
+        name: host.name.clone(),
         epoch: here.epoch,
         target,
+        security,
         streams: request.streams,
         adapt_streams: request.adapt_streams,
         compression: request
@@ -252,6 +256,20 @@ fn options(
         },
         reconnect: duration(request.reconnect_ms, "reconnecting for")?,
     })
+}
+
+/// How to speak to `target`. What this host's certificate does not allow is refused before anything is tried.
+fn security_for(target: &Endpoint, host: &VmHost, request: &MigrationRequest) -> Result<Security, Refused> {
+    let folder = request.tls_dir.as_deref().or(host.tls_folder.get().map(PathBuf::as_path));
+    let security = match target {
+        Endpoint::Tcp(_) => crate::security::security(folder, request.insecure),
+        // The kernel says who is at the other end.
+        Endpoint::Unix(_) => Ok(Security::LoopbackOnly),
+    };
+    let security = security.map_err(|error| Refused(error.to_string()))?;
+    let allowed = security.tls().map_or(Ok(()), |tls| tls.own().check(Role::Source, &host.name));
+    allowed.map_err(|forbidden| Refused(forbidden.to_string()))?;
+    Ok(security)
 }
 
 fn check_bandwidth(bytes_per_s: Option<u64>) -> Result<(), Refused> {

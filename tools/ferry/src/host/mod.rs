@@ -14,19 +14,20 @@ pub(crate) mod migration;
 pub(crate) mod opener;
 pub(crate) mod server;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ferry_guest_abi::{REPORT_GPA, Report, report::Stage};
-use ferry_migrate::FileRecords;
 use ferry_migrate::machine::MigratableMachine;
 use ferry_migrate::ports::{Clock, RecordStore, SystemClock};
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::{Epoch, PAGE_BYTES, VmId, VmName};
+use ferry_migrate::{FileRecords, TurnedAway};
 use ferry_vmm::{MachineEvent, MachineStatus};
 use tokio::sync::watch;
 
-use crate::api::{GuestGap, GuestReport, NetworkInfo, VmInfo, VmState};
+use crate::api::{GuestGap, GuestReport, NetworkInfo, TurnedAwayInfo, VmInfo, VmState};
 use migration::MigrationTask;
 
 /// A VM that is here.
@@ -68,6 +69,10 @@ pub(crate) struct VmHost {
     pub(crate) name: VmName,
     pub(crate) records: Arc<FileRecords>,
     pub(crate) clock: Arc<dyn Clock>,
+    /// The folder with this host's certificate, read anew for each migration so that it can be renewed.
+    pub(crate) tls_folder: OnceLock<PathBuf>,
+    /// Whom the receiver has turned away, in a process that has one.
+    pub(crate) turned_away: OnceLock<Arc<TurnedAway>>,
     life: Mutex<Life>,
     /// Held by whatever changes what the VM does, from looking whether it may to having done it.
     change: Mutex<()>,
@@ -84,6 +89,8 @@ impl VmHost {
             name,
             records: Arc::new(records),
             clock: Arc::new(SystemClock::default()),
+            tls_folder: OnceLock::new(),
+            turned_away: OnceLock::new(),
             life: Mutex::new(life),
             change: Mutex::default(),
             ended: watch::channel(false).0,
@@ -152,6 +159,10 @@ impl VmHost {
             network: None,
             terminal: None,
             refused_system_calls: confined::refused_system_calls(),
+            turned_away: self.turned_away.get().map(|counts| TurnedAwayInfo {
+                connections: counts.connections(),
+                streams: counts.streams(),
+            }),
             listen: None,
             note: None,
         };

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use ferry_protocol::admission::JoinSecret;
 use ferry_protocol::message::{
-    Abort, AbortCode, Arrived, Describe, FenceReached, Hello, KeepFor, NetworkIdentity, Prepare, Prepared,
-    Ready, Rehearse, Rehearsed, Run, Running, State, Welcome,
+    Abort, AbortCode, Admit, Arrived, Describe, FenceReached, Hello, KeepFor, NetworkIdentity, Prepare,
+    Prepared, Ready, Rehearse, Rehearsed, Run, Running, State, Welcome,
 };
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -258,6 +259,7 @@ pub(super) fn messages_of_a_target() -> Vec<(&'static str, Message)> {
             "Arrived",
             Message::Arrived(Arrived { reached: 0, runs: vec![Run { first: 0, count: 1 }], next: None }),
         ),
+        ("Admit", Message::Admit(Admit { session: 0, key: JoinSecret([1; 32]).key(0) })),
     ]
 }
 

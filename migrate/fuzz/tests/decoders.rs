@@ -1,0 +1,43 @@
+//! A short run of every target in the ordinary tests: the corpus, and bytes as proptest makes and shrinks them.
+
+use ferry_fuzz::bytes::sealed_messages;
+use ferry_fuzz::seeds::seeds;
+use ferry_fuzz::targets::TARGETS;
+use ferry_protocol::wire::Decoder;
+use proptest::prelude::*;
+
+#[test]
+fn what_was_worth_keeping_gets_the_better_of_nobody() {
+    for target in &TARGETS {
+        for seed in seeds(target).unwrap() {
+            (target.run)(&seed);
+        }
+    }
+}
+
+#[test]
+fn the_seeds_are_real() {
+    let count = |name: &str| {
+        let target = TARGETS.iter().find(|target| target.name == name).unwrap();
+        seeds(target).unwrap().len()
+    };
+    assert!(count("control") > 20 && count("frame") > 6 && count("packed") > 2 && count("description") > 2);
+}
+
+#[test]
+fn what_is_sealed_is_read() {
+    let mut bytes = b"FRRY\x01\x00\x0f\x00\x01\x00\x00\x00\x00\x00\x00\x00".to_vec();
+    bytes.push(7);
+    let mut decoder = Decoder::default();
+    decoder.push(&sealed_messages(&bytes));
+    assert!(decoder.next_message().unwrap().is_some());
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_get_the_better_of_a_decoder(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        for target in &TARGETS {
+            (target.run)(&bytes);
+        }
+    }
+}
