@@ -11,15 +11,17 @@
 //! | `fail` | the step fails with "no space left on device", where it can |
 //! | `damage` | a page that has just arrived is changed, at `target-frame-arrives` |
 //!
-//! `FERRY_FAULT_LOG` names a file to which every step is appended as it is reached.
+//! `@FILE` in its place has the faults in a file, which is read when a migration begins; if it says something new, counting begins
+//! anew (from a `#` on it is a remark). `FERRY_FAULT_LOG` names a file to which every step is appended as it is reached.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use ferry_protocol::message::MessageType;
 use ferry_protocol::wire::Decoder;
 use ferry_protocol::{source, target};
 use nix::errno::Errno;
@@ -47,6 +49,7 @@ struct Fault {
 }
 
 fn parse(text: &str) -> Result<Vec<Fault>, String> {
+    let text = text.split('#').next().unwrap_or_default().trim();
     text.split(',').filter(|fault| !fault.is_empty()).map(parse_one).collect()
 }
 
@@ -68,55 +71,102 @@ fn parse_one(text: &str) -> Result<Fault, String> {
     Ok(Fault { step, nth, action })
 }
 
-struct Points {
+/// What shall happen, and what has been reached.
+#[derive(Debug, Default)]
+struct Plan {
+    text: String,
     faults: Vec<Fault>,
+    reached: HashMap<Step, u64>,
+}
+
+impl Plan {
+    fn read(text: String) -> Result<Self, String> {
+        Ok(Self { faults: parse(text.trim())?, text, reached: HashMap::new() })
+    }
+
+    /// Counts that `step` is reached, and says how often it was and what shall happen.
+    fn reach(&mut self, step: Step) -> (u64, Option<Action>) {
+        let reached = self.reached.entry(step).or_default();
+        *reached += 1;
+        let nth = *reached;
+        let fault = self.faults.iter().find(|fault| fault.step == step && fault.nth == nth);
+        (nth, fault.map(|fault| fault.action.clone()))
+    }
+}
+
+#[derive(Debug, Default)]
+struct Points {
+    /// Where the plan is read anew for each migration.
+    file: Option<PathBuf>,
+    plan: Mutex<Plan>,
     /// Connections to those who will hold this process.
     holders: Mutex<HashMap<PathBuf, UnixStream>>,
     log: Option<File>,
-    reached: Mutex<HashMap<Step, u64>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Points {
     fn from_environment() -> Result<Self, String> {
-        let faults = parse(&std::env::var(FAULTS).unwrap_or_default())?;
+        let text = std::env::var(FAULTS).unwrap_or_default();
         let open = |path| OpenOptions::new().append(true).create(true).open(path);
         let log = std::env::var_os(LOG).map(open).transpose().map_err(|error| error.to_string())?;
-        let mut holders = HashMap::new();
-        for fault in &faults {
+        let points = Self { log, ..Self::default() };
+        match text.strip_prefix('@') {
+            Some(file) => Ok(Self { file: Some(file.into()), ..points }),
+            None => {
+                points.follow(text)?;
+                Ok(points)
+            }
+        }
+    }
+
+    /// Follows another plan from now on, and counts anew.
+    fn follow(&self, text: String) -> Result<(), String> {
+        let plan = Plan::read(text)?;
+        for fault in &plan.faults {
             if let Action::Hold(path) = &fault.action {
                 let stream =
                     UnixStream::connect(path).map_err(|error| format!("{}: {error}", path.display()))?;
-                holders.insert(path.clone(), stream);
+                locked(&self.holders).insert(path.clone(), stream);
             }
         }
-        Ok(Self { faults, holders: Mutex::new(holders), log, reached: Mutex::default() })
+        *locked(&self.plan) = plan;
+        Ok(())
+    }
+
+    /// Reads the plan's file, if there is one, when a migration begins; the same plan goes on counting.
+    fn look(&self, step: Step) -> Result<(), String> {
+        let begins = [Step::Source(SourceStep::Connects), Step::Receives(MessageType::Hello)].contains(&step);
+        let Some(file) = self.file.as_ref().filter(|_| begins) else { return Ok(()) };
+        let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
+        let is_new = locked(&self.plan).text != text;
+        if is_new { self.follow(text) } else { Ok(()) }
     }
 
     /// Counts that `step` is reached, and says what shall happen.
-    fn reach(&self, step: Step) -> Option<&Action> {
-        let nth = {
-            let mut reached = self.reached.lock().unwrap_or_else(PoisonError::into_inner);
-            let nth = reached.entry(step).or_default();
-            *nth += 1;
-            *nth
-        };
+    fn reach(&self, step: Step) -> Option<Action> {
+        self.look(step).unwrap_or_else(|why| give_up(&why));
+        let (nth, action) = locked(&self.plan).reach(step);
         if let Some(mut log) = self.log.as_ref() {
             // One write a line, so that lines of several threads don't mix.
             let _ = log.write_all(format!("{step}:{nth}\n").as_bytes());
         }
-        self.faults.iter().find(|fault| fault.step == step && fault.nth == nth).map(|fault| &fault.action)
+        action
     }
+}
+
+/// A test that names a fault that there is not must not pass because nothing happens.
+fn give_up(why: &str) -> ! {
+    eprintln!("ferry: {FAULTS}: {why}");
+    std::process::abort();
 }
 
 fn points() -> &'static Points {
     static POINTS: OnceLock<Points> = OnceLock::new();
-    POINTS.get_or_init(|| {
-        Points::from_environment().unwrap_or_else(|why| {
-            // A test that names a fault that there is not must not pass because nothing happens.
-            eprintln!("ferry: {FAULTS}: {why}");
-            std::process::abort();
-        })
-    })
+    POINTS.get_or_init(|| Points::from_environment().unwrap_or_else(|why| give_up(&why)))
 }
 
 fn signal(signal: Signal) {
@@ -125,7 +175,7 @@ fn signal(signal: Signal) {
 }
 
 fn hold(path: &PathBuf, step: Step) {
-    let holder = points().holders.lock().unwrap_or_else(PoisonError::into_inner).remove(path);
+    let holder = locked(&points().holders).remove(path);
     let Some(mut holder) = holder else { return };
     let mut hold = || holder.write_all(format!("{step}\n").as_bytes()).and_then(|()| holder.read(&mut [0]));
     // Only what comes to the step is held, not the connections that the same thread of the runtime looks after.
@@ -144,7 +194,7 @@ pub(crate) fn try_point(step: Step) -> io::Result<()> {
     match points().reach(step) {
         Some(Action::Kill) => signal(Signal::SIGKILL),
         Some(Action::Stop) => signal(Signal::SIGSTOP),
-        Some(Action::Hold(path)) => hold(path, step),
+        Some(Action::Hold(path)) => hold(&path, step),
         Some(Action::Fail) => return Err(Errno::ENOSPC.into()),
         Some(Action::Damage) | None => {}
     }
@@ -157,7 +207,7 @@ pub(crate) fn damages(step: Step) -> bool {
         Some(Action::Damage) => return true,
         Some(Action::Kill) => signal(Signal::SIGKILL),
         Some(Action::Stop) => signal(Signal::SIGSTOP),
-        Some(Action::Hold(path)) => hold(path, step),
+        Some(Action::Hold(path)) => hold(&path, step),
         Some(Action::Fail) | None => {}
     }
     false
@@ -292,11 +342,30 @@ mod tests {
 
     #[test]
     fn a_fault_happens_once() {
-        let faults = parse("source-pauses:2:fail").unwrap();
-        let points = Points { faults, holders: Mutex::default(), log: None, reached: Mutex::default() };
+        let points = Points::default();
+        points.follow("source-pauses:2:fail".to_owned()).unwrap();
         let step = Step::Source(SourceStep::Pauses);
         let happens: Vec<bool> = (0..4).map(|_| points.reach(step).is_some()).collect();
         assert_eq!(happens, [false, true, false, false]);
         assert_eq!(points.reach(Step::Source(SourceStep::Paused)), None);
+    }
+
+    #[test]
+    fn a_new_plan_counts_for_the_next_migration() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let write = |text: &str| std::fs::write(file.path(), text).unwrap();
+        let points = Points { file: Some(file.path().to_owned()), ..Points::default() };
+        let (connects, pauses) = (Step::Source(SourceStep::Connects), Step::Source(SourceStep::Pauses));
+        write("source-pauses:1:fail # first");
+        assert_eq!(points.reach(connects), None);
+        write("source-pauses:1:kill # second");
+        assert_eq!(points.reach(pauses), Some(Action::Fail));
+        assert_eq!(points.reach(pauses), None);
+        // The next migration begins.
+        assert_eq!(points.reach(connects), None);
+        assert_eq!(points.reach(pauses), Some(Action::Kill));
+        // It connects again, and the plan is the same.
+        assert_eq!(points.reach(connects), None);
+        assert_eq!(points.reach(pauses), None);
     }
 }

@@ -191,7 +191,7 @@ impl World {
     }
 
     /// Sets off the troubles that wait for `when`.
-    fn strike(&mut self, when: When) {
+    pub(super) fn strike(&mut self, when: When) {
         while let Some(index) = self.troubles.iter().position(|trouble| trouble.when == when) {
             let trouble = self.troubles.remove(index);
             self.trouble(trouble.what);

@@ -52,6 +52,8 @@ pub(super) enum When {
     After(Duration),
     /// As this message is to be sent; a cut takes the message with it.
     Sending(MessageType),
+    /// As the dirty log is read for the time of this number: what it names is on its way then.
+    ReadingLog(u64),
 }
 
 /// What goes wrong.
@@ -198,8 +200,10 @@ fn trouble(random: &mut Random) -> Trouble {
     let when = if random.percent(50) {
         let most_us = random.pick(&[30_000, 100_000, 300_000]);
         When::After(Duration::from_micros(random.below(most_us)))
-    } else {
+    } else if random.percent(70) {
         When::Sending(random.pick(&MESSAGES))
+    } else {
+        When::ReadingLog(random.within(2, 5))
     };
     // Short outages are over when a source that waits tries again; long ones outlast a prepared target.
     let outage = Duration::from_millis(random.pick(&[0, 5, 80, 600, 2_500, 40_000]));

@@ -9,6 +9,7 @@ use ferry_protocol::{PageBitmap, StreamIndex, Timestamp};
 use super::control::To;
 use super::fault::Round;
 use super::guest::Guest;
+use super::scenario::When;
 use super::stream::{Sender, Written};
 use super::world::{Due, World, digest};
 
@@ -63,8 +64,12 @@ impl World {
             Action::SendPages { pages, fence, paused, first, whole } => {
                 self.send_pages(&pages, (fence, first), paused, whole);
             }
+            Action::ReadDirtyLog => {
+                self.queue_source_job(action);
+                self.logs_read += 1;
+                self.strike(When::ReadingLog(self.logs_read));
+            }
             Action::StartDirtyLog
-            | Action::ReadDirtyLog
             | Action::StopDirtyLog
             | Action::PauseVm
             | Action::SaveState

@@ -164,6 +164,8 @@ pub(super) struct World {
     /// Nothing passes to the target, or to the source, before.
     pub(super) partition_until: [Timestamp; 2],
     pub(super) sessions: u32,
+    /// How often a dirty log was asked for.
+    pub(super) logs_read: u64,
     pub(super) round: Round,
     pub(super) injection: Injection,
     pub(super) bug: Option<Bug>,
@@ -250,6 +252,7 @@ impl World {
             lost_page: None,
             partition_until: [now; 2],
             sessions: 0,
+            logs_read: 0,
             round: Round::default(),
             injection,
             bug,

@@ -89,6 +89,15 @@ impl<'a> Host<'a> {
         command
     }
 
+    /// Starts `ferry` with these arguments, without faults.
+    ///
+    /// # Errors
+    /// If it can't be started.
+    pub fn start(&self, arguments: &[&str]) -> anyhow::Result<Process> {
+        let what = format!("'ferry {}' at the {}", arguments[0], self.side);
+        Process::start(&what, self.namespace, self.command(arguments))
+    }
+
     /// Starts a process that hosts a VM, with these faults.
     fn hosts(&mut self, arguments: &[&str], faults: &str, up: &str) -> anyhow::Result<()> {
         let mut command = self.command(&[arguments, &["--json", "--exit-with-stdin"]].concat());
@@ -136,9 +145,7 @@ impl<'a> Host<'a> {
         // A guest that dirties little fits any budget; what is looked at here is not how long it takes.
         let arguments =
             ["migrate", NAME, "--to", target, "--downtime", "10s", "--timeout", "60s", "--insecure"];
-        let command =
-            self.command(&[&arguments[..], &["--streams", "2", "--reconnect", reconnect, "--json"]].concat());
-        Process::start(&format!("'ferry migrate' at the {}", self.side), self.namespace, command)
+        self.start(&[&arguments[..], &["--streams", "2", "--reconnect", reconnect, "--json"]].concat())
     }
 
     /// Starts `ferry migrate --cancel` here.
@@ -146,8 +153,7 @@ impl<'a> Host<'a> {
     /// # Errors
     /// If it can't be started.
     pub fn cancel(&self) -> anyhow::Result<Process> {
-        let command = self.command(&["migrate", NAME, "--cancel", "--json"]);
-        Process::start(&format!("'ferry migrate --cancel' at the {}", self.side), self.namespace, command)
+        self.start(&["migrate", NAME, "--cancel", "--json"])
     }
 
     /// Runs `ferry` with these arguments to its end; gives its exit code and what it said.
@@ -155,8 +161,7 @@ impl<'a> Host<'a> {
     /// # Errors
     /// If it does not end.
     pub fn ferry(&self, arguments: &[&str]) -> anyhow::Result<(Option<i32>, String)> {
-        let what = format!("'ferry {}' at the {}", arguments[0], self.side);
-        let mut process = Process::start(&what, self.namespace, self.command(arguments))?;
+        let mut process = self.start(arguments)?;
         let code = process.end(PATIENCE)?.code();
         Ok((code, process.last_words()))
     }
