@@ -25,8 +25,10 @@ pub mod records;
 pub mod report;
 mod stream;
 mod transport;
+pub mod witness;
 
 pub use bandwidth::BandwidthCap;
+pub use engine::resolver::Resolver;
 pub use engine::source::{MigrateOptions, Update, migrate};
 pub use engine::target::{ReceiveOptions, Receiver, TurnedAway};
 pub use ferry_protocol as protocol;
@@ -35,3 +37,4 @@ pub use transport::endpoint::{Endpoint, EndpointError, ListenAddress};
 pub use transport::security::{Security, SecurityError};
 pub use transport::tls;
 pub use transport::tls::{Tls, TlsError};
+pub use witness::WitnessAddress;

@@ -64,6 +64,14 @@ impl FileRecords {
     /// # Errors
     /// If one of them can't be read: its VM is in doubt.
     pub fn all(&self) -> Result<Vec<Record>, RecordFileError> {
+        self.each()?.into_iter().collect()
+    }
+
+    /// Every record of the name, each with why it can't be read if that is so.
+    ///
+    /// # Errors
+    /// If the folder can't be read.
+    pub fn each(&self) -> Result<Vec<Result<Record, RecordFileError>>, RecordFileError> {
         let entries = match fs::read_dir(&self.folder) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -73,10 +81,23 @@ impl FileRecords {
         for entry in entries {
             let path = entry.map_err(Self::io_error("look for", &self.folder))?.path();
             if self.is_ours(&path) {
-                records.extend(Self::read(&path)?);
+                records.extend(Self::read(&path).transpose());
             }
         }
         Ok(records)
+    }
+
+    /// Moves a damaged record out of the way, so that nothing is in doubt by it any more, and keeps it for whoever wants to
+    /// know what it was. Gives its new place.
+    ///
+    /// # Errors
+    /// If it can't be renamed.
+    pub fn set_aside(&self, path: &Path) -> Result<PathBuf, RecordFileError> {
+        let aside = path.with_extension("record-damaged");
+        fs::rename(path, &aside).map_err(Self::io_error("set aside", path))?;
+        let folder = File::open(&self.folder).and_then(|folder| folder.sync_all());
+        folder.map_err(Self::io_error("sync the folder of", path))?;
+        Ok(aside)
     }
 
     /// Removes what a process that was killed while it wrote a record of the name has left: never the record itself, and

@@ -8,6 +8,8 @@ mod console;
 mod control;
 mod cpus;
 mod disks;
+#[cfg(not(feature = "fault-points"))]
+mod fault_points;
 mod link;
 mod local;
 mod machines;

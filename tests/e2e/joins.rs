@@ -128,6 +128,7 @@ fn nobody_else_joins_a_migration() {
             match source(&guest, options, never()).await {
                 // Said here and now: a target whose source has gone silently would be waited for without a word.
                 Outcome::Stayed { failure, .. } => panic!("the guest was not moved: {failure}"),
+                Outcome::LetGo { .. } => panic!("nobody has decided anything"),
                 moved @ Outcome::Moved(_) => moved,
             }
         };

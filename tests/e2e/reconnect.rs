@@ -79,7 +79,7 @@ fn a_link_that_stays_broken_ends_the_attempt_and_the_next_one_succeeds() {
             assert!(received.expect("threads").is_none());
             match outcome {
                 Outcome::Stayed { failure, .. } => failure,
-                Outcome::Moved(_) => panic!("it moved over a broken link"),
+                Outcome::Moved(_) | Outcome::LetGo { .. } => panic!("it moved over a broken link"),
             }
         });
         assert!(matches!(&failure, Failure::Link(text) if text.contains("--reconnect")), "{failure}");

@@ -15,8 +15,19 @@ fn a_cable_that_is_pulled_for_a_while_costs_seconds_and_not_the_migration() {
     let on_a = run(&a);
     let address = format!("{HOST_B_IPV4}:{PORT}");
     let on_b = receive(&b, &address);
-    let arguments = ["migrate", "web", "--to", &address, "--downtime", "500ms", "--bandwidth", "8M/s"];
-    let migrating = a.start(a.command(&[&arguments[..], &["--insecure", "--json"]].concat()));
+    let arguments = [
+        "migrate",
+        "web",
+        "--to",
+        &address,
+        "--downtime",
+        "500ms",
+        "--bandwidth",
+        "8M/s",
+        "--insecure",
+        "--json",
+    ];
+    let migrating = a.start(a.command(&arguments));
     for port in [SwitchPort::HostB, SwitchPort::HostA] {
         migrating.until("transferred");
         // Nobody says anything any more, and nobody is told: either side notices by itself.

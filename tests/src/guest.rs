@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ferry_guest_abi::report::{GAP_LOG_MIN_US, Stage};
 use ferry_guest_abi::{REPORT_GPA, Report, Workload};
+use ferry_migrate::Resolver;
 use ferry_migrate::machine::{MachineHost, MigratableMachine};
 use ferry_migrate::ports::{BuildRefusal, RecordStore, SystemClock, TargetHost, TargetVm};
 use ferry_migrate::protocol::page::Compression;
@@ -81,7 +82,7 @@ pub fn stayed(guest: &Guest, outcome: Outcome) -> Failure {
             guest.goes_on();
             failure
         }
-        Outcome::Moved(_) => panic!("the guest was moved"),
+        Outcome::Moved(_) | Outcome::LetGo { .. } => panic!("the guest was moved"),
     }
 }
 
@@ -206,6 +207,8 @@ impl Guest {
             timeout: Duration::from_secs(120),
             on_timeout: OnTimeout::Cancel,
             reconnect: Duration::from_secs(30),
+            witness: None,
+            resolver: Resolver::default(),
         }
     }
 
@@ -307,8 +310,13 @@ fn target_at(guest: &Guest, listen: ListenAddress, memory: MemoryChoices) -> Tar
     };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
-    let options =
-        ReceiveOptions { listen, security: Security::LoopbackOnly, host: "target".into(), name: None };
+    let options = ReceiveOptions {
+        listen,
+        security: Security::LoopbackOnly,
+        host: "target".into(),
+        name: None,
+        witness: None,
+    };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
     let receiver = Receiver::bind(options, Arc::new(host), Arc::clone(&records) as _, clock, updates)
@@ -399,6 +407,7 @@ async fn move_to(
             Outcome::Moved(summary) => *summary,
             // Said here and now: a target whose source has gone silently would be waited for without a word.
             Outcome::Stayed { failure, .. } => panic!("the guest was not moved: {failure}"),
+            Outcome::LetGo { .. } => panic!("nobody has decided anything"),
         }
     };
     let (summary, received) = tokio::join!(moving, target.receiver.receive(never.1.clone()));

@@ -12,6 +12,7 @@ use ferry_protocol::record::Record;
 use ferry_protocol::source::{self, MemoryPath, OnTimeout, Source};
 use ferry_protocol::target::{self, Target};
 use ferry_protocol::wire::{Decoder, encode};
+use ferry_protocol::witness::{Ruling, WitnessId};
 use ferry_protocol::{
     Epoch, MemoryDigest, MemoryLayout, Message, MigrationId, PAGE_BYTES, PageBitmap, Region, StreamIndex,
     Timestamp, VmId,
@@ -154,6 +155,9 @@ pub fn delta(bytes: &[u8]) {
     }
 }
 
+/// The witness of a side that has one.
+const WITNESS: WitnessId = WitnessId([5; 16]);
+
 /// How long one step of a core takes here.
 const STEP: Duration = Duration::from_millis(300);
 
@@ -170,6 +174,7 @@ pub fn target_core(bytes: &[u8]) {
         carries_descriptors: bytes.first().is_some_and(|byte| byte % 2 == 1),
         name: None,
         record: None,
+        witness: bytes.first().is_some_and(|byte| byte % 4 >= 2).then_some(WITNESS),
     };
     let mut core = Target::new(config, at(0)).with_admission(JoinSecret([1; 32]));
     let (mut committed, mut pending) = (false, Vec::new());
@@ -203,6 +208,8 @@ fn done_by_target(action: &target::Action) -> Option<target::Event> {
             assert!(layout.page_count() > 0);
             Some(Event::MachineBuilt)
         }
+        Action::ProbeWitness => Some(Event::WitnessProbed { took: STEP }),
+        Action::AskWitness(_) => Some(Event::WitnessSays(Ruling::Target)),
         Action::RestoreState(_) => Some(Event::StateRestored { took: STEP }),
         Action::RunVm { .. } => Some(Event::VmRunning { took: STEP }),
         Action::EndStreams => {
@@ -233,6 +240,7 @@ pub fn source_core(bytes: &[u8]) {
         epoch: Epoch::FIRST,
         arrived_by: None,
         target: "b:1".to_owned(),
+        witness: bytes.last().is_some_and(|byte| byte % 2 == 1).then_some(WITNESS),
         description: vec![1],
         memory: MemoryPath::Streams,
         streams: 2,
@@ -271,6 +279,7 @@ fn done_by_source(action: source::Action) -> Option<source::Event> {
         Action::StartDirtyLog => Some(Event::DirtyLogStarted),
         Action::ReadDirtyLog => Some(Event::DirtyLogRead { pages: PageBitmap::empty(512), took: STEP }),
         Action::SendPages { .. } => Some(Event::RoundSent(source::RoundSent::default())),
+        Action::AskWitness(_) => Some(Event::WitnessSilent("nobody answers".to_owned())),
         Action::PauseVm => Some(Event::Paused),
         Action::SaveState => Some(Event::StateSaved {
             state: vec![1],

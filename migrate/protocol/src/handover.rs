@@ -8,10 +8,13 @@
 //!
 //!  target   Receiving(e) --prepared()--> Prepared(e) --commit()--> Recording(e) --recorded()--> Running(e)
 //!               |                           |                          |
-//!               '------- discard() ---------'                          '--failed()--> Prepared(e)
-//!                            v
-//!                        Discarded(e) <-- not_started() -- Running(e)
+//!               '------- discard() ---------'  '--ask()--> Asking(e) --ruled()--'  '--failed()--> Prepared(e)
+//!                            v                            |
+//!                        Discarded(e) <------ruled()------'  <-- returned() -- Returning(e) <-- not_started() -- Running(e)
 //! ```
+//!
+//! `Asking` is only where there is a witness ([`crate::witness`]); `running()` and `discarded()` at the source are the
+//! target's word, the witness's ruling, or the operator's decision.
 //!
 //! The rules (see docs/handover.md):
 //! 1. The source may run until its commit is durable; from then on it never runs that epoch by itself.
@@ -21,6 +24,7 @@
 //! Nothing here does I/O: `recorded()` is called only after the record's fsync has returned.
 
 use crate::ident::Epoch;
+use crate::witness::Ruling;
 
 /// A step that the rules forbid in this state. It is the caller's or the peer's error; the state is unchanged.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -136,10 +140,14 @@ pub enum TargetStanding {
     Receiving(Epoch),
     /// It could run this epoch and waits for the word.
     Prepared(Epoch),
+    /// It has the word and has asked the witness for leave. Until that has ruled it may neither run nor discard.
+    Asking(Epoch),
     /// It has the word and is recording that it runs. It must not run yet.
     Recording(Epoch),
     /// It owns this epoch and runs it.
     Running(Epoch),
+    /// It owns this epoch but could not start it, and is giving it back. No instruction of it has run, and none may.
+    Returning(Epoch),
     /// It has not run this epoch and never shall.
     Discarded(Epoch),
 }
@@ -150,7 +158,12 @@ impl TargetStanding {
     pub const fn may_run(self) -> bool {
         match self {
             Self::Running(_) => true,
-            Self::Receiving(_) | Self::Prepared(_) | Self::Recording(_) | Self::Discarded(_) => false,
+            Self::Receiving(_)
+            | Self::Prepared(_)
+            | Self::Asking(_)
+            | Self::Recording(_)
+            | Self::Returning(_)
+            | Self::Discarded(_) => false,
         }
     }
 
@@ -160,8 +173,10 @@ impl TargetStanding {
         match self {
             Self::Receiving(epoch)
             | Self::Prepared(epoch)
+            | Self::Asking(epoch)
             | Self::Recording(epoch)
             | Self::Running(epoch)
+            | Self::Returning(epoch)
             | Self::Discarded(epoch) => epoch,
         }
     }
@@ -175,9 +190,39 @@ impl TargetStanding {
             Self::Receiving(own) if own == epoch => Ok(Self::Prepared(epoch)),
             Self::Receiving(_)
             | Self::Prepared(_)
+            | Self::Asking(_)
             | Self::Recording(_)
             | Self::Running(_)
+            | Self::Returning(_)
             | Self::Discarded(_) => self.forbid("to be prepared"),
+        }
+    }
+
+    /// The source gives `epoch` away, and the witness is to be asked now.
+    ///
+    /// # Errors
+    /// Unless it is prepared for exactly that epoch.
+    pub fn ask(self, epoch: Epoch) -> Result<Self, Forbidden> {
+        self.commit(epoch).map(|_| Self::Asking(epoch))
+    }
+
+    /// The witness has ruled: its own epoch's record is to be written now, or it has discarded.
+    ///
+    /// # Errors
+    /// Unless it has asked.
+    pub fn ruled(self, ruling: Ruling) -> Result<Self, Forbidden> {
+        match (self, ruling) {
+            (Self::Asking(epoch), Ruling::Target) => Ok(Self::Recording(epoch)),
+            (Self::Asking(epoch), Ruling::Source) => Ok(Self::Discarded(epoch)),
+            (
+                Self::Receiving(_)
+                | Self::Prepared(_)
+                | Self::Recording(_)
+                | Self::Running(_)
+                | Self::Returning(_)
+                | Self::Discarded(_),
+                Ruling::Target | Ruling::Source,
+            ) => self.forbid("to hear from the witness"),
         }
     }
 
@@ -190,8 +235,10 @@ impl TargetStanding {
             Self::Prepared(own) if own == epoch => Ok(Self::Recording(epoch)),
             Self::Receiving(_)
             | Self::Prepared(_)
+            | Self::Asking(_)
             | Self::Recording(_)
             | Self::Running(_)
+            | Self::Returning(_)
             | Self::Discarded(_) => self.forbid("to take over"),
         }
     }
@@ -203,24 +250,53 @@ impl TargetStanding {
     pub fn recorded(self) -> Result<Self, Forbidden> {
         match self {
             Self::Recording(epoch) => Ok(Self::Running(epoch)),
-            Self::Receiving(_) | Self::Prepared(_) | Self::Running(_) | Self::Discarded(_) => {
-                self.forbid("to have recorded that it runs")
-            }
+            Self::Receiving(_)
+            | Self::Prepared(_)
+            | Self::Asking(_)
+            | Self::Running(_)
+            | Self::Returning(_)
+            | Self::Discarded(_) => self.forbid("to have recorded that it runs"),
         }
     }
 
-    /// The guest could not be started: no instruction of it has run here, and none may from now on. The answer
-    /// `Discarded` may be sent once this is durable.
+    /// The guest could not be started: no instruction of it has run here, and none may while it is given back.
     ///
     /// # Errors
     /// Unless it was to run.
     pub fn not_started(self) -> Result<Self, Forbidden> {
         match self {
-            Self::Running(epoch) => Ok(Self::Discarded(epoch)),
-            Self::Receiving(_) | Self::Prepared(_) | Self::Recording(_) | Self::Discarded(_) => {
-                self.forbid("to fail to start it")
-            }
+            Self::Running(epoch) => Ok(Self::Returning(epoch)),
+            Self::Receiving(_)
+            | Self::Prepared(_)
+            | Self::Asking(_)
+            | Self::Recording(_)
+            | Self::Returning(_)
+            | Self::Discarded(_) => self.forbid("to fail to start it"),
         }
+    }
+
+    /// That it never runs here is durable, so the answer `Discarded` may be sent.
+    ///
+    /// # Errors
+    /// Unless it was giving it back.
+    pub fn returned(self) -> Result<Self, Forbidden> {
+        match self {
+            Self::Returning(epoch) => Ok(Self::Discarded(epoch)),
+            Self::Receiving(_)
+            | Self::Prepared(_)
+            | Self::Asking(_)
+            | Self::Recording(_)
+            | Self::Running(_)
+            | Self::Discarded(_) => self.forbid("to have given it back"),
+        }
+    }
+
+    /// The source has let go, so there is nobody to give it back to: it may be started once more.
+    ///
+    /// # Errors
+    /// Unless it was giving it back.
+    pub fn kept(self) -> Result<Self, Forbidden> {
+        self.returned().map(|standing| Self::Running(standing.epoch()))
     }
 
     /// The record could not be written, so it must not run; it may try again or discard.
@@ -230,9 +306,12 @@ impl TargetStanding {
     pub fn failed(self) -> Result<Self, Forbidden> {
         match self {
             Self::Recording(epoch) => Ok(Self::Prepared(epoch)),
-            Self::Receiving(_) | Self::Prepared(_) | Self::Running(_) | Self::Discarded(_) => {
-                self.forbid("to fail to record")
-            }
+            Self::Receiving(_)
+            | Self::Prepared(_)
+            | Self::Asking(_)
+            | Self::Running(_)
+            | Self::Returning(_)
+            | Self::Discarded(_) => self.forbid("to fail to record"),
         }
     }
 
@@ -245,7 +324,9 @@ impl TargetStanding {
             Self::Receiving(epoch) | Self::Prepared(epoch) | Self::Discarded(epoch) => {
                 Ok(Self::Discarded(epoch))
             }
-            Self::Recording(_) | Self::Running(_) => self.forbid("to discard"),
+            Self::Asking(_) | Self::Recording(_) | Self::Running(_) | Self::Returning(_) => {
+                self.forbid("to discard")
+            }
         }
     }
 
@@ -253,8 +334,10 @@ impl TargetStanding {
         let state = match self {
             Self::Receiving(epoch) => format!("it is receiving epoch {epoch}"),
             Self::Prepared(epoch) => format!("it is prepared for epoch {epoch}"),
+            Self::Asking(epoch) => format!("it has asked the witness for epoch {epoch}"),
             Self::Recording(epoch) => format!("it is recording that it runs epoch {epoch}"),
             Self::Running(epoch) => format!("it runs epoch {epoch}"),
+            Self::Returning(epoch) => format!("it is giving back epoch {epoch}"),
             Self::Discarded(epoch) => format!("it has discarded epoch {epoch}"),
         };
         Err(Forbidden { step, state })
@@ -316,30 +399,39 @@ mod tests {
 
     #[test]
     fn every_step_of_the_target_in_every_state() {
-        use TargetStanding::{Discarded, Prepared, Receiving, Recording, Running};
-        let states = [Receiving(E), Prepared(E), Recording(E), Running(E), Discarded(E)];
+        use TargetStanding::{Asking, Discarded, Prepared, Receiving, Recording, Returning, Running};
+        let states =
+            [Receiving(E), Prepared(E), Asking(E), Recording(E), Running(E), Returning(E), Discarded(E)];
         type Step = fn(TargetStanding) -> Result<TargetStanding, Forbidden>;
-        let steps: [Step; 6] = [
+        let steps: [Step; 10] = [
             |s| s.prepared(E),
             |s| s.commit(E),
+            |s| s.ask(E),
+            |s| s.ruled(Ruling::Target),
             TargetStanding::recorded,
             TargetStanding::failed,
             TargetStanding::discard,
             TargetStanding::not_started,
+            TargetStanding::returned,
+            TargetStanding::kept,
         ];
         let allowed = states.map(|state| steps.map(|step| step(state).is_ok()));
         assert_eq!(
             allowed,
             [
-                [true, false, false, false, true, false],
-                [false, true, false, false, true, false],
-                [false, false, true, true, false, false],
-                [false, false, false, false, false, true],
-                [false, false, false, false, true, false],
+                [true, false, false, false, false, false, true, false, false, false],
+                [false, true, true, false, false, false, true, false, false, false],
+                [false, false, false, true, false, false, false, false, false, false],
+                [false, false, false, false, true, true, false, false, false, false],
+                [false, false, false, false, false, false, false, true, false, false],
+                [false, false, false, false, false, false, false, false, true, true],
+                [false, false, false, false, false, false, true, false, false, false],
             ]
         );
         for state in states {
             assert_eq!(state.may_run(), state == Running(E));
+            assert_eq!(state.ruled(Ruling::Source).is_ok(), state == Asking(E));
         }
+        assert_eq!(Asking(E).ruled(Ruling::Source), Ok(Discarded(E)));
     }
 }

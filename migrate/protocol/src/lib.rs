@@ -42,6 +42,7 @@ pub mod streams;
 pub mod target;
 pub mod time;
 pub mod wire;
+pub mod witness;
 
 pub use bitmap::{CHUNK_PAGES, ChunkIndex, PageBitmap, PageMask, PageRange};
 pub use digest::{MemoryDigest, PageDigest};
@@ -50,3 +51,4 @@ pub use layout::{MemoryLayout, PAGE_BYTES, Region};
 pub use message::Message;
 pub use record::Record;
 pub use time::Timestamp;
+pub use witness::WitnessId;

@@ -10,6 +10,7 @@ use crate::digest::MemoryDigest;
 use crate::ident::{Epoch, MigrationId, VmId, VmName};
 use crate::layout::Region;
 use crate::negotiation::Features;
+use crate::witness::WitnessId;
 
 /// The longest sentence that a peer may give as a reason, in bytes; longer ones are cut.
 pub const SENTENCE_BYTES_MAX: usize = 4096;
@@ -274,9 +275,11 @@ pub enum AbortCode {
     Epoch = 11,
     /// By its certificate, or for lack of one, a side may not do this.
     Forbidden = 12,
+    /// The two sides don't have the same witness, or it can't be reached.
+    Witness = 20,
 }
 
-const ABORT_CODES: [AbortCode; 12] = [
+const ABORT_CODES: [AbortCode; 13] = [
     AbortCode::Cancelled,
     AbortCode::Version,
     AbortCode::Occupied,
@@ -289,6 +292,7 @@ const ABORT_CODES: [AbortCode; 12] = [
     AbortCode::Internal,
     AbortCode::Epoch,
     AbortCode::Forbidden,
+    AbortCode::Witness,
 ];
 
 impl From<AbortCode> for u16 {
@@ -406,6 +410,8 @@ messages! {
     32 Arrived(Arrived),
     /// Target: the data streams are let in with this.
     40 Admit(Admit),
+    /// Source, after `Welcome` and where both have one: this is my witness.
+    41 Witness(WitnessId),
 }
 
 fn whole<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, String> {
@@ -472,6 +478,7 @@ impl Message {
             | Self::KeepFor(_)
             | Self::Resume(_)
             | Self::Admit(_)
+            | Self::Witness(_)
             | Self::Pong(_) => Ok(()),
         }
     }
@@ -537,6 +544,7 @@ pub(crate) mod tests {
                 next: Some(2000),
             }),
             Message::Admit(Admit { session: 1, key: JoinSecret([7; 32]).key(1) }),
+            Message::Witness(WitnessId([5; 16])),
         ]
     }
 

@@ -34,6 +34,9 @@ impl Features {
     /// Each data stream proves that it belongs to the migration ([`crate::message::Admit`]). A target that wants proof takes
     /// no streams of a source without this.
     pub const ADMISSION: Self = Self(1 << 18);
+    /// The sender has a witness: offered only where one is configured, and both must have it or neither. Which one it is
+    /// the source says in [`crate::Message::Witness`].
+    pub const WITNESS: Self = Self(1 << 20);
     /// All that this crate can do on any connection.
     pub const OURS: Self = Self::LZ4
         .and(Self::ZSTD)

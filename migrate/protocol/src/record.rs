@@ -15,6 +15,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::ident::{Epoch, MigrationId, VmId, VmName};
+use crate::source::Resolution;
 
 /// What every record begins with.
 pub const RECORD_MAGIC: [u8; 4] = *b"FRRC";
@@ -87,6 +88,18 @@ impl Standing {
     }
 }
 
+/// The operator's decision goes against the record.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the record of '{name}' in epoch {epoch} refuses that: {why}")]
+pub struct Unresolvable {
+    /// The VM.
+    pub name: VmName,
+    /// The epoch that the record speaks of.
+    pub epoch: Epoch,
+    /// What the record proves, in a sentence.
+    pub why: String,
+}
+
 /// Why bytes are no record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
@@ -94,8 +107,13 @@ pub enum RecordError {
     #[error("it is not a record of ferry, or it is torn ({0} bytes)")]
     Torn(usize),
     /// Written by another version.
-    #[error("it has format version {0}, this ferry reads {RECORD_VERSION}")]
-    Version(u16),
+    #[error("it has format version {found}, this ferry reads {read}")]
+    Version {
+        /// Its version.
+        found: u16,
+        /// The one that is read.
+        read: u16,
+    },
     /// The checksum is wrong.
     #[error("its checksum is wrong")]
     Checksum,
@@ -131,16 +149,90 @@ impl Record {
         self.arrived_by == Some(migration) && self.epoch >= epoch
     }
 
+    /// Whether this host can't tell by the record alone who has the VM.
+    #[must_use]
+    pub const fn in_doubt(&self) -> bool {
+        match self.standing {
+            Standing::Committed { .. } => true,
+            Standing::Running
+            | Standing::Stopped
+            | Standing::Released { .. }
+            | Standing::Receiving { .. }
+            | Standing::Discarded => false,
+        }
+    }
+
+    /// What the record becomes when the operator decides by it, on a host where no process has the guest's memory any more.
+    ///
+    /// # Errors
+    /// [`Unresolvable`]: what the record proves wrong, or what there is nothing left for.
+    pub fn resolved(&self, resolution: Resolution) -> Result<Self, Unresolvable> {
+        let refuse = |what: &str| {
+            Err(Unresolvable { name: self.name.clone(), epoch: self.epoch, why: what.to_owned() })
+        };
+        let standing = match (&self.standing, resolution) {
+            (Standing::Committed { target }, Resolution::Discard) => {
+                Standing::Released { target: target.clone() }
+            }
+            (Standing::Receiving { .. }, Resolution::Discard) => Standing::Discarded,
+            (Standing::Committed { .. }, Resolution::Resume) => {
+                return refuse(
+                    "it was given away, and the memory that was kept here was lost with its process; if no other host runs \
+                     it, --discard lets it be started anew",
+                );
+            }
+            (Standing::Receiving { .. } | Standing::Discarded, Resolution::Resume) => {
+                return refuse("it has never run here, and what had arrived is gone; its source has it");
+            }
+            (Standing::Released { .. }, Resolution::Resume) => {
+                return refuse("its target has said that it runs there, so here it would be a second one");
+            }
+            (Standing::Released { .. } | Standing::Discarded | Standing::Stopped, Resolution::Discard)
+            | (Standing::Stopped, Resolution::Resume) => {
+                return refuse("nothing is in doubt, and this host has let go of it already");
+            }
+            (Standing::Running, Resolution::Resume | Resolution::Discard) => {
+                return refuse(
+                    "this host owns it, so nothing is in doubt; its process is gone, and it may be started anew",
+                );
+            }
+        };
+        Ok(Self { standing, ..self.clone() })
+    }
+
+    const SEALED: Sealed = Sealed { magic: RECORD_MAGIC, version: RECORD_VERSION };
+
     /// The record as a file has it.
     ///
     /// # Panics
     /// Never for names and addresses of sane length: the body is bounded.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let body = postcard::to_stdvec(self).expect("our own type has a postcard form");
+        Self::SEALED.seal(self)
+    }
+
+    /// Reads a record; the bytes must be exactly one.
+    ///
+    /// # Errors
+    /// [`RecordError`]: the record is in doubt.
+    pub fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
+        Self::SEALED.open(bytes)
+    }
+}
+
+/// A kind of small durable thing, framed and checked as drawn above.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sealed {
+    pub(crate) magic: [u8; 4],
+    pub(crate) version: u16,
+}
+
+impl Sealed {
+    pub(crate) fn seal<T: Serialize>(self, content: &T) -> Vec<u8> {
+        let body = postcard::to_stdvec(content).expect("our own type has a postcard form");
         assert!(body.len() <= BODY_BYTES_MAX, "a record of {} bytes", body.len());
-        let mut bytes = RECORD_MAGIC.to_vec();
-        bytes.extend(RECORD_VERSION.to_le_bytes());
+        let mut bytes = self.magic.to_vec();
+        bytes.extend(self.version.to_le_bytes());
         bytes.extend([0, 0]);
         bytes.extend(u32::try_from(body.len()).expect("bounded above").to_le_bytes());
         let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes), &body);
@@ -149,17 +241,13 @@ impl Record {
         bytes
     }
 
-    /// Reads a record; the bytes must be exactly one.
-    ///
-    /// # Errors
-    /// [`RecordError`]: the record is in doubt.
-    pub fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
+    pub(crate) fn open<'a, T: Deserialize<'a>>(self, bytes: &'a [u8]) -> Result<T, RecordError> {
         let torn = RecordError::Torn(bytes.len());
         let Some((header, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
             return Err(torn);
         };
         let length = u32::from_le_bytes([header[8], header[9], header[10], header[11]]);
-        if header[..4] != RECORD_MAGIC || usize::try_from(length) != Ok(body.len()) {
+        if header[..4] != self.magic || usize::try_from(length) != Ok(body.len()) {
             return Err(torn);
         }
         let crc = crc32c::crc32c_append(crc32c::crc32c(&header[..12]), body);
@@ -167,11 +255,11 @@ impl Record {
             return Err(RecordError::Checksum);
         }
         let version = u16::from_le_bytes([header[4], header[5]]);
-        if version != RECORD_VERSION {
-            return Err(RecordError::Version(version));
+        if version != self.version {
+            return Err(RecordError::Version { found: version, read: self.version });
         }
         match postcard::take_from_bytes(body) {
-            Ok((record, [])) => Ok(record),
+            Ok((content, [])) => Ok(content),
             Ok((_, rest)) => Err(RecordError::Body(format!("{} bytes too many", rest.len()))),
             Err(error) => Err(RecordError::Body(error.to_string())),
         }
@@ -210,6 +298,27 @@ mod tests {
                 .map(|(migration, epoch)| arrived.ran(migration, Epoch::new(epoch)));
             assert_eq!(answers, [true, true, false, false]);
             assert!(!arrived.never_ran(own, Epoch::new(3)) && !arrived.never_ran(other, Epoch::new(3)));
+        }
+    }
+
+    #[test]
+    fn the_operator_decides_only_what_the_record_leaves_open() {
+        let target = || "b".to_owned();
+        let cases = [
+            (Standing::Running, None),
+            (Standing::Committed { target: target() }, Some(Standing::Released { target: target() })),
+            (Standing::Released { target: target() }, None),
+            (Standing::Receiving { source: target() }, Some(Standing::Discarded)),
+            (Standing::Discarded, None),
+            (Standing::Stopped, None),
+        ];
+        for (standing, discarded) in cases {
+            let record = Record { standing: standing.clone(), ..record() };
+            assert_eq!(record.resolved(Resolution::Discard).ok().map(|record| record.standing), discarded);
+            // Without the guest's memory nothing can be resumed, whatever the record says.
+            let refused = record.resolved(Resolution::Resume).unwrap_err().to_string();
+            assert!(refused.contains("'web' in epoch 3"), "{refused}");
+            assert_eq!(record.in_doubt(), matches!(standing, Standing::Committed { .. }));
         }
     }
 

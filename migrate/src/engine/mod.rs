@@ -2,18 +2,22 @@
 //!
 //! Decisions are the core's; what stands here is plumbing: tasks, threads, channels.
 
+mod begin;
 mod connection;
 mod door;
 mod incoming;
 mod lobby;
+pub mod resolver;
 pub mod source;
 pub mod target;
 mod vm_worker;
+mod witness;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_protocol::Timestamp;
+use tokio::sync::watch;
 
 use crate::ports::{Clock, PortError, in_words, timed};
 use vm_worker::VmWorker;
@@ -48,4 +52,12 @@ fn store_record(
         },
         move || panicked(Err(PANICKED.to_owned())),
     );
+}
+
+/// Returns once the caller wants an end.
+async fn cancelled(cancel: &mut watch::Receiver<bool>) {
+    if cancel.wait_for(|cancelled| *cancelled).await.is_err() {
+        // The sender is gone, so nobody can cancel any more.
+        std::future::pending::<()>().await;
+    }
 }

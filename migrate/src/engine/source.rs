@@ -7,15 +7,17 @@ use std::time::Duration;
 
 use ferry_protocol::page::Compression;
 use ferry_protocol::record::Standing;
-use ferry_protocol::source::{
-    Action, Config, Event, Failure, MemoryPath, OnTimeout, Outcome, Progress, Source,
-};
-use ferry_protocol::{Epoch, MemoryLayout, Message, MigrationId, PageBitmap, Record, VmId, VmName};
+use ferry_protocol::source::{Action, Event, Failure, OnTimeout, Outcome, Progress, Source};
+use ferry_protocol::witness::Claim;
+use ferry_protocol::{Epoch, Message, MigrationId, PageBitmap, Record, VmId, VmName};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
+use super::begin::begin;
+use super::resolver::Resolver;
 use super::vm_worker::VmWorker;
-use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
+use super::witness::{self, MaybeWitness};
+use super::{CLOSE_TIMEOUT, PANICKED, cancelled, sleep_until, store_record};
 use crate::bandwidth::{Bandwidth, BandwidthCap};
 use crate::fault;
 use crate::ports::{Clock, PortError, RecordStore, SourceVm, in_words, timed};
@@ -24,6 +26,7 @@ use crate::stream::{How, Opening, SenderOptions, Senders, StreamSettings, Transf
 use crate::transport::control::{ControlReader, ControlStream, ControlWriter, UNHANDLED_MAX, split};
 use crate::transport::endpoint::Endpoint;
 use crate::transport::security::{Dialer, Security};
+use crate::witness::Witness;
 
 /// What the caller of [`migrate`] chooses.
 #[derive(Debug, Clone)]
@@ -36,7 +39,7 @@ pub struct MigrateOptions {
     pub name: VmName,
     /// The epoch in which it runs here.
     pub epoch: Epoch,
-    /// The target. Through a Unix socket guest memory is handed over ([`MemoryPath::HandedOver`]): no page is copied, and
+    /// The target. Through a Unix socket guest memory is handed over ([`ferry_protocol::source::MemoryPath::HandedOver`]): no page is copied, and
     /// streams, compression and bandwidth have no meaning.
     pub target: Endpoint,
     /// Whom the connections to it can be trusted to reach, and who may read along.
@@ -61,6 +64,10 @@ pub struct MigrateOptions {
     pub timeout: Duration,
     /// What happens then.
     pub on_timeout: OnTimeout,
+    /// Who decides what is in doubt, if this host has a witness. The target must have the same.
+    pub witness: Option<Arc<dyn Witness>>,
+    /// Keep a clone to decide what is in doubt without one.
+    pub resolver: Resolver,
     /// How long the target is tried to be reached again if the link breaks before the commit, each time; zero for not at all.
     pub reconnect: Duration,
 }
@@ -142,7 +149,17 @@ pub async fn migrate(
     };
     let sender_options =
         Arc::new(SenderOptions::new(settings, pages, bandwidth, Arc::clone(&counters), Arc::clone(&clock)));
-    let core = begin(&*vm, &*records, options, layout, &*clock);
+    let (witness, resolver) = (options.witness.clone(), options.resolver.clone());
+    let epoch = options.epoch;
+    let stayed = |reason| Ok(Outcome::Stayed { failure: Failure::Local(reason), epoch });
+    let witness_id = match witness::identify(&witness).await {
+        Ok(id) => id,
+        Err(reason) => return stayed(reason),
+    };
+    let core = match begin(&*vm, &*records, options, layout, witness_id, &*clock) {
+        Ok(core) => core,
+        Err(error) => return stayed(in_words(&*error)),
+    };
     let worker = VmWorker::start()?;
     let engine = Engine {
         core,
@@ -160,59 +177,10 @@ pub async fn migrate(
         senders: None,
         session: 0,
         closing: None,
+        witness,
         outcome: None,
     };
-    Ok(engine.run(inbox, cancel).await)
-}
-
-fn begin(
-    vm: &dyn SourceVm,
-    records: &dyn RecordStore,
-    options: MigrateOptions,
-    layout: MemoryLayout,
-    clock: &dyn Clock,
-) -> Source {
-    let MigrateOptions {
-        migration,
-        vm: id,
-        name,
-        epoch,
-        target,
-        security: _,
-        streams,
-        adapt_streams: _,
-        compression,
-        bandwidth: _,
-        verify,
-        verify_whole,
-        downtime_budget,
-        timeout,
-        on_timeout,
-        reconnect,
-    } = options;
-    let arrived_by = records.load(id).ok().flatten().and_then(|record| record.arrived_by);
-    let config = Config {
-        migration,
-        vm: id,
-        name,
-        epoch,
-        arrived_by,
-        memory: match &target {
-            Endpoint::Tcp(_) => MemoryPath::Streams,
-            Endpoint::Unix(_) => MemoryPath::HandedOver,
-        },
-        target: target.to_string(),
-        description: vm.description(),
-        streams,
-        compression,
-        verify,
-        verify_whole,
-        downtime_budget,
-        timeout,
-        on_timeout,
-        reconnect,
-    };
-    Source::new(config, layout, clock.now())
+    Ok(engine.run(inbox, cancel, resolver).await)
 }
 
 /// What reaches the engine's loop.
@@ -255,6 +223,7 @@ struct Engine {
     session: u32,
     /// The end of the streams that were closed last.
     closing: Option<JoinHandle<()>>,
+    witness: MaybeWitness,
     outcome: Option<Outcome>,
 }
 
@@ -263,7 +232,9 @@ impl Engine {
         mut self,
         mut inbox: mpsc::UnboundedReceiver<Happened>,
         mut cancel: watch::Receiver<bool>,
+        resolver: Resolver,
     ) -> Outcome {
+        let mut resolutions = resolver.subscribe();
         let mut show = tokio::time::interval(TRANSFERRED_EVERY);
         loop {
             while let Some(action) = self.core.poll_action() {
@@ -286,6 +257,7 @@ impl Engine {
                     cancel = watch::channel(false).1;
                     Event::Cancel
                 }
+                resolution = Resolver::next(&mut resolutions) => Event::Resolve(resolution),
                 _ = show.tick() => {
                     self.show_counters();
                     continue;
@@ -380,6 +352,7 @@ impl Engine {
             Action::ReleaseVm => self.worker_only(|vm| vm.release()),
             Action::WriteRecord(record) => self.write_record(record),
             Action::RehearseRecord(record) => self.rehearse_record(record),
+            Action::AskWitness(claim) => self.ask_witness(claim),
             Action::Report(progress) => self.update(Update::Progress(Box::new(progress))),
             Action::Finish(outcome) => self.outcome = Some(outcome),
         }
@@ -530,6 +503,13 @@ impl Engine {
         store_record(&self.worker, &self.clock, job, report);
     }
 
+    fn ask_witness(&self, claim: Claim) {
+        let events = self.events.clone();
+        witness::ask(&self.witness, claim, move |ruled| {
+            let _ = events.send(Happened::Core(ruled.map_or_else(Event::WitnessSilent, Event::WitnessSays)));
+        });
+    }
+
     fn show_counters(&self) {
         self.update(Update::Transferred {
             round_pages: self.counters.pages.load(Ordering::Relaxed),
@@ -557,13 +537,6 @@ impl Engine {
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, writer.finish()).await;
             reader.abort();
         }
-    }
-}
-
-async fn cancelled(cancel: &mut watch::Receiver<bool>) {
-    if cancel.wait_for(|cancelled| *cancelled).await.is_err() {
-        // The sender is gone, so nobody can cancel any more.
-        std::future::pending::<()>().await;
     }
 }
 

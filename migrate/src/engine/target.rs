@@ -10,6 +10,7 @@ use std::time::Duration;
 use ferry_protocol::frame::Join;
 use ferry_protocol::message::{Abort, AbortCode, Hello, NetworkIdentity};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
+use ferry_protocol::witness::Claim;
 use ferry_protocol::{MemoryDigest, MemoryLayout, Message, Record, VmId, VmName};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 
@@ -19,13 +20,15 @@ use super::incoming::{Admission, Streams};
 use super::lobby::STRANGERS_MAX;
 pub use super::lobby::TurnedAway;
 use super::vm_worker::VmWorker;
-use super::{CLOSE_TIMEOUT, PANICKED, sleep_until, store_record};
+use super::witness::{self, Known, MaybeWitness, known_of};
+use super::{CLOSE_TIMEOUT, PANICKED, cancelled, sleep_until, store_record};
 use crate::announce;
 use crate::fault;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
 use crate::transport::endpoint::ListenAddress;
 use crate::transport::security::Security;
 use crate::transport::tls::identity::HostIdentity;
+use crate::witness::Witness;
 
 /// What the caller of [`Receiver::bind`] chooses.
 #[derive(Debug, Clone)]
@@ -38,6 +41,8 @@ pub struct ReceiveOptions {
     pub host: String,
     /// The only VM that is taken, if the operator said one.
     pub name: Option<VmName>,
+    /// Who decides what is in doubt, if this host has a witness. The source must have the same.
+    pub witness: Option<Arc<dyn Witness>>,
 }
 
 /// The guest that a receiver took in.
@@ -112,7 +117,7 @@ impl Receiver {
     ///
     /// # Errors
     /// Only if this host is at its end: no thread can be started.
-    pub async fn receive(&mut self, cancel: watch::Receiver<bool>) -> std::io::Result<Option<Received>> {
+    pub async fn receive(&mut self, mut cancel: watch::Receiver<bool>) -> std::io::Result<Option<Received>> {
         let (strangers, mut sorted) = mpsc::channel(STRANGERS_MAX);
         let mut waiting = None;
         loop {
@@ -120,7 +125,7 @@ impl Receiver {
                 Some(newer) => newer,
                 None => tokio::select! {
                     biased;
-                    () = cancelled(cancel.clone()) => return Ok(None),
+                    () = cancelled(&mut cancel) => return Ok(None),
                     Some(knock) = sorted.recv() => match knock {
                         Knock::Hello(hello, connection) => (hello, connection),
                         // Late streams of an attempt that is over.
@@ -132,15 +137,14 @@ impl Receiver {
                     }
                 },
             };
-            let record = match self.records.load(hello.vm) {
-                Ok(record) => record,
-                Err(error) => {
-                    let text = in_words(&*error);
-                    connection.refuse(Abort::new(AbortCode::Epoch, text)).await;
+            let known = match known_of(&hello, &*self.records, &self.options.witness).await {
+                Ok(known) => known,
+                Err(abort) => {
+                    connection.refuse(abort).await;
                     continue;
                 }
             };
-            let attempt = Attempt::begin(self, *hello, connection, record)?;
+            let attempt = Attempt::begin(self, *hello, connection, known)?;
             match attempt.run(&self.door, &strangers, &mut sorted, cancel.clone()).await {
                 Ended::Received(received) => return Ok(Some(received)),
                 Ended::Discarded { reason, newer } => {
@@ -150,12 +154,6 @@ impl Receiver {
                 }
             }
         }
-    }
-}
-
-async fn cancelled(mut cancel: watch::Receiver<bool>) {
-    if cancel.wait_for(|cancelled| *cancelled).await.is_err() {
-        std::future::pending::<()>().await;
     }
 }
 
@@ -204,17 +202,19 @@ struct Attempt {
     memory: Option<OwnedFd>,
     streams: Option<Streams>,
     newer: Option<Newer>,
+    witness: MaybeWitness,
     outcome: Option<Outcome>,
 }
 
 impl Attempt {
-    fn begin(receiver: &Receiver, hello: Hello, link: Link, record: Option<Record>) -> std::io::Result<Self> {
+    fn begin(receiver: &Receiver, hello: Hello, link: Link, known: Known) -> std::io::Result<Self> {
         let config = Config {
             host: receiver.options.host.clone(),
             source: link.peer.clone(),
             carries_descriptors: link.reader.carries_descriptors(),
             name: receiver.options.name.clone(),
-            record,
+            record: known.record,
+            witness: known.witness,
         };
         let now = receiver.clock.now();
         let vm = hello.vm;
@@ -244,6 +244,7 @@ impl Attempt {
             memory: None,
             streams: None,
             newer: None,
+            witness: receiver.options.witness.clone(),
             outcome: None,
         })
     }
@@ -267,7 +268,7 @@ impl Attempt {
             let event = tokio::select! {
                 Some(happened) = self.inbox.recv() => self.digest(happened),
                 () = sleep_until(&*self.clock, timeout) => Some(Event::Timeout),
-                () = cancelled(cancel.clone()) => {
+                () = cancelled(&mut cancel) => {
                     cancel = watch::channel(false).1;
                     Some(Event::Cancel)
                 }
@@ -397,6 +398,8 @@ impl Attempt {
             Action::HangUp => self.hang_up(),
             Action::WriteRecord(record) => self.write_record(record),
             Action::RehearseRecord(record) => self.rehearse_record(record),
+            Action::ProbeWitness => self.probe_witness(),
+            Action::AskWitness(claim) => self.ask_witness(claim),
             Action::BuildMachine { description, layout, streams, verify } => {
                 self.build(layout, (streams, verify), move |host, vm, layout| {
                     host.build(vm, &description, layout)
@@ -471,6 +474,21 @@ impl Attempt {
                 let _ = panicked.send(Happened::Built(Err(refusal)));
             },
         );
+    }
+
+    fn probe_witness(&self) {
+        let events = self.events.clone();
+        witness::probe(&self.witness, &self.clock, move |probed| {
+            let event = probed.map_or_else(Event::WitnessSilent, |took| Event::WitnessProbed { took });
+            let _ = events.send(Happened::Core(event));
+        });
+    }
+
+    fn ask_witness(&self, claim: Claim) {
+        let events = self.events.clone();
+        witness::ask(&self.witness, claim, move |ruled| {
+            let _ = events.send(Happened::Core(ruled.map_or_else(Event::WitnessSilent, Event::WitnessSays)));
+        });
     }
 
     fn write_record(&self, record: Record) {

@@ -141,6 +141,7 @@ impl World {
             carries_descriptors: false,
             name: None,
             record: self.target_disk.record.clone(),
+            witness: None,
         };
         self.target = Some(Target::new(config, self.now));
         self.control.targets = self.control.connection;

@@ -35,6 +35,7 @@ impl World {
         match action {
             Action::Connect { delay } => self.connect(delay),
             Action::Send(message) => self.send(To::Target, &message),
+            Action::AskWitness(_) => unreachable!("there is no witness"),
             Action::SendMemory(_) => unreachable!("the two hosts of this world share no memory"),
             Action::OpenStreams { .. } => {
                 self.kept_senders.clear();
@@ -108,6 +109,7 @@ impl World {
                 Ok(()) => Some(Event::RecordRehearsed { took }),
                 Err(reason) => Some(Event::RehearsalFailed(reason)),
             },
+            Action::AskWitness(_) => unreachable!("there is no witness"),
             Action::ReleaseVm => {
                 let guest = self.source_guest.take().expect("released once");
                 assert!(!guest.runs(), "a running guest is not released");
@@ -320,6 +322,7 @@ fn brief(action: &Action) -> String {
         | Action::ReleaseVm
         | Action::WriteRecord(_)
         | Action::RehearseRecord(_)
+        | Action::AskWitness(_)
         | Action::Report(_)
         | Action::Finish(_) => format!("{action:?}"),
     }

@@ -38,6 +38,7 @@ impl World {
                     | Message::Pong(_)
                     | Message::Rehearse(_)
                     | Message::Rehearsed(_)
+                    | Message::Witness(_)
                     | Message::KeepFor(_)
                     | Message::Resume(_)
                     | Message::Arrived(_)
@@ -45,6 +46,7 @@ impl World {
                 }
                 self.send(To::Source, &message);
             }
+            Action::ProbeWitness | Action::AskWitness(_) => unreachable!("there is no witness"),
             Action::WriteRecord(_)
             | Action::RehearseRecord(_)
             | Action::BuildMachine { .. }
@@ -110,6 +112,7 @@ impl World {
                     Event::MachineBuilt
                 }
             }
+            Action::ProbeWitness | Action::AskWitness(_) => unreachable!("there is no witness"),
             Action::AdoptMemory { .. } => unreachable!("the two hosts of this world share no memory"),
             Action::RestoreState(state) => {
                 assert_eq!(state, [5]);

@@ -458,6 +458,7 @@ impl World {
                 }
                 Ending::Moved
             }
+            Outcome::LetGo { .. } => unreachable!("nobody decides anything here"),
             Outcome::Stayed { failure, epoch } => {
                 let guest = self.source_guest.as_ref().expect("it stayed");
                 assert!(guest.runs(), "after a failure the source runs the guest");
@@ -522,6 +523,7 @@ fn config(scenario: &Scenario, attempt: u32, epoch: Epoch) -> source::Config {
         epoch,
         arrived_by: None,
         target: "b:4444".to_owned(),
+        witness: None,
         description: vec![1, 2, 3],
         memory: source::MemoryPath::Streams,
         streams: scenario.streams,

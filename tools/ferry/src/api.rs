@@ -2,6 +2,7 @@
 //!
 //! Server and client use the same types, so that they can't drift apart.
 
+use ferry_migrate::protocol::source::Resolution;
 use ferry_migrate::report::{ForecastReport, MigrationReport, ReconnectionReport, Round};
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +11,7 @@ pub(crate) const VM: &str = "/api/v1/vm";
 pub(crate) const PAUSE: &str = "/api/v1/vm/pause";
 pub(crate) const RESUME: &str = "/api/v1/vm/resume";
 pub(crate) const STOP: &str = "/api/v1/vm/stop";
+pub(crate) const RESOLVE: &str = "/api/v1/vm/resolve";
 pub(crate) const POWER_BUTTON: &str = "/api/v1/vm/power-button";
 pub(crate) const GUEST: &str = "/api/v1/guest";
 pub(crate) const MIGRATION: &str = "/api/v1/migration";
@@ -58,7 +60,7 @@ impl std::fmt::Display for VmState {
 pub(crate) struct VmInfo {
     pub(crate) name: String,
     pub(crate) state: VmState,
-    /// The host process.
+    /// The host process; 0 where none lives, and only the records are left.
     pub(crate) pid: u32,
     /// The VM's identity for its whole life; absent while none is here.
     pub(crate) id: Option<String>,
@@ -84,6 +86,9 @@ pub(crate) struct VmInfo {
     /// Whom a target has turned away at its door.
     #[serde(default)]
     pub(crate) turned_away: Option<TurnedAwayInfo>,
+    /// Who decides what is in doubt, besides the operator.
+    #[serde(default)]
+    pub(crate) witness: Option<String>,
     /// Where it listens for a VM.
     pub(crate) listen: Option<String>,
     /// Something worth knowing: why it stopped, where it went, what is in doubt.
@@ -150,6 +155,32 @@ pub(crate) struct MigrationRequest {
     pub(crate) insecure: bool,
 }
 
+/// `PUT /api/v1/vm/resolve`: what becomes of a handover that is in doubt.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ResolveRequest {
+    pub(crate) decision: Decision,
+}
+
+/// What the operator decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Decision {
+    /// The VM goes on here.
+    Resume,
+    /// It is the target's.
+    Discard,
+}
+
+impl From<Decision> for Resolution {
+    fn from(decision: Decision) -> Self {
+        match decision {
+            Decision::Resume => Self::Resume,
+            Decision::Discard => Self::Discard,
+        }
+    }
+}
+
 /// `PUT /api/v1/migration/bandwidth`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -174,30 +205,58 @@ pub(crate) enum OnTimeoutWord {
     Stop,
 }
 
-/// A line of `GET /api/v1/migration/events`, and of `ferry migrate --json`. The last one is `moved` or `failed`.
+/// A line of `GET /api/v1/migration/events`, and of `ferry migrate --json`. The last one is `moved`, `failed` or `let-go`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub(crate) enum MigrationEvent {
-    Started { target: String, memory_bytes: u64 },
-    Negotiated { version: u16, host: String },
-    RoundStarted { round: u32, pages: u64 },
-    Transferred { round_pages: u64, wire_bytes: u64 },
+    Started {
+        target: String,
+        memory_bytes: u64,
+    },
+    Negotiated {
+        version: u16,
+        host: String,
+    },
+    RoundStarted {
+        round: u32,
+        pages: u64,
+    },
+    Transferred {
+        round_pages: u64,
+        wire_bytes: u64,
+    },
     RoundDone(Round),
-    Reconnecting { reason: String },
+    Reconnecting {
+        reason: String,
+    },
     Reconnected(ReconnectionReport),
-    Stopping { pages: u64, forecast: ForecastReport, forced: bool },
+    Stopping {
+        pages: u64,
+        forecast: ForecastReport,
+        forced: bool,
+    },
     Paused,
     Handed,
-    InDoubt { reason: String },
-    Undoing { reason: String },
+    InDoubt {
+        reason: String,
+    },
+    Undoing {
+        reason: String,
+    },
     Moved(MigrationReport),
-    Failed { reason: String },
+    /// The operator has decided that the VM is the target's.
+    LetGo {
+        reason: String,
+    },
+    Failed {
+        reason: String,
+    },
 }
 
 impl MigrationEvent {
     /// Whether nothing comes after it.
     pub(crate) const fn is_last(&self) -> bool {
-        matches!(self, Self::Moved(_) | Self::Failed { .. })
+        matches!(self, Self::Moved(_) | Self::LetGo { .. } | Self::Failed { .. })
     }
 }
 

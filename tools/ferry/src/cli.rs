@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use ferry_migrate::ListenAddress;
 use ferry_migrate::protocol::VmName;
 use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::Compression;
+use ferry_migrate::{ListenAddress, WitnessAddress};
 use ferry_vmm::confine::Seccomp;
 use ferry_vmm::{Backing, CpuProfile, HugePages, MemoryChoices, MemoryConfig, SerialTarget};
 
@@ -44,6 +44,8 @@ pub(crate) enum Command {
     List(Output),
     /// Attach this terminal to a VM's serial console; Ctrl-] detaches
     Console(ConsoleArgs),
+    /// Decide what becomes of a VM whose handover is in doubt
+    Resolve(ResolveArgs),
     /// Show all that is known of a VM
     Info(NameArgs),
     /// Pause a VM
@@ -77,6 +79,24 @@ pub(crate) struct Output {
 pub(crate) struct NameArgs {
     /// The VM's name
     pub(crate) name: VmName,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("decision").required(true).args(["resume", "discard"])))]
+pub(crate) struct ResolveArgs {
+    /// The VM's name
+    pub(crate) name: VmName,
+    /// The VM goes on here. If its target runs it, or ever comes to run it, there are two of it
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// The VM is its target's, and this host lets go of it. If the target does not run it, it is lost
+    #[arg(long)]
+    pub(crate) discard: bool,
+    /// Don't ask
+    #[arg(long)]
+    pub(crate) yes: bool,
     #[command(flatten)]
     pub(crate) output: Output,
 }
@@ -142,6 +162,10 @@ pub(crate) struct RunArgs {
     /// them out and has the kernel log them
     #[arg(long, value_enum, default_value_t = SeccompArg::On, value_name = "on|log|off")]
     pub(crate) seccomp: SeccompArg,
+    /// Who decides about a handover that is in doubt: a folder on storage that all hosts of the VM share, or an etcd cluster. The
+    /// VM's other hosts must be told the same
+    #[arg(long, default_value_t = WitnessAddress::None, value_name = "none|file:/FOLDER|etcd:http://HOST:PORT[,..]")]
+    pub(crate) witness: WitnessAddress,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
     pub(crate) exit_with_stdin: bool,
@@ -180,6 +204,10 @@ pub(crate) struct ReceiveArgs {
     /// them out and has the kernel log them
     #[arg(long, value_enum, default_value_t = SeccompArg::On, value_name = "on|log|off")]
     pub(crate) seccomp: SeccompArg,
+    /// Who decides about a handover that is in doubt: a folder on storage that all hosts of the VM share, or an etcd cluster. The
+    /// VM's other hosts must be told the same
+    #[arg(long, default_value_t = WitnessAddress::None, value_name = "none|file:/FOLDER|etcd:http://HOST:PORT[,..]")]
+    pub(crate) witness: WitnessAddress,
     /// End at once when standard input closes: for whoever starts this process and must not leave it behind
     #[arg(long, hide = true)]
     pub(crate) exit_with_stdin: bool,

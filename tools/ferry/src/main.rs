@@ -66,6 +66,7 @@ fn wants_json(command: &Command) -> bool {
         Command::Receive(args) => args.output.json,
         Command::Migrate(args) => args.output.json,
         Command::Bandwidth(args) => args.output.json,
+        Command::Resolve(args) => args.output.json,
         Command::List(Output { json }) => *json,
         Command::Info(args)
         | Command::Pause(args)
@@ -89,6 +90,7 @@ fn confine(command: &Command) -> anyhow::Result<Option<Opener>> {
         | Command::List(_)
         | Command::Console(_)
         | Command::Info(_)
+        | Command::Resolve(_)
         | Command::Bandwidth(_)
         | Command::Pause(_)
         | Command::Resume(_)
@@ -108,6 +110,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             Command::Run(args) => commands::run::run(args, opener.context("it opens devices")?).await,
             Command::Receive(args) => commands::receive::run(args, opener.context("it opens devices")?).await,
             Command::Migrate(args) => commands::migrate::run(args).await,
+            Command::Resolve(args) => commands::resolve::run(args).await,
             Command::List(output) => commands::list::run(output).await,
             Command::Console(args) => commands::console::run(args).await,
             Command::Info(args) => commands::control::info(args).await,

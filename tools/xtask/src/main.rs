@@ -3,6 +3,7 @@
 //! - `cargo xtask ci`: formatting, lints, documentation, tidiness. Tests are `cargo test --workspace`.
 //! - `cargo xtask tidy`: the rules of this repository that no other tool checks.
 //! - `cargo xtask faults`: kills, stalls and cuts off real migrations at every step.
+//! - `cargo xtask model`: searches every order of events in a handover.
 //! - `cargo xtask sim`: the seeded simulation at length, or one seed of it with a trace.
 //! - `cargo xtask fuzz`: bent input for every decoder that a peer reaches.
 //! - `cargo xtask linux-guest [test]`: the Linux kernels and the initramfs of the tests, and their test.
@@ -31,6 +32,12 @@ enum Task {
     /// Kill, stall and cut off real migrations at every step; needs root and /dev/kvm
     Faults {
         /// What to pass on to the campaign: --count N, --seed N, --only N,.., --jobs N
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Search every order of events in a handover
+    Model {
+        /// What to pass on; '--help' tells
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
@@ -68,8 +75,13 @@ fn main() -> ExitCode {
         Task::Ci => ci(),
         Task::Tidy => tidy_up(),
         Task::Faults { arguments } => faults(&arguments),
-        Task::Sim { arguments } => return program(("ferry-tests", "ferry-sim"), &arguments),
-        Task::Fuzz { arguments } => return program(("ferry-fuzz", "ferry-fuzz"), &arguments),
+        Task::Model { arguments } => return program(&["--release", "-p", "ferry-model"], &arguments),
+        Task::Sim { arguments } => {
+            return program(&["-p", "ferry-tests", "--bin", "ferry-sim"], &arguments);
+        }
+        Task::Fuzz { arguments } => {
+            return program(&["-p", "ferry-fuzz", "--bin", "ferry-fuzz"], &arguments);
+        }
         Task::LinuxGuest { task: None } => linux_guest::build(&root()),
         Task::LinuxGuest { task: Some(LinuxGuestTask::Test { arguments }) } => {
             linux_guest::test(&root(), &arguments)
@@ -100,9 +112,11 @@ fn ci() -> anyhow::Result<()> {
 }
 
 /// Runs a program of this repository, whose exit code is this one's.
-fn program((package, name): (&str, &str), arguments: &[String]) -> ExitCode {
+fn program(which: &[&str], arguments: &[String]) -> ExitCode {
     let status = Command::new(env!("CARGO"))
-        .args(["run", "--quiet", "-p", package, "--bin", name, "--"])
+        .args(["run", "--quiet"])
+        .args(which)
+        .arg("--")
         .args(arguments)
         .current_dir(root())
         .status();
@@ -110,7 +124,7 @@ fn program((package, name): (&str, &str), arguments: &[String]) -> ExitCode {
         Ok(status) if status.success() => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("xtask: {name} can't be run: {error}");
+            eprintln!("xtask: {which:?} can't be run: {error}");
             ExitCode::FAILURE
         }
     }

@@ -1,5 +1,6 @@
 //! The commit: the one point of no return. Before the record is durable the guest is the source's, afterwards
-//! only the target's `Running` or `Discarded` decides, however long that takes.
+//! only the target's `Running` or `Discarded` decides, however long that takes; or the witness, if there is one, or the
+//! operator.
 
 #![expect(
     clippy::wildcard_enum_match_arm,
@@ -12,11 +13,12 @@ use crate::ident::Epoch;
 use crate::message::{AtEpoch, Message, Running};
 use crate::record::Standing;
 use crate::time::Timestamp;
+use crate::witness::{Claim, Ruling, Wish};
 
 use super::negotiate::hello;
 use super::stop::{Digests, Standstill};
 use super::undo::{give_back, undo};
-use super::{Action, Context, Event, Failure, MemoryPath, Outcome, Phase, Progress, Summary};
+use super::{Action, Context, Event, Failure, MemoryPath, Outcome, Phase, Progress, Resolution, Summary};
 
 /// How long an answer to `Commit` may take before the connection counts as lost.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -28,8 +30,12 @@ const RETRY_DELAY_FIRST: Duration = Duration::from_millis(50);
 
 const DISCARDED: &str = "the target discarded the guest instead of running it";
 
+const TAKEN_BACK: &str = "the target did not answer the handover, and the witness gave the guest back";
+
+const RESOLVED: &str = "the target did not answer the handover, and the operator took the guest back";
+
 /// The commit record is being written.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Recording {
     standstill: Standstill,
     digests: Digests,
@@ -38,7 +44,7 @@ pub(super) struct Recording {
 }
 
 /// The record is durable; the target has been told, or is about to be.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Committed {
     standstill: Standstill,
     digests: Digests,
@@ -49,6 +55,8 @@ pub(super) struct Committed {
     next_delay: Duration,
     /// Whether the caller has been told that it is in doubt.
     doubted: bool,
+    /// Whether the witness has been asked and has not answered.
+    asking: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -58,14 +66,21 @@ enum Connection {
 }
 
 /// The target runs it; the last record is being written.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Releasing {
     summary: Box<Summary>,
 }
 
 /// The target never ran it; the record of the new epoch is being written.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Reclaiming {
+    epoch: Epoch,
+    failure: Failure,
+}
+
+/// The operator has said that the VM is the target's; the last record is being written.
+#[derive(Debug, Clone)]
+pub(super) struct LettingGo {
     epoch: Epoch,
 }
 
@@ -101,6 +116,7 @@ impl Recording {
                     connection,
                     next_delay,
                     doubted: false,
+                    asking: false,
                 })
             }
             Event::RecordFailed(reason) => {
@@ -139,6 +155,9 @@ impl Recording {
             | Event::VmFailed(_)
             | Event::VmResumed
             | Event::ResumeFailed(_)
+            | Event::WitnessSays(_)
+            | Event::WitnessSilent(_)
+            | Event::Resolve(_)
             | Event::Timeout => Phase::Recording(self),
         }
     }
@@ -155,7 +174,25 @@ impl Committed {
     pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         match event {
             Event::Message(Message::Running(running)) => self.running(now, &running, context),
-            Event::Message(Message::Discarded(AtEpoch { epoch })) => self.discarded(epoch, context),
+            Event::Message(Message::Discarded(AtEpoch { epoch })) => {
+                self.take_back(epoch, Failure::Link(DISCARDED.to_owned()), context)
+            }
+            Event::WitnessSays(Ruling::Target) => self.let_target_have_it(now, context),
+            Event::WitnessSays(Ruling::Source) => {
+                let epoch = self.epoch;
+                self.take_back(epoch, Failure::Link(TAKEN_BACK.to_owned()), context)
+            }
+            // It is asked again when the target does not answer again.
+            Event::WitnessSilent(reason) => {
+                self.asking = false;
+                context.report(Progress::InDoubt { reason });
+                Phase::Committed(self)
+            }
+            Event::Resolve(Resolution::Resume) => {
+                let epoch = self.epoch;
+                self.take_back(epoch, Failure::Link(RESOLVED.to_owned()), context)
+            }
+            Event::Resolve(Resolution::Discard) => self.let_go(context),
             Event::Connected => {
                 context.send(hello(context, true));
                 context.send(Message::Commit(AtEpoch { epoch: self.epoch }));
@@ -164,6 +201,11 @@ impl Committed {
             }
             Event::Disconnected(reason) => self.reconnect(reason, context),
             Event::Timeout => self.reconnect("the target does not answer".to_owned(), context),
+            // A target that could not start the guest gives it back only to a source that is there.
+            Event::Message(Message::Ping(token)) => {
+                context.send(Message::Pong(token));
+                Phase::Committed(self)
+            }
             // What it has given up it discards, and says so on this connection as soon as that is durable. If it does
             // not, the timeout asks again.
             Event::Message(Message::Abort(abort)) => {
@@ -193,6 +235,12 @@ impl Committed {
     fn reconnect(mut self, reason: String, context: &mut Context) -> Phase {
         let delay = self.next_delay;
         self.next_delay = (delay * 2).min(RETRY_DELAY_MAX);
+        // The target is given one chance to answer by itself: a connection that broke may be back at once.
+        if self.doubted && context.config.witness.is_some() && !std::mem::replace(&mut self.asking, true) {
+            let (vm, migration) = (context.config.vm, context.config.migration);
+            let claim = Claim { vm, epoch: self.epoch, migration, wish: Wish::TakeBack };
+            context.act(Action::AskWitness(claim));
+        }
         self.doubt(reason, context);
         context.act(Action::Connect { delay });
         self.connection = Connection::Down;
@@ -215,6 +263,16 @@ impl Committed {
         let downtime = &mut self.standstill.downtime;
         downtime.within_target_record = Duration::from_micros(running.record_us);
         downtime.within_run = Duration::from_micros(running.run_us);
+        self.release(now, context)
+    }
+
+    /// The witness says that the target has it. What the parts of its commit took is then not known here.
+    fn let_target_have_it(self, now: Timestamp, context: &mut Context) -> Phase {
+        context.standing = context.standing.running(self.epoch).expect("this epoch was given away");
+        self.release(now, context)
+    }
+
+    fn release(mut self, now: Timestamp, context: &mut Context) -> Phase {
         self.standstill.downtime.commit = self.standstill.lap(now);
         context.report(Progress::Handed);
         let target = context.config.target.clone();
@@ -235,14 +293,36 @@ impl Committed {
         Phase::Releasing(Releasing { summary })
     }
 
-    fn discarded(self, epoch: Epoch, context: &mut Context) -> Phase {
+    fn take_back(self, epoch: Epoch, failure: Failure, context: &mut Context) -> Phase {
         let Ok(standing) = context.standing.discarded(epoch) else {
             return Phase::Committed(self);
         };
         context.standing = standing;
         let epoch = epoch.next();
         context.act(Action::WriteRecord(context.record(epoch, Standing::Running)));
-        Phase::Reclaiming(Reclaiming { epoch })
+        Phase::Reclaiming(Reclaiming { epoch, failure })
+    }
+
+    fn let_go(self, context: &mut Context) -> Phase {
+        context.standing = context.standing.running(self.epoch).expect("this epoch was given away");
+        let target = context.config.target.clone();
+        context.act(Action::WriteRecord(context.record(self.epoch, Standing::Released { target })));
+        Phase::LettingGo(LettingGo { epoch: self.epoch })
+    }
+}
+
+impl LettingGo {
+    pub(super) fn on(self, event: Event, context: &mut Context) -> Phase {
+        match event {
+            // As with `Releasing`: a record that still says `Committed` only means that it is in doubt once more.
+            Event::RecordWritten { .. } | Event::RecordFailed(_) => {
+                context.act(Action::CloseStreams);
+                context.act(Action::ReleaseVm);
+                context.act(Action::Finish(Outcome::LetGo { epoch: self.epoch }));
+                Phase::Finished
+            }
+            _ => Phase::LettingGo(self),
+        }
     }
 }
 
@@ -266,9 +346,9 @@ impl Releasing {
 impl Reclaiming {
     pub(super) fn on(self, event: Event, context: &mut Context) -> Phase {
         match event {
-            // Owning it again is already certain: the target's `Discarded` is durable over there.
+            // Owning it again is already certain: that the target never runs it is durable elsewhere.
             Event::RecordWritten { .. } | Event::RecordFailed(_) => {
-                give_back(Failure::Link(DISCARDED.to_owned()), self.epoch, context)
+                give_back(self.failure, self.epoch, context)
             }
             _ => Phase::Reclaiming(self),
         }

@@ -10,6 +10,16 @@ use crate::message::{Abort, AbortCode, Message, NetworkIdentity};
 use crate::page::Compression;
 use crate::policy::Forecast;
 use crate::record::Record;
+use crate::witness::{Claim, Ruling, WitnessId};
+
+/// What the operator decides of a handover that is in doubt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Resolution {
+    /// The guest goes on at the source. If the target runs it too, there are two.
+    Resume,
+    /// The VM is the target's, and the source lets go of it. If the target does not run it, it is lost.
+    Discard,
+}
 
 /// What to do when the time allowed is over before the guest could be stopped within its budget.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -46,6 +56,8 @@ pub struct Config {
     pub arrived_by: Option<MigrationId>,
     /// The target as the operator gave it; goes into the commit record.
     pub target: String,
+    /// The witness that both sides must have, if this host has one.
+    pub witness: Option<WitnessId>,
     /// The machine in the machine monitor's own format.
     pub description: Vec<u8>,
     /// How memory gets there. With [`MemoryPath::HandedOver`] streams and compression have no meaning.
@@ -174,6 +186,12 @@ pub enum Event {
     ResumeFailed(String),
     /// The operator wants it cancelled.
     Cancel,
+    /// The witness has ruled on what [`Action::AskWitness`] claimed.
+    WitnessSays(Ruling),
+    /// The witness can't be reached, or can't decide; the claim may have been heard all the same.
+    WitnessSilent(String),
+    /// The operator decides what is in doubt.
+    Resolve(Resolution),
     /// [`super::Source::poll_timeout`]'s time has come.
     Timeout,
 }
@@ -239,6 +257,8 @@ pub enum Action {
     WriteRecord(Record),
     /// Write durably once more the record that stands already, to measure what that costs.
     RehearseRecord(Record),
+    /// Make this claim at the witness. It must not wait for the actions on the VM, nor they for it.
+    AskWitness(Claim),
     /// Tell the caller.
     Report(Progress),
     /// It is over.
@@ -266,6 +286,7 @@ impl Action {
             | Self::CloseStreams
             | Self::ReopenStreams { .. }
             | Self::SendPages { .. }
+            | Self::AskWitness(_)
             | Self::Report(_)
             | Self::Finish(_) => false,
         }
@@ -431,6 +452,11 @@ impl Failure {
 pub enum Outcome {
     /// The target runs the guest.
     Moved(Box<Summary>),
+    /// The operator has decided that the VM is the target's: the source has let go of it without knowing that it runs.
+    LetGo {
+        /// The epoch that was given away.
+        epoch: Epoch,
+    },
     /// The guest goes on at the source, in `epoch`.
     Stayed {
         /// Why.

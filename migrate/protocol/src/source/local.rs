@@ -27,7 +27,7 @@ const REST: Duration = Duration::from_millis(10);
 const PING: u64 = 1;
 
 /// The memory is offered, or mapped by the target already.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Offering {
     step: Step,
     /// When the target must have built its machine.
@@ -37,7 +37,7 @@ pub(super) struct Offering {
     best_forecast: Duration,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Step {
     Measuring { asked_at: Timestamp, recorded: bool, answered: bool },
     Resting { until: Timestamp },

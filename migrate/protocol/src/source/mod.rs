@@ -7,7 +7,7 @@
 //!  stop.rs       Stopping: pause, last log, last pages, state
 //!                Preparing: the target checks and restores
 //!  reconnect.rs  Reconnecting: the link broke; back to PreCopy with what the target lacks
-//!  commit.rs     Recording -> Committed -> Releasing, or Reclaiming
+//!  commit.rs     Recording -> Committed -> Releasing, or Reclaiming; LettingGo if the operator says so
 //!  undo.rs       Undoing: whatever failed before the commit, the guest goes on here
 //! ```
 //!
@@ -31,7 +31,7 @@ mod undo;
 
 pub use interface::{
     Action, Config, Downtime, Event, Failure, MemoryPath, NEGOTIATION_TIMEOUT, OnTimeout, Outcome, Progress,
-    Reconnection, RoundReport, RoundSent, STANDSTILL_FORCED_MAX, Summary, standstill_max,
+    Reconnection, Resolution, RoundReport, RoundSent, STANDSTILL_FORCED_MAX, Summary, standstill_max,
 };
 pub use reconnect::RECONNECTIONS_MAX;
 
@@ -50,7 +50,7 @@ use crate::record::{Record, Standing};
 use crate::time::Timestamp;
 
 /// What every phase needs.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Context {
     config: Config,
     layout: MemoryLayout,
@@ -118,7 +118,7 @@ impl Context {
 }
 
 /// The phases, in order; each owns its data.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Phase {
     Connecting(negotiate::Connecting),
     Greeting(negotiate::Greeting),
@@ -133,12 +133,13 @@ enum Phase {
     Committed(commit::Committed),
     Releasing(commit::Releasing),
     Reclaiming(commit::Reclaiming),
+    LettingGo(commit::LettingGo),
     Undoing(undo::Undoing),
     Finished,
 }
 
 /// The source's state machine.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Source {
     context: Context,
     phase: Phase,
@@ -194,6 +195,7 @@ impl Source {
             Phase::Committed(phase) => phase.on(now, event, context),
             Phase::Releasing(phase) => phase.on(event, context),
             Phase::Reclaiming(phase) => phase.on(event, context),
+            Phase::LettingGo(phase) => phase.on(event, context),
             Phase::Undoing(phase) => phase.on(event, context),
             Phase::Finished => Phase::Finished,
         };
@@ -247,6 +249,7 @@ impl Source {
             | Phase::Committed(_)
             | Phase::Releasing(_)
             | Phase::Reclaiming(_)
+            | Phase::LettingGo(_)
             | Phase::Undoing(_)
             | Phase::Finished => false,
         }
@@ -286,6 +289,7 @@ impl Source {
             Phase::Recording(_)
             | Phase::Releasing(_)
             | Phase::Reclaiming(_)
+            | Phase::LettingGo(_)
             | Phase::Undoing(_)
             | Phase::Finished => None,
         }
@@ -314,6 +318,7 @@ impl Source {
             Phase::Committed(_) => "committed",
             Phase::Releasing(_) => "releasing",
             Phase::Reclaiming(_) => "reclaiming",
+            Phase::LettingGo(_) => "letting go",
             Phase::Undoing(_) => "undoing",
             Phase::Finished => "finished",
         }
@@ -341,6 +346,9 @@ fn interruption(event: &Event) -> Option<Failure> {
         | Event::RecordWritten { .. }
         | Event::RecordRehearsed { .. }
         | Event::VmResumed
+        | Event::WitnessSays(_)
+        | Event::WitnessSilent(_)
+        | Event::Resolve(_)
         | Event::Timeout => None,
     }
 }
@@ -365,6 +373,9 @@ fn features_offered(config: &Config) -> Features {
     }
     if config.reconnect.is_zero() || config.memory == MemoryPath::HandedOver {
         ours = ours.without(Features::RESUMPTION);
+    }
+    if config.witness.is_some() {
+        ours = ours.and(Features::WITNESS);
     }
     ours
 }

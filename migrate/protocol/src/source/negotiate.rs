@@ -7,7 +7,7 @@
 )]
 
 use crate::liveness::Liveness;
-use crate::message::{Describe, Hello, KeepFor, Message};
+use crate::message::{Describe, Hello, KeepFor, Message, Welcome};
 use crate::negotiation::{Features, common_version};
 use crate::time::Timestamp;
 use crate::wire::{VERSION_NEWEST, VERSION_OLDEST};
@@ -20,25 +20,25 @@ use super::{features_offered, features_wanted, interruption, out_of_turn};
 use std::time::Duration;
 
 /// The control connection is being made.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Connecting {
     pub(super) deadline: Timestamp,
 }
 
 /// `Hello` is sent.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Greeting {
     pub(super) deadline: Timestamp,
 }
 
 /// `Describe` is sent.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Describing {
     pub(super) deadline: Timestamp,
 }
 
 /// The data streams are being opened.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct OpeningStreams {
     pub(super) deadline: Timestamp,
 }
@@ -99,6 +99,9 @@ impl Greeting {
                     };
                     return undo(Failure::Protocol(text.to_owned()), context);
                 }
+                if let Err(failure) = agree_on_witness(&welcome, context) {
+                    return undo(failure, context);
+                }
                 context.features = welcome.features.both(features_offered(&context.config));
                 if context.features.contains(Features::KEEPALIVE) {
                     context.liveness = Some(Liveness::new(now));
@@ -119,6 +122,18 @@ impl Greeting {
             other => stay_or_undo(&other, "greeting", Phase::Greeting(self), context),
         }
     }
+}
+
+/// Both sides have the same witness or none: what one of them asks a witness, the other must hear of.
+fn agree_on_witness(welcome: &Welcome, context: &mut Context) -> Result<(), Failure> {
+    let Some(witness) = context.config.witness else { return Ok(()) };
+    if !welcome.features.contains(Features::WITNESS) {
+        let text =
+            "it has no witness, but this host has; start 'ferry receive' there with the same --witness";
+        return Err(Failure::Protocol(text.to_owned()));
+    }
+    context.send(Message::Witness(witness));
+    Ok(())
 }
 
 impl Describing {

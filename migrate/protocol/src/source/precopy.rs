@@ -41,7 +41,7 @@ const ROUND_INTERVAL_MIN: Duration = Duration::from_millis(10);
 /// help, only better measurements of them.
 const ROUND_INTERVAL_MAX: Duration = Duration::from_millis(100);
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct PreCopy {
     step: Step,
     /// When the last dirty log was read: pages dirtied since make the dirty rate.
@@ -58,7 +58,7 @@ pub(super) struct PreCopy {
     interval: Duration,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Step {
     Rehearsing,
     Starting,
@@ -78,7 +78,7 @@ enum Step {
 }
 
 /// What stands behind the log that is being read.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Behind {
     /// A round that has just arrived.
     Round(Arrived),

@@ -58,7 +58,7 @@ pub(super) enum Log {
 }
 
 /// What the phase that lost the link leaves.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Left {
     /// Pages of the round that is not known to have arrived, if there is one.
     pub(super) round: Option<PageBitmap>,
@@ -70,7 +70,7 @@ pub(super) struct Left {
 }
 
 /// The target is being reached again.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Reconnecting {
     step: Step,
     left: Left,
@@ -85,7 +85,7 @@ pub(super) struct Reconnecting {
     arrived_pages: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Step {
     /// The old control connection still stands.
     Listening {

@@ -28,7 +28,7 @@ use super::{Action, Context, Downtime, Event, Failure, Phase, Progress, RoundRep
 use super::{MemoryPath, STANDSTILL_FORCED_MAX, commit, interruption, standstill_max};
 
 /// What is known of the standstill so far.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Standstill {
     pub(super) began: Timestamp,
     /// When the part that is under way began.
@@ -47,13 +47,13 @@ impl Standstill {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Stopping {
     standstill: Standstill,
     step: Step,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Step {
     /// With the pages that are left, unless the target has the memory itself.
     Pausing {
@@ -65,7 +65,7 @@ enum Step {
     Copying(Copying),
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Copying {
     started: Timestamp,
     pages: PageBitmap,
@@ -235,7 +235,7 @@ pub(super) struct Digests {
 }
 
 /// `Prepare` is sent.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Preparing {
     standstill: Standstill,
     /// The pages of the last round.

@@ -8,7 +8,7 @@ use crate::record::Standing;
 
 use super::{Action, Context, Event, Failure, Outcome, Phase, Progress};
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Undoing {
     failure: Failure,
     epoch: Epoch,
@@ -74,6 +74,9 @@ impl Undoing {
             | Event::RehearsalFailed(_)
             | Event::VmFailed(_)
             | Event::Cancel
+            | Event::WitnessSays(_)
+            | Event::WitnessSilent(_)
+            | Event::Resolve(_)
             | Event::Timeout => Phase::Undoing(self),
         }
     }

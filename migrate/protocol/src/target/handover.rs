@@ -8,43 +8,46 @@
 use std::time::Duration;
 
 use crate::digest::MemoryDigest;
+use crate::ident::Epoch;
 use crate::message::{AbortCode, AtEpoch, Message, NetworkIdentity, Running as RunningMessage};
 use crate::record::Standing;
 use crate::time::Timestamp;
 
 use super::receive::micros;
-use super::{Action, Context, Event, Guest, Outcome, PREPARED_WAIT_MAX, Phase, Progress, RELEASE_WAIT_MAX};
+use super::witness;
+use super::{
+    Action, Context, Event, Guest, Outcome, PREPARED_WAIT_MAX, Phase, Progress, RECORD_RETRY, start,
+};
+
+/// A guest that could run here.
+#[derive(Debug, Clone)]
+pub(super) struct ReadyGuest {
+    pub(super) guest: Guest,
+    pub(super) network: NetworkIdentity,
+    pub(super) runs: bool,
+    pub(super) digest: MemoryDigest,
+}
 
 /// Everything is here; the source decides.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Prepared {
-    pub(super) guest: Guest,
-    network: NetworkIdentity,
-    runs: bool,
-    digest: MemoryDigest,
+    pub(super) ready: ReadyGuest,
     /// Set while the connection is lost.
     pub(super) discard_at: Option<Timestamp>,
 }
 
-pub(super) fn prepared(guest: Guest, network: NetworkIdentity, runs: bool, digest: MemoryDigest) -> Phase {
-    Phase::Prepared(Prepared { guest, network, runs, digest, discard_at: None })
+pub(super) const fn prepared(ready: ReadyGuest) -> Phase {
+    Phase::Prepared(Prepared { ready, discard_at: None })
 }
 
 impl Prepared {
     pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         match event {
-            Event::Message(Message::Commit(AtEpoch { epoch })) => {
-                // A commit for another epoch is a peer's error and changes nothing.
-                let Ok(standing) = self.guest.standing.commit(epoch) else {
-                    return Phase::Prepared(self);
-                };
-                self.guest.standing = standing;
-                context.act(Action::WriteRecord(self.guest.record(Standing::Running)));
-                let Self { guest, network, runs, digest, .. } = self;
-                Phase::Recording(Recording { guest, network, runs, digest })
-            }
+            Event::Message(Message::Commit(AtEpoch { epoch })) => self.committed(epoch, now, context),
             // The source has not committed, or it would not give up: this word alone allows discarding at once.
-            Event::Message(Message::Abort(abort)) => discard(self.guest, None, &abort.sentence, context),
+            Event::Message(Message::Abort(abort)) => {
+                discard(self.ready.guest, None, &abort.sentence, context)
+            }
             Event::Message(Message::Ping(token)) => {
                 context.send(Message::Pong(token));
                 Phase::Prepared(self)
@@ -54,7 +57,7 @@ impl Prepared {
             Event::Message(Message::Resume(_)) => {
                 let text =
                     "the guest's state was restored here already when the link broke; migrate it again";
-                discard(self.guest, Some(AbortCode::Internal), text, context)
+                discard(self.ready.guest, Some(AbortCode::Internal), text, context)
             }
             // It may have committed. Waiting a while costs nothing; discarding afterwards is safe, because a
             // source that did commit is answered `Discarded` and takes the guest back.
@@ -71,39 +74,59 @@ impl Prepared {
             }
             Event::Timeout if self.discard_at.is_some_and(|at| now >= at) => {
                 let text = "the source did not come back after the guest was prepared";
-                discard(self.guest, None, text, context)
+                discard(self.ready.guest, None, text, context)
             }
             Event::Cancel => {
                 let text = "the target was told to give up";
-                discard(self.guest, Some(AbortCode::Cancelled), text, context)
+                discard(self.ready.guest, Some(AbortCode::Cancelled), text, context)
             }
             _ => Phase::Prepared(self),
         }
     }
+
+    fn committed(mut self, epoch: Epoch, now: Timestamp, context: &mut Context) -> Phase {
+        let standing = self.ready.guest.standing;
+        let asks = context.config.witness.is_some();
+        let next = if asks { standing.ask(epoch) } else { standing.commit(epoch) };
+        // A commit for another epoch is a peer's error and changes nothing.
+        let Ok(standing) = next else { return Phase::Prepared(self) };
+        self.ready.guest.standing = standing;
+        if asks {
+            witness::ask(self.ready, now, context)
+        } else {
+            record(self.ready, Duration::ZERO, context)
+        }
+    }
+}
+
+/// Begins to record that the guest runs here. Asking the witness for leave has taken `asked`.
+pub(super) fn record(ready: ReadyGuest, asked: Duration, context: &mut Context) -> Phase {
+    context.act(Action::WriteRecord(ready.guest.record(Standing::Running)));
+    Phase::Recording(Recording { ready, asked })
 }
 
 /// `Commit` came; the record that the guest runs here is being written.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Recording {
-    pub(super) guest: Guest,
-    network: NetworkIdentity,
-    runs: bool,
-    digest: MemoryDigest,
+    pub(super) ready: ReadyGuest,
+    asked: Duration,
 }
 
 impl Recording {
-    pub(super) fn on(mut self, event: Event, context: &mut Context) -> Phase {
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        let guest = &mut self.ready.guest;
         match event {
             Event::RecordWritten { took } => {
-                self.guest.standing = self.guest.standing.recorded().expect("it was being recorded");
-                context.act(Action::RunVm { runs: self.runs });
-                let Self { guest, network, digest, .. } = self;
-                Phase::Starting(Starting { guest, network, digest, record: took, failed: None })
+                guest.standing = guest.standing.recorded().expect("it was being recorded");
+                start::begin(self.ready, self.asked + took, context)
             }
             Event::RecordFailed(reason) => {
-                self.guest.standing = self.guest.standing.failed().expect("it was being recorded");
+                guest.standing = guest.standing.failed().expect("it was being recorded");
                 let text = format!("the target could not record that it runs the guest: {reason}");
-                discard(self.guest, None, &text, context)
+                if context.config.witness.is_some() {
+                    return witness::give_up(self.ready, text, now, context);
+                }
+                discard_over(OnDisk::PerhapsRunning, self.ready.guest, None, &text, context)
             }
             // Until the disk has answered nothing else can be decided. A repeated `Commit` is answered by
             // `Running`, a lost connection by the source's return.
@@ -112,90 +135,22 @@ impl Recording {
     }
 }
 
-/// The record is durable; the guest is being started.
-#[derive(Debug)]
-pub(super) struct Starting {
-    pub(super) guest: Guest,
-    network: NetworkIdentity,
-    digest: MemoryDigest,
-    record: Duration,
-    /// Why the guest could not be started, while it is recorded that it never runs here.
-    failed: Option<String>,
-}
-
-impl Starting {
-    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
-        if let Some(reason) = self.failed.take() {
-            return self.on_not_started(reason, now, event, context);
-        }
-        match event {
-            Event::VmRunning { took } => {
-                context.act(Action::Announce(self.network.clone()));
-                context.act(Action::Report(Progress::Running));
-                self.tell(took, now, context)
-            }
-            // What has run here can't go back. The machine is kept for the operator, and the source is told the truth:
-            // the guest is here.
-            Event::RunBroke(reason) => {
-                context.act(Action::Report(Progress::CannotRun { reason }));
-                self.tell(Duration::ZERO, now, context)
-            }
-            // No instruction of it has run and the source still has all of it, so it can go back; but only once it is
-            // durable that it never runs here.
-            Event::RunFailed(reason) => {
-                context.act(Action::WriteRecord(self.guest.record(Standing::Discarded)));
-                self.failed = Some(reason);
-                Phase::Starting(self)
-            }
-            _ => Phase::Starting(self),
-        }
-    }
-
-    fn on_not_started(
-        mut self,
-        reason: String,
-        now: Timestamp,
-        event: Event,
-        context: &mut Context,
-    ) -> Phase {
-        match event {
-            Event::RecordWritten { .. } => {
-                let standing = self.guest.standing.not_started().expect("it was to run");
-                context.act(Action::DiscardMachine);
-                context.send(Message::Discarded(AtEpoch { epoch: standing.epoch() }));
-                let reason = format!("the target could not start the guest: {reason}");
-                context.act(Action::Finish(Outcome::Discarded { reason }));
-                Phase::Finished
-            }
-            // The guest is still this host's by both records, so it can't go back. Its machine is kept, stopped, for
-            // the operator, and the source is told the truth: the guest is here.
-            Event::RecordFailed(_) => {
-                context.act(Action::Report(Progress::CannotRun { reason }));
-                self.tell(Duration::ZERO, now, context)
-            }
-            _ => {
-                self.failed = Some(reason);
-                Phase::Starting(self)
-            }
-        }
-    }
-
-    fn tell(self, took: Duration, now: Timestamp, context: &mut Context) -> Phase {
-        let Self { guest, network: _, digest, record, failed: _ } = self;
-        let said =
-            RunningMessage { epoch: guest.standing.epoch(), record_us: micros(record), run_us: micros(took) };
-        context.send(Message::Running(said.clone()));
-        Phase::Running(Running { guest, digest, said, deadline: now + RELEASE_WAIT_MAX })
-    }
-}
-
-/// The guest runs here; the source may not know it yet.
-#[derive(Debug)]
+/// The guest runs here; the source may not know it yet. It is answered for as long as it may come back to ask: until it
+/// confirms that it has let go, or this process ends.
+#[derive(Debug, Clone)]
 pub(super) struct Running {
     pub(super) guest: Guest,
     digest: MemoryDigest,
     said: RunningMessage,
-    pub(super) deadline: Timestamp,
+}
+
+/// The guest runs here, or is here to stay: the source is told. The record took `record` and starting it `took`.
+pub(super) fn tell(ready: ReadyGuest, record: Duration, took: Duration, context: &mut Context) -> Phase {
+    let ReadyGuest { guest, digest, .. } = ready;
+    let said =
+        RunningMessage { epoch: guest.standing.epoch(), record_us: micros(record), run_us: micros(took) };
+    context.send(Message::Running(said.clone()));
+    Phase::Running(Running { guest, digest, said })
 }
 
 impl Running {
@@ -208,7 +163,6 @@ impl Running {
                 false
             }
             Event::Message(Message::Released(AtEpoch { epoch })) => epoch == self.said.epoch,
-            Event::Timeout => true,
             _ => false,
         };
         if !released {
@@ -222,14 +176,33 @@ impl Running {
 }
 
 /// The record that this epoch never runs here is being written.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Discarding {
     guest: Guest,
     reason: String,
+    /// What the disk may hold until then.
+    on_disk: OnDisk,
+    /// Set while it is waited before writing again.
+    pub(super) retry_at: Option<Timestamp>,
+}
+
+/// What this host's disk may say of a guest that it gives up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum OnDisk {
+    /// `Receiving`, which allows running as little as `Discarded` does.
+    Receiving,
+    /// Perhaps `Running`, because writing that has failed half-way. The source must not be answered from it.
+    PerhapsRunning,
 }
 
 /// Gives up a migration that has been recorded here, telling the source `code` if it is to be told.
-pub(super) fn discard(
+pub(super) fn discard(guest: Guest, code: Option<AbortCode>, reason: &str, context: &mut Context) -> Phase {
+    discard_over(OnDisk::Receiving, guest, code, reason, context)
+}
+
+/// The same, where the disk may hold more.
+pub(super) fn discard_over(
+    on_disk: OnDisk,
     mut guest: Guest,
     code: Option<AbortCode>,
     reason: &str,
@@ -241,7 +214,7 @@ pub(super) fn discard(
     }
     context.act(Action::DiscardMachine);
     context.act(Action::WriteRecord(guest.record(Standing::Discarded)));
-    Phase::Discarding(Discarding { guest, reason: reason.to_owned() })
+    Phase::Discarding(Discarding { guest, reason: reason.to_owned(), on_disk, retry_at: None })
 }
 
 /// Gives up a migration of which nothing has been recorded.
@@ -254,13 +227,24 @@ pub(super) fn refuse(code: Option<AbortCode>, reason: &str, context: &mut Contex
 }
 
 impl Discarding {
-    pub(super) fn on(self, event: Event, context: &mut Context) -> Phase {
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         match event {
             Event::RecordWritten { .. } => {
                 let epoch = self.guest.standing.epoch();
                 context.send(Message::Discarded(AtEpoch { epoch }));
                 context.act(Action::Finish(Outcome::Discarded { reason: self.reason }));
                 Phase::Finished
+            }
+            // A later attempt, or this process after a restart, would answer the source that the guest runs here, and the
+            // source would let go of the only copy. So nothing ends before the disk says what is true.
+            Event::RecordFailed(_) if self.on_disk == OnDisk::PerhapsRunning => {
+                self.retry_at = Some(now + RECORD_RETRY);
+                Phase::Discarding(self)
+            }
+            Event::Timeout if self.retry_at.is_some_and(|at| now >= at) => {
+                self.retry_at = None;
+                context.act(Action::WriteRecord(self.guest.record(Standing::Discarded)));
+                Phase::Discarding(self)
             }
             // Without a durable record `Discarded` must not be said; the old record says `Receiving`, which
             // never runs either, but a source that committed stays in doubt until this host can write again.

@@ -36,7 +36,7 @@ pub const KEEP_MARGIN: Duration = Duration::from_secs(10);
 const LAST_WORD_MAX: Duration = Duration::from_secs(1);
 
 /// What has arrived is kept; the source is awaited.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Interrupted {
     pub(super) receiving: Box<Receiving>,
     discard_at: Timestamp,

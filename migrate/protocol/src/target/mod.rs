@@ -3,8 +3,9 @@
 //! ```text
 //!  receive.rs   Greeting -> Building -> Receiving (pages, fences, state, Prepare)
 //!  interrupted.rs  Interrupted: the link broke; back to Receiving when the source takes it up
-//!  handover.rs  Prepared -> Recording -> Starting -> Running
+//!  handover.rs  Prepared -> Recording -> Starting (start.rs) -> Running
 //!               Discarding
+//!  witness.rs   Asking, between Prepared and Recording, and GivingUp: only where there is a witness
 //! ```
 //!
 //! The contract: **the guest runs here only after `Commit` for the prepared epoch and a durable record**, and
@@ -14,6 +15,8 @@
 mod handover;
 mod interrupted;
 mod receive;
+mod start;
+mod witness;
 
 pub use interrupted::{KEEP_MARGIN, KEEP_MAX};
 
@@ -30,6 +33,7 @@ use crate::liveness::{self, Liveness, Tick};
 use crate::message::{Abort, AbortCode, Admit, Hello, Message, NetworkIdentity};
 use crate::record::{Record, Standing};
 use crate::time::Timestamp;
+use crate::witness::{Claim, Ruling, Wish, WitnessId};
 
 /// What the host brings along.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +48,8 @@ pub struct Config {
     pub name: Option<VmName>,
     /// What this host last recorded under the name that the target goes by, if anything.
     pub record: Option<Record>,
+    /// The witness that both sides must have, if this host has one.
+    pub witness: Option<WitnessId>,
 }
 
 /// How long the source may stay silent before it has described its machine.
@@ -52,9 +58,14 @@ pub const GREETING_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a prepared target waits for the source to come back before it discards.
 pub const PREPARED_WAIT_MAX: Duration = Duration::from_secs(30);
 
-/// How long a target that runs the guest keeps answering a source that has not confirmed its release. A source
-/// that comes later stays in doubt until its operator resolves it.
-pub const RELEASE_WAIT_MAX: Duration = Duration::from_secs(600);
+/// How long is waited before a record that must be written is tried again.
+pub const RECORD_RETRY: Duration = Duration::from_millis(500);
+
+/// How long is waited before a guest that could not be started is tried again, while there is nobody to give it back to.
+pub const RUN_RETRY: Duration = Duration::from_secs(1);
+
+/// How long is waited before a witness that gave no answer is asked again.
+pub const WITNESS_RETRY: Duration = Duration::from_millis(500);
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
@@ -127,6 +138,15 @@ pub enum Event {
     RunFailed(String),
     /// Starting it broke off, and some of it may have run.
     RunBroke(String),
+    /// The witness answers: this is how long making a claim takes.
+    WitnessProbed {
+        /// How long that took.
+        took: Duration,
+    },
+    /// The witness has ruled on what [`Action::AskWitness`] claimed.
+    WitnessSays(Ruling),
+    /// The witness can't be reached, or can't decide; a claim may have been heard all the same.
+    WitnessSilent(String),
     /// The operator wants the target to give up.
     Cancel,
     /// [`Target::poll_timeout`]'s time has come.
@@ -142,6 +162,10 @@ pub enum Action {
     WriteRecord(Record),
     /// Write durably once more the record that stands already, to measure what that costs.
     RehearseRecord(Record),
+    /// Write something to the witness that decides nothing, to measure what that costs.
+    ProbeWitness,
+    /// Make this claim at the witness. It must not wait for the actions on the VM, nor they for it.
+    AskWitness(Claim),
     /// Build an empty machine and get ready to take its streams.
     BuildMachine {
         /// The machine in the machine monitor's own format.
@@ -212,7 +236,8 @@ pub enum Progress {
     Prepared,
     /// The guest runs here, or is paused here as its operator had left it.
     Running,
-    /// The guest is this host's, but could be neither started nor given back; its machine is kept.
+    /// The guest is this host's, but could not be started, and nobody is there to give it back to: its machine is kept, and
+    /// started again in a while where no instruction of it has run.
     CannotRun {
         /// Why.
         reason: String,
@@ -224,6 +249,11 @@ pub enum Progress {
     },
     /// The connection is lost while prepared: the source may or may not have committed.
     InDoubt,
+    /// The source has committed, but the witness can't be reached for leave to run; it is asked again until it can.
+    WitnessSilent {
+        /// Why it can't be reached.
+        reason: String,
+    },
 }
 
 /// How it ended.
@@ -247,7 +277,7 @@ pub enum Outcome {
     },
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Context {
     config: Config,
     actions: VecDeque<Action>,
@@ -282,6 +312,12 @@ impl Guest {
 }
 
 impl Context {
+    /// Asks the witness for `wish`, in the name of `guest`.
+    fn ask_witness(&mut self, guest: &Guest, wish: Wish) {
+        let Guest { vm, migration, .. } = *guest;
+        self.act(Action::AskWitness(Claim { vm, epoch: guest.standing.epoch(), migration, wish }));
+    }
+
     fn act(&mut self, action: Action) {
         self.actions.push_back(action);
     }
@@ -307,22 +343,24 @@ impl Context {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Phase {
     Greeting(receive::Greeting),
     Building(receive::Building),
     Receiving(Box<receive::Receiving>),
     Interrupted(Box<interrupted::Interrupted>),
     Prepared(handover::Prepared),
+    Asking(witness::Asking),
     Recording(handover::Recording),
-    Starting(handover::Starting),
+    GivingUp(witness::GivingUp),
+    Starting(start::Starting),
     Running(handover::Running),
     Discarding(handover::Discarding),
     Finished,
 }
 
 /// The target's state machine for one migration.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Target {
     context: Context,
     phase: Phase,
@@ -354,10 +392,12 @@ impl Target {
             Phase::Receiving(phase) => phase.on(now, event, context),
             Phase::Interrupted(phase) => phase.on(now, event, context),
             Phase::Prepared(phase) => phase.on(now, event, context),
-            Phase::Recording(phase) => phase.on(event, context),
+            Phase::Asking(phase) => phase.on(now, event, context),
+            Phase::Recording(phase) => phase.on(now, event, context),
+            Phase::GivingUp(phase) => phase.on(now, event, context),
             Phase::Starting(phase) => phase.on(now, event, context),
             Phase::Running(phase) => phase.on(event, context),
-            Phase::Discarding(phase) => phase.on(event, context),
+            Phase::Discarding(phase) => phase.on(now, event, context),
             Phase::Finished => Phase::Finished,
         };
     }
@@ -390,7 +430,9 @@ impl Target {
             | Phase::Building(_)
             | Phase::Interrupted(_)
             | Phase::Prepared(_)
+            | Phase::Asking(_)
             | Phase::Recording(_)
+            | Phase::GivingUp(_)
             | Phase::Starting(_)
             | Phase::Running(_)
             | Phase::Discarding(_)
@@ -416,13 +458,12 @@ impl Target {
             Phase::Greeting(phase) => Some(phase.deadline),
             Phase::Prepared(phase) => phase.discard_at,
             Phase::Building(phase) => phase.wake(),
+            Phase::Asking(phase) => phase.retry_at,
+            Phase::GivingUp(phase) => phase.retry_at,
+            Phase::Starting(phase) => phase.wake(),
+            Phase::Discarding(phase) => phase.retry_at,
             Phase::Interrupted(phase) => Some(phase.wake()),
-            Phase::Running(phase) => Some(phase.deadline),
-            Phase::Receiving(_)
-            | Phase::Recording(_)
-            | Phase::Starting(_)
-            | Phase::Discarding(_)
-            | Phase::Finished => None,
+            Phase::Receiving(_) | Phase::Recording(_) | Phase::Running(_) | Phase::Finished => None,
         }
     }
 
@@ -430,14 +471,16 @@ impl Target {
     #[must_use]
     pub const fn may_run(&self) -> bool {
         match &self.phase {
-            Phase::Starting(phase) => phase.guest.standing.may_run(),
+            Phase::Starting(phase) => phase.ready.guest.standing.may_run(),
             Phase::Running(phase) => phase.guest.standing.may_run(),
             Phase::Greeting(_)
             | Phase::Building(_)
             | Phase::Receiving(_)
             | Phase::Interrupted(_)
             | Phase::Prepared(_)
+            | Phase::Asking(_)
             | Phase::Recording(_)
+            | Phase::GivingUp(_)
             | Phase::Discarding(_)
             | Phase::Finished => false,
         }
@@ -474,9 +517,11 @@ impl Target {
             Phase::Building(phase) => Some(&phase.guest),
             Phase::Receiving(phase) => Some(&phase.guest),
             Phase::Interrupted(phase) => Some(&phase.receiving.guest),
-            Phase::Prepared(phase) => Some(&phase.guest),
-            Phase::Recording(phase) => Some(&phase.guest),
-            Phase::Starting(phase) => Some(&phase.guest),
+            Phase::Prepared(phase) => Some(&phase.ready.guest),
+            Phase::Asking(phase) => Some(&phase.ready.guest),
+            Phase::Recording(phase) => Some(&phase.ready.guest),
+            Phase::GivingUp(phase) => Some(&phase.ready.guest),
+            Phase::Starting(phase) => Some(&phase.ready.guest),
             Phase::Running(phase) => Some(&phase.guest),
             Phase::Greeting(_) | Phase::Discarding(_) | Phase::Finished => None,
         }
@@ -491,8 +536,10 @@ impl Target {
             Phase::Receiving(_) => "receiving",
             Phase::Interrupted(_) => "interrupted",
             Phase::Prepared(_) => "prepared",
+            Phase::Asking(_) => "asking the witness",
             Phase::Recording(_) => "recording that it runs",
-            Phase::Starting(_) => "starting",
+            Phase::GivingUp(_) => "giving up at the witness",
+            Phase::Starting(ref phase) => phase.word(),
             Phase::Running(_) => "running",
             Phase::Discarding(_) => "discarding",
             Phase::Finished => "finished",

@@ -16,18 +16,19 @@ use crate::layout::{MemoryLayout, Region};
 use crate::liveness::Liveness;
 use crate::message::{
     AbortCode, Describe, FenceReached, HandOver, Hello, KeepFor, Message, NetworkIdentity, Prepare, Prepared,
-    Ready, Rehearse, Rehearsed, Resume, Running, State, Welcome,
+    Ready, Rehearse, Resume, Running, State, Welcome,
 };
 use crate::negotiation::{Features, common_version};
 use crate::record::{Record, Standing};
 use crate::time::Timestamp;
 
-use super::handover::{self, discard, refuse};
+use super::handover::{self, ReadyGuest, discard, refuse};
 use super::interrupted::{self, KEEP_MARGIN, KEEP_MAX, Loss};
+use super::witness::{Rehearsing, features, has_witness_as, is_same, no_witness};
 use super::{Action, Context, Event, Guest, Phase, Progress};
 
 /// Nobody has introduced themselves yet, or has but not said what to build.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Greeting {
     pub(super) deadline: Timestamp,
 }
@@ -91,10 +92,13 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
         );
         return refuse(Some(AbortCode::Epoch), &text, context);
     }
+    if let Err(text) = has_witness_as(hello, context) {
+        return refuse(Some(AbortCode::Witness), &text, context);
+    }
     context.act(Action::Report(Progress::Greeted { vm: hello.vm, name: hello.name.clone() }));
     context.send(Message::Welcome(Welcome {
         version,
-        features: Features::ours_on(context.config.carries_descriptors).both(hello.features),
+        features: features(context).both(hello.features),
         host: context.config.host.clone(),
     }));
     if Features::OURS.both(hello.features).contains(Features::KEEPALIVE) {
@@ -105,7 +109,15 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
     let guest = Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
     let deadline = now + super::GREETING_TIMEOUT;
     let proves = hello.features.contains(Features::ADMISSION);
-    Phase::Building(Building { guest, step: BuildStep::AwaitingDescription, deadline, verify, proves })
+    let witnessed = context.config.witness.is_none();
+    Phase::Building(Building {
+        guest,
+        step: BuildStep::AwaitingDescription,
+        deadline,
+        verify,
+        proves,
+        witnessed,
+    })
 }
 
 /// A source that may have committed comes back, but this process has nothing of its migration any more: it was
@@ -129,7 +141,7 @@ fn answer_from_record(hello: &Hello, context: &mut Context) -> Phase {
 }
 
 /// The machine is being built.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Building {
     pub(super) guest: Guest,
     step: BuildStep,
@@ -138,9 +150,11 @@ pub(super) struct Building {
     verify: bool,
     /// Whether the source's data streams can prove themselves.
     proves: bool,
+    /// Whether the source has shown that it has this target's witness, or there is none to have.
+    witnessed: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum BuildStep {
     AwaitingDescription,
     /// The record that this host is receiving is being written: rehearsing the one within the downtime.
@@ -148,6 +162,13 @@ enum BuildStep {
         description: Vec<u8>,
         layout: MemoryLayout,
         memory: Memory,
+    },
+    /// The record is durable. Whether the witness answers is found out before anything moves.
+    Probing {
+        description: Vec<u8>,
+        layout: MemoryLayout,
+        memory: Memory,
+        record: Duration,
     },
     Building {
         memory: Memory,
@@ -167,27 +188,44 @@ enum Memory {
 impl Building {
     pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
         match (self.step, event) {
-            (BuildStep::AwaitingDescription, Event::Message(Message::Describe(describe))) => {
+            (BuildStep::AwaitingDescription, Event::Message(Message::Witness(theirs))) => {
+                self.step = BuildStep::AwaitingDescription;
+                match is_same(context.config.witness, theirs) {
+                    Ok(()) => self.witnessed = true,
+                    Err(text) => return refuse(Some(AbortCode::Witness), &text, context),
+                }
+                Phase::Building(self)
+            }
+            (BuildStep::AwaitingDescription, Event::Message(Message::Describe(describe)))
+                if self.witnessed =>
+            {
                 let Describe { description, regions, streams } = describe;
                 self.step = BuildStep::AwaitingDescription;
                 self.described(description, regions, Memory::Streams(streams), context)
             }
             (BuildStep::AwaitingDescription, Event::Message(Message::HandOver(hand_over)))
-                if context.config.carries_descriptors =>
+                if context.config.carries_descriptors && self.witnessed =>
             {
                 let HandOver { description, regions } = hand_over;
                 self.step = BuildStep::AwaitingDescription;
                 self.described(description, regions, Memory::HandedOver, context)
             }
             (BuildStep::Recording { description, layout, memory }, Event::RecordWritten { took }) => {
-                context.act(match memory {
-                    Memory::Streams(streams) => {
-                        Action::BuildMachine { description, layout, streams, verify: self.verify }
-                    }
-                    Memory::HandedOver => Action::AdoptMemory { description, layout },
-                });
-                self.step = BuildStep::Building { memory, record: took };
+                if context.config.witness.is_some() {
+                    context.act(Action::ProbeWitness);
+                    self.step = BuildStep::Probing { description, layout, memory, record: took };
+                    return Phase::Building(self);
+                }
+                self.step = build(description, layout, memory, took, self.verify, context);
                 Phase::Building(self)
+            }
+            (BuildStep::Probing { description, layout, memory, record }, Event::WitnessProbed { took }) => {
+                self.step = build(description, layout, memory, record + took, self.verify, context);
+                Phase::Building(self)
+            }
+            (step @ BuildStep::Probing { .. }, Event::WitnessSilent(reason)) => {
+                self.step = step;
+                self.give_up(Some(AbortCode::Witness), &no_witness(&reason), context)
             }
             (BuildStep::Building { memory, record }, Event::MachineBuilt) => {
                 let record_us = u64::try_from(record.as_micros()).unwrap_or(u64::MAX);
@@ -250,7 +288,7 @@ impl Building {
     fn give_up(self, code: Option<AbortCode>, reason: &str, context: &mut Context) -> Phase {
         match self.step {
             BuildStep::AwaitingDescription => refuse(code, reason, context),
-            BuildStep::Recording { .. } | BuildStep::Building { .. } => {
+            BuildStep::Recording { .. } | BuildStep::Probing { .. } | BuildStep::Building { .. } => {
                 discard(self.guest, code, reason, context)
             }
         }
@@ -260,9 +298,25 @@ impl Building {
     pub(super) const fn wake(&self) -> Option<Timestamp> {
         match self.step {
             BuildStep::AwaitingDescription => Some(self.deadline),
-            BuildStep::Recording { .. } | BuildStep::Building { .. } => None,
+            BuildStep::Recording { .. } | BuildStep::Probing { .. } | BuildStep::Building { .. } => None,
         }
     }
+}
+
+/// Has the machine built. The record (and the witness) has taken `record`.
+fn build(
+    description: Vec<u8>,
+    layout: MemoryLayout,
+    memory: Memory,
+    record: Duration,
+    verify: bool,
+    context: &mut Context,
+) -> BuildStep {
+    context.act(match memory {
+        Memory::Streams(streams) => Action::BuildMachine { description, layout, streams, verify },
+        Memory::HandedOver => Action::AdoptMemory { description, layout },
+    });
+    BuildStep::Building { memory, record }
 }
 
 /// What ends an attempt that is not prepared, with the code to tell the source if it is still there.
@@ -290,12 +344,15 @@ pub(super) fn failure(event: &Event) -> Option<(Option<AbortCode>, String)> {
         | Event::RecordWritten { .. }
         | Event::RecordRehearsed { .. }
         | Event::VmRunning { .. }
+        | Event::WitnessProbed { .. }
+        | Event::WitnessSays(_)
+        | Event::WitnessSilent(_)
         | Event::Timeout => None,
     }
 }
 
 /// The machine stands and its memory is arriving, unless it is the source's own.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Receiving {
     pub(super) guest: Guest,
     memory: Memory,
@@ -304,8 +361,8 @@ pub(super) struct Receiving {
     /// The last fence that all streams have reached, and the digest of all pages by then.
     complete: (u32, MemoryDigest),
     state: Option<StateStep>,
-    /// Whether the record is being written once more.
-    rehearsing: bool,
+    /// What is being measured anew, if anything.
+    rehearsing: Option<Rehearsing>,
     prepare: Option<(Prepare, Timestamp)>,
     pages_complete_at: Option<Timestamp>,
     /// How long all this is kept if the connection breaks, if at all.
@@ -331,7 +388,7 @@ fn loss(event: Event) -> Result<(Loss, String), Event> {
 
 /// The state is restored only once memory is complete and equal: restoring reads guest memory (page tables), which must
 /// not be done to pages that are still arriving. It must not write to it: memory that was handed over is the source's.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum StateStep {
     Arrived(State),
     Restoring { network: NetworkIdentity, runs: bool },
@@ -348,7 +405,7 @@ impl Receiving {
             fences: BTreeMap::new(),
             complete: (0, MemoryDigest::ZERO),
             state: None,
-            rehearsing: false,
+            rehearsing: None,
             prepare: None,
             pages_complete_at: None,
             keep_for: None,
@@ -381,14 +438,16 @@ impl Receiving {
             }
             (Event::Message(Message::Stopping(_)), _) => context.act(Action::DropStaleFrames),
             (Event::Message(Message::Ping(token)), _) => context.send(Message::Pong(token)),
-            (Event::Message(Message::Rehearse(Rehearse)), None) if !self.rehearsing => {
-                self.rehearsing = true;
+            (Event::Message(Message::Rehearse(Rehearse)), None) if self.rehearsing.is_none() => {
+                self.rehearsing = Some(Rehearsing::Record);
                 let standing = Standing::Receiving { source: context.config.source.clone() };
                 context.act(Action::RehearseRecord(self.guest.record(standing)));
             }
-            (Event::RecordRehearsed { took }, _) if self.rehearsing => {
-                self.rehearsing = false;
-                context.send(Message::Rehearsed(Rehearsed { record_us: micros(took) }));
+            (Event::RecordRehearsed { took } | Event::WitnessProbed { took }, _) => {
+                self.rehearsing = self.rehearsing.and_then(|step| step.measured(took, context));
+            }
+            (Event::WitnessSilent(reason), _) if self.rehearsing.is_some() => {
+                return discard(self.guest, Some(AbortCode::Witness), &no_witness(&reason), context);
             }
             (Event::Message(Message::State(state)), None) => self.state = Some(StateStep::Arrived(state)),
             (Event::StateRestored { took }, Some(StateStep::Restoring { .. })) => {
@@ -468,7 +527,7 @@ impl Receiving {
 
     /// The record is written once more, for nobody.
     pub(super) const fn rehearsed(&mut self) {
-        self.rehearsing = false;
+        self.rehearsing = None;
     }
 
     /// All streams have ended: fences that only some have reached never come, and this is memory's digest.
@@ -493,7 +552,7 @@ impl Receiving {
             return Phase::Receiving(self);
         };
         // A rehearsal that is still under way writes `Receiving`: what comes after the restoring must find it done.
-        if self.complete.0 < prepare.fence || self.rehearsing {
+        if self.complete.0 < prepare.fence || self.rehearsing.is_some() {
             return Phase::Receiving(self);
         }
         let (theirs, own) = (prepare.digest, self.complete.1);
@@ -530,7 +589,7 @@ impl Receiving {
             restore_us: micros(restore),
         }));
         context.act(Action::Report(Progress::Prepared));
-        handover::prepared(guest, network, runs, complete.1)
+        handover::prepared(ReadyGuest { guest, network, runs, digest: complete.1 })
     }
 }
 

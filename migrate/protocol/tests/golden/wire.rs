@@ -2,6 +2,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use ferry_protocol::WitnessId;
 use ferry_protocol::admission::{JoinSecret, Place};
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, JOIN_BYTES, Join};
 use ferry_protocol::message::{
@@ -76,6 +77,7 @@ fn messages() -> Vec<Message> {
             next: Some(40_000),
         }),
         Message::Admit(Admit { session: 1, key: JoinSecret([0xc3; 32]).key(1) }),
+        Message::Witness(WitnessId([5; 16])),
     ]
 }
 

@@ -8,8 +8,14 @@ use ferry_protocol::{Epoch, Message, MigrationId, Region, Timestamp, VmId};
 
 /// What the target answers to a source with these features that describes its machine.
 fn answers(features: Features, wants_proof: bool) -> Vec<Action> {
-    let config =
-        Config { host: "b".into(), source: "a".into(), carries_descriptors: false, name: None, record: None };
+    let config = Config {
+        host: "b".into(),
+        source: "a".into(),
+        carries_descriptors: false,
+        name: None,
+        record: None,
+        witness: None,
+    };
     let now = Timestamp::from_origin(std::time::Duration::ZERO);
     let mut target = Target::new(config, now);
     if wants_proof {

@@ -133,7 +133,7 @@ fn a_target_that_can_not_record_that_it_runs_gives_the_guest_back() {
 fn a_target_whose_disk_fails_for_a_while_leaves_the_source_in_doubt_not_in_two() {
     let mut pair = Pair::new(config());
     // Receiving is recorded; running is not, nor is discarding at the first attempts.
-    let lost = [DiskFault::Lost; 3];
+    let lost = [DiskFault::Lost; 8];
     pair.target_disk.faults.push_back(DiskFault::None);
     pair.target_disk.faults.extend(lost);
     pair.run_to_end();
@@ -295,16 +295,29 @@ fn a_cancellation_while_the_commit_is_recorded_keeps_the_guest_here() {
 }
 
 #[test]
-fn a_guest_that_can_not_be_started_nor_given_back_stays_the_targets() {
+fn a_guest_that_can_not_be_started_goes_back_as_soon_as_that_can_be_recorded() {
     let mut pair = Pair::new(config());
-    // Receiving and running are recorded, discarding is not.
-    pair.target_disk.faults.extend([DiskFault::None, DiskFault::None, DiskFault::Lost]);
+    // Receiving and running are recorded, discarding is not at the first attempts.
+    pair.target_disk.faults.extend([DiskFault::None, DiskFault::None]);
+    pair.target_disk.faults.extend([DiskFault::Lost; 3]);
     fail_to_start(&mut pair);
     pair.run_to_end();
-    assert!(matches!(pair.source_outcome, Some(Outcome::Moved(_))));
-    assert!(pair.target_guest.exists, "its machine is kept for the operator");
+    assert!(reclaimed(&pair), "{:?} {:?}", pair.source_outcome, pair.target_disk.standing());
     let told = target::Progress::CannotRun { reason: "KVM said no".to_owned() };
     assert!(pair.target_progress.contains(&told));
+}
+
+#[test]
+fn a_guest_that_can_not_be_started_is_not_given_back_to_a_source_that_was_lost() {
+    let mut pair = Pair::new(config());
+    pair.run_to_target_phase("starting");
+    pair.cut_all(Duration::from_secs(100_000));
+    pair.tell_target(target::Event::RunFailed("KVM said no".to_owned()));
+    let start = pair.now;
+    pair.run_until(|pair| pair.now.since(start) > Duration::from_secs(30));
+    let discards = |pair: &Pair| pair.target_disk.standing().is_some_and(|(word, _)| word == "discarded");
+    assert!(pair.target_guest.exists && !discards(&pair), "it may be the only copy");
+    assert!(pair.target_guest.runs, "starting it was tried again");
 }
 
 #[test]

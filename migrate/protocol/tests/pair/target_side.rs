@@ -10,6 +10,7 @@ use crate::world::{Due, Guest, PAGES, Pair, STREAMS, VM_WORK, digest, layout};
 impl Pair {
     pub(crate) fn perform_target(&mut self, action: Action) {
         match action {
+            Action::ProbeWitness | Action::AskWitness(_) => unreachable!("there is no witness"),
             Action::Send(message) => self.deliver_to_source(message),
             Action::WriteRecord(record) => {
                 let took = self.target_disk.next_took();

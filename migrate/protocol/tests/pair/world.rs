@@ -126,6 +126,7 @@ pub(crate) fn config() -> source::Config {
         epoch: Epoch::FIRST,
         arrived_by: None,
         target: "b:4444".to_owned(),
+        witness: None,
         description: vec![1, 2, 3],
         memory: source::MemoryPath::Streams,
         streams: STREAMS,
@@ -383,6 +384,7 @@ impl Pair {
             carries_descriptors: self.target_carries_descriptors,
             name: self.target_name.as_ref().map(|name| name.parse().unwrap()),
             record: self.target_disk.record.clone(),
+            witness: None,
         };
         let mut target = Target::new(config, self.now).with_admission(SECRET);
         target.handle(self.now, target::Event::Message(Message::Hello(hello)));
@@ -423,6 +425,7 @@ impl Pair {
         match action {
             Action::Connect { delay } => self.reconnect(delay),
             Action::Send(message) => self.deliver_to_target(message),
+            Action::AskWitness(_) => unreachable!("there is no witness"),
             Action::SendMemory(message) => {
                 assert!(self.source_guest.exists, "what was released can't be handed over");
                 self.deliver_to_target(message);

@@ -137,6 +137,7 @@ impl MigrationOrder {
             epoch: Epoch::FIRST,
             arrived_by: None,
             target: "target:1".to_owned(),
+            witness: None,
             description: Vec::new(),
             memory: MemoryPath::Streams,
             streams,

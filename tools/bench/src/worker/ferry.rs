@@ -17,7 +17,7 @@ use ferry_migrate::protocol::source::{Failure, OnTimeout, Outcome, Progress};
 use ferry_migrate::protocol::{Epoch, MigrationId, VmId, VmName};
 use ferry_migrate::report::MigrationReport;
 use ferry_migrate::{
-    BandwidthCap, FileRecords, MigrateOptions, ReceiveOptions, Receiver, Security, Update, migrate,
+    BandwidthCap, FileRecords, MigrateOptions, ReceiveOptions, Receiver, Resolver, Security, Update, migrate,
 };
 use ferry_vmm::{
     BootSource, ClockMode, CpuModel, CpuProfile, Kernel, LocalChoices, Machine, MachineConfig, MemoryChoices,
@@ -127,6 +127,8 @@ async fn move_away(
         on_timeout: OnTimeout::Cancel,
         // A run in which the link broke is no measurement.
         reconnect: Duration::ZERO,
+        witness: None,
+        resolver: Resolver::default(),
     };
     let (updates, mut told) = mpsc::unbounded_channel();
     let never = watch::channel(false);
@@ -147,6 +149,7 @@ async fn move_away(
             let report = Box::new(MigrationReport::new(NAME, budget, &summary));
             say(&Said::Moved { report })
         }
+        Outcome::LetGo { .. } => unreachable!("nobody decides anything here"),
         Outcome::Stayed { failure, .. } => {
             let timeout = matches!(failure, Failure::Timeout(_));
             say(&Said::Stayed { timeout, reason: failure.to_string() })
@@ -187,6 +190,7 @@ async fn run_target(order: TargetOrder) -> anyhow::Result<ExitCode> {
         security: Security::Insecure,
         host: "target".to_owned(),
         name: None,
+        witness: None,
     };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());

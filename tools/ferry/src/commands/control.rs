@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use hyper::Method;
 
+use super::resolve;
 use crate::api::{self, BandwidthRequest, RefusedSystemCall, VmInfo};
 use crate::cli::{BandwidthArgs, NameArgs};
 use crate::client;
@@ -11,7 +12,12 @@ use crate::quantity::show_bytes;
 use crate::state_dir::StateDir;
 
 pub(crate) async fn info(args: NameArgs) -> anyhow::Result<ExitCode> {
-    let info = ask(&args, Method::GET, api::VM).await?;
+    let state = StateDir::from_environment()?;
+    // Without a process there is still what it has left on disk.
+    let info = match client::call(&state, &args.name, Method::GET, api::VM).await {
+        Ok(info) => info,
+        Err(error) => resolve::info_of_records(&state, &args.name)?.ok_or(error)?,
+    };
     if args.output.json {
         println!("{}", serde_json::to_string_pretty(&info)?);
         return Ok(ExitCode::SUCCESS);
@@ -106,6 +112,7 @@ fn print(info: &VmInfo) {
             .map(|counts| format!("{} connections, {} data streams", counts.connections, counts.streams)),
     );
     row("listens", info.listen.clone());
-    row("process", Some(info.pid.to_string()));
+    row("witness", info.witness.clone());
+    row("process", Some(info.pid).filter(|pid| *pid > 0).map(|pid| pid.to_string()));
     row("note", info.note.clone());
 }

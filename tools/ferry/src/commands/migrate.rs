@@ -87,6 +87,7 @@ async fn follow(args: &MigrateArgs, state: &StateDir, events: &mut Events) -> an
             ),
             MigrationEvent::Moved(_) if args.cancel => bail!("it was too late: '{}' has moved", args.name),
             MigrationEvent::Moved(_) => return Ok(ExitCode::SUCCESS),
+            MigrationEvent::LetGo { reason } => bail!("'{}' was let go of here: {reason}", args.name),
             MigrationEvent::Failed { .. } if args.cancel => return Ok(ExitCode::SUCCESS),
             MigrationEvent::Failed { reason } => {
                 let target = args.to.as_deref().unwrap_or_default();
@@ -207,7 +208,7 @@ impl Display {
                 self.clear();
                 print!("{}", summary(report));
             }
-            MigrationEvent::Failed { .. } => self.clear(),
+            MigrationEvent::LetGo { .. } | MigrationEvent::Failed { .. } => self.clear(),
         }
     }
 

@@ -6,6 +6,7 @@ pub(crate) mod control;
 pub(crate) mod list;
 pub(crate) mod migrate;
 pub(crate) mod receive;
+pub(crate) mod resolve;
 pub(crate) mod run;
 
 use std::io::Write;

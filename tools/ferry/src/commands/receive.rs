@@ -42,9 +42,10 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
     }
     let records = state.records(&args.name);
     records.all().with_context(|| {
-        format!("'{}' is in doubt; once you know that no other host runs it, remove the record", args.name)
+        format!("'{}' is in doubt; once you know that no other host runs it, 'ferry resolve {} --discard' sets the record aside", args.name, args.name)
     })?;
-    let host = VmHost::new(args.name, records, Life::Waiting { listen: args.listen.to_string(), note: None });
+    let life = Life::Waiting { listen: args.listen.to_string(), note: None };
+    let host = VmHost::new(args.name, records, args.witness.open(), life);
     if let Some(tls) = security.tls() {
         let _ = host.tls_folder.set(tls.folder().to_owned());
     }
@@ -64,7 +65,13 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         machines: Arc::new(MachineHost::new(local)),
     };
     let (updates, inbox) = mpsc::unbounded_channel();
-    let options = ReceiveOptions { listen: args.listen.clone(), security, host: host_name(), name: None };
+    let options = ReceiveOptions {
+        listen: args.listen.clone(),
+        security,
+        host: host_name(),
+        name: None,
+        witness: host.witness.clone(),
+    };
     let receiver = Receiver::bind(
         options,
         Arc::new(machine_host),
@@ -252,6 +259,12 @@ impl Follower {
                 Progress::InDoubt => {
                     let text = "the source is gone at the last moment; waiting for it to come back";
                     say(self.json, &self.host, "in-doubt", text, &[]);
+                }
+                Progress::WitnessSilent { reason } => {
+                    let text = format!(
+                        "the VM was handed over, but the witness can't be asked for leave to run it ({reason}); asking again"
+                    );
+                    say(self.json, &self.host, "witness-silent", &text, &[("reason", &reason)]);
                 }
                 Progress::Running => {
                     let epoch = self.host.info().epoch.unwrap_or_default().to_string();

@@ -54,7 +54,7 @@ pub(crate) async fn run(args: RunArgs, opener: Opener) -> anyhow::Result<ExitCod
 
     let tap = args.net.as_ref().map(|net| net.tap.clone());
     let here = Here { machine: machine.clone(), vm, epoch, tap, migration: None };
-    let host = VmHost::new(args.name, records, Life::Here(Box::new(here)));
+    let host = VmHost::new(args.name, records, args.witness.open(), Life::Here(Box::new(here)));
     if let Some(folder) = security::folder(args.tls.tls_dir) {
         // Told now rather than when the VM is to move.
         Tls::load(&folder)?;
@@ -84,13 +84,14 @@ fn keys_of_the_terminal(serial: &SerialTarget) -> anyhow::Result<Option<Terminal
 /// A VM of this name whose handover is undecided must not be started a second time.
 fn refuse_if_in_doubt(records: &FileRecords, name: &str) -> anyhow::Result<()> {
     let records = records.all().with_context(|| {
-        format!("'{name}' is in doubt; once you know that no other host runs it, remove the record")
+        format!("'{name}' is in doubt; once you know that no other host runs it, 'ferry resolve {name} --discard' sets the record aside")
     })?;
-    for Record { vm, epoch, standing, .. } in records {
+    for Record { epoch, standing, .. } in records {
         if let Standing::Committed { target } = standing {
             bail!(
                 "'{name}' is in doubt: epoch {epoch} of it was handed to {target}, which may run it; \
-                 if it does not, remove the record {name}.{vm}.record, otherwise take another --name"
+                 'ferry resolve {name} --discard' leaves it to that host, once you know what has become of it there; or take \
+                 another --name"
             );
         }
     }

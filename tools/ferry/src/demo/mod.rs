@@ -119,7 +119,9 @@ async fn migrate(
             MigrationEvent::Moved(report) => {
                 return Ok(Seen { report, began_ms, rounds_ended_ms, handed_ms });
             }
-            MigrationEvent::Failed { reason } => bail!("the migration failed: {reason}"),
+            MigrationEvent::LetGo { reason } | MigrationEvent::Failed { reason } => {
+                bail!("the migration failed: {reason}")
+            }
             MigrationEvent::InDoubt { reason } => println!("in doubt: {reason}"),
             MigrationEvent::Started { .. }
             | MigrationEvent::Negotiated { .. }

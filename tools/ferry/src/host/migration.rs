@@ -7,10 +7,12 @@ use std::time::Duration;
 use ferry_migrate::protocol::MigrationId;
 use ferry_migrate::protocol::ident::STREAMS_MAX;
 use ferry_migrate::protocol::page::UnknownCompression;
-use ferry_migrate::protocol::source::{OnTimeout, Outcome, Progress};
+use ferry_migrate::protocol::source::{OnTimeout, Outcome, Progress, Resolution};
 use ferry_migrate::report::{MigrationReport, ReportKind, StreamWork};
 use ferry_migrate::tls::identity::Role;
-use ferry_migrate::{BandwidthCap, Endpoint, EndpointError, MigrateOptions, Security, Update, migrate};
+use ferry_migrate::{
+    BandwidthCap, Endpoint, EndpointError, MigrateOptions, Resolver, Security, Update, migrate,
+};
 use tokio::sync::{mpsc, watch};
 
 use super::{Here, Life, Refused, VmHost};
@@ -26,6 +28,7 @@ pub(crate) struct MigrationTask {
     /// How the guest ended, if that is why it was cancelled.
     guest_ended: OnceLock<String>,
     bandwidth: BandwidthCap,
+    resolver: Resolver,
     log: Mutex<Log>,
     /// Grows with every change of the log.
     changes: watch::Sender<u64>,
@@ -48,6 +51,7 @@ impl MigrationTask {
             cancel: watch::channel(false).0,
             guest_ended: OnceLock::new(),
             bandwidth,
+            resolver: Resolver::default(),
             log: Mutex::default(),
             changes: watch::channel(0).0,
         })
@@ -92,7 +96,7 @@ impl MigrationTask {
             MigrationEvent::Failed { reason } => Some(format!("the last migration failed: {reason}")),
             MigrationEvent::InDoubt { reason } => Some(format!(
                 "in doubt: the handover is recorded, but the target can't be reached ({reason}); it is asked \
-                 again until it answers"
+                 again until it answers; 'ferry resolve' decides without it"
             )),
             MigrationEvent::Reconnecting { reason } => {
                 Some(format!("the link to the target broke ({reason}); it is being made again"))
@@ -107,6 +111,7 @@ impl MigrationTask {
             | MigrationEvent::Handed
             | MigrationEvent::Reconnected(_)
             | MigrationEvent::Undoing { .. }
+            | MigrationEvent::LetGo { .. }
             | MigrationEvent::Moved(_) => None,
         })
     }
@@ -124,6 +129,11 @@ impl MigrationTask {
     /// Asks for it to be given up. Whether that still works shows in its events.
     pub(crate) fn cancel(&self) {
         self.cancel.send_replace(true);
+    }
+
+    /// Decides it, if it is in doubt.
+    pub(crate) fn resolve(&self, resolution: Resolution) {
+        self.resolver.resolve(resolution);
     }
 
     /// Gives it up because there is no guest any more that could move.
@@ -202,7 +212,7 @@ pub(crate) fn start(host: &Arc<VmHost>, request: MigrationRequest) -> Result<Arc
         now.migration = Some(Arc::clone(&task));
         here
     };
-    let options = match options(host, &here, &request, task.bandwidth.clone()) {
+    let options = match options(host, &here, &request, &task) {
         Ok(options) => options,
         Err(refused) => {
             task.add(MigrationEvent::Failed { reason: refused.0.clone() });
@@ -219,7 +229,7 @@ fn options(
     host: &VmHost,
     here: &Here,
     request: &MigrationRequest,
-    bandwidth: BandwidthCap,
+    task: &MigrationTask,
 ) -> Result<MigrateOptions, Refused> {
     let duration = |ms: f64, what: &str| {
         let sane = (0.0..1e10).contains(&ms);
@@ -245,7 +255,9 @@ fn options(
             .compress
             .parse()
             .map_err(|error: UnknownCompression| Refused(error.to_string()))?,
-        bandwidth,
+        bandwidth: task.bandwidth.clone(),
+        witness: host.witness.clone(),
+        resolver: task.resolver.clone(),
         verify: request.verify,
         verify_whole: request.verify_whole,
         downtime_budget: duration(request.downtime_ms, "a downtime")?,
@@ -310,6 +322,11 @@ async fn drive(host: Arc<VmHost>, here: Here, options: MigrateOptions, task: Arc
             let streams = std::mem::take(&mut task.log().streams);
             let report = MigrationReport { streams, ..MigrationReport::new(&name, budget, &summary) };
             task.add(MigrationEvent::Moved(report));
+        }
+        Ok(Outcome::LetGo { epoch }) => {
+            let reason = format!("the operator has decided that it is {target}'s, in epoch {epoch}");
+            host.set_life(Life::Gone { target, last: Arc::clone(&task) });
+            task.add(MigrationEvent::LetGo { reason });
         }
         Ok(Outcome::Stayed { failure, epoch }) => {
             if let Life::Here(now) = &mut *host.life() {

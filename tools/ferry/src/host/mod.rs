@@ -22,7 +22,9 @@ use ferry_guest_abi::{REPORT_GPA, Report, report::Stage};
 use ferry_migrate::machine::MigratableMachine;
 use ferry_migrate::ports::{Clock, RecordStore, SystemClock};
 use ferry_migrate::protocol::record::{Record, Standing};
+use ferry_migrate::protocol::source::Resolution;
 use ferry_migrate::protocol::{Epoch, PAGE_BYTES, VmId, VmName};
+use ferry_migrate::witness::Witness;
 use ferry_migrate::{FileRecords, TurnedAway};
 use ferry_vmm::{MachineEvent, MachineStatus};
 use tokio::sync::watch;
@@ -73,6 +75,7 @@ pub(crate) struct VmHost {
     pub(crate) tls_folder: OnceLock<PathBuf>,
     /// Whom the receiver has turned away, in a process that has one.
     pub(crate) turned_away: OnceLock<Arc<TurnedAway>>,
+    pub(crate) witness: Option<Arc<dyn Witness>>,
     life: Mutex<Life>,
     /// Held by whatever changes what the VM does, from looking whether it may to having done it.
     change: Mutex<()>,
@@ -84,13 +87,19 @@ pub(crate) struct VmHost {
 
 impl VmHost {
     /// A host in the state `life`.
-    pub(crate) fn new(name: VmName, records: FileRecords, life: Life) -> Arc<Self> {
+    pub(crate) fn new(
+        name: VmName,
+        records: FileRecords,
+        witness: Option<Arc<dyn Witness>>,
+        life: Life,
+    ) -> Arc<Self> {
         Arc::new(Self {
             name,
             records: Arc::new(records),
             clock: Arc::new(SystemClock::default()),
             tls_folder: OnceLock::new(),
             turned_away: OnceLock::new(),
+            witness,
             life: Mutex::new(life),
             change: Mutex::default(),
             ended: watch::channel(false).0,
@@ -158,6 +167,7 @@ impl VmHost {
             cpu_leaks: Vec::new(),
             network: None,
             terminal: None,
+            witness: self.witness.as_ref().map(ToString::to_string),
             refused_system_calls: confined::refused_system_calls(),
             turned_away: self.turned_away.get().map(|counts| TurnedAwayInfo {
                 connections: counts.connections(),
@@ -225,13 +235,39 @@ impl VmHost {
         here.machine.machine().press_power_button().map_err(|error| Refused(error.to_string()))
     }
 
+    /// Has the operator's decision end a handover that is in doubt. What comes of it shows in the migration's events.
+    pub(crate) fn resolve(&self, resolution: Resolution) -> Result<(), Refused> {
+        let name = &self.name;
+        let nothing = |why: String| Err(Refused(format!("there is nothing to resolve: {why}")));
+        match &*self.life() {
+            Life::Here(here) => match &here.migration {
+                Some(migration) if migration.in_doubt() => {
+                    migration.resolve(resolution);
+                    Ok(())
+                }
+                Some(migration) if !migration.is_over() => nothing(format!(
+                    "'{name}' is migrating and this host still owns it; 'ferry migrate {name} --cancel' gives it up"
+                )),
+                Some(_) | None => nothing(format!(
+                    "this host owns '{name}', by its record and by what it does; 'ferry stop {name}' ends it"
+                )),
+            },
+            Life::Gone { target, .. } => nothing(format!("'{name}' runs at {target}, which has said so")),
+            Life::Waiting { .. } => nothing(format!("'{name}' waits for a VM and owns none")),
+            Life::Receiving { .. } => nothing(format!(
+                "'{name}' is being received: the source owns it, and decides; 'ferry stop {name}' has this target give up"
+            )),
+            Life::Ended { reason, .. } => nothing(format!("'{name}' has ended: {reason}")),
+        }
+    }
+
     fn not_migrating(&self, what: &str) -> Result<Here, Refused> {
         let here = self.here()?;
         match &here.migration {
             Some(migration) if migration.in_doubt() => Err(Refused(format!(
                 "'{}' is in doubt: it was handed over, but the target can't be reached to say whether it runs there; \
-                 nothing can be done with it here until the target answers",
-                self.name
+                 nothing can be done with it here until the target answers, or you decide with 'ferry resolve {}'",
+                self.name, self.name
             ))),
             Some(migration) if !migration.is_over() => Err(Refused(format!(
                 "'{}' is migrating; {what} it afterwards, or cancel with 'ferry migrate {} --cancel'",

@@ -15,7 +15,9 @@ use tokio::net::UnixListener;
 
 use super::migration::{self, MigrationTask};
 use super::{Life, Refused, VmHost};
-use crate::api::{self, BandwidthRequest, ErrorBody, GuestReport, MigrationEvent, MigrationRequest, VmInfo};
+use crate::api::{
+    self, BandwidthRequest, ErrorBody, GuestReport, MigrationEvent, MigrationRequest, ResolveRequest, VmInfo,
+};
 use crate::state_dir::StateDir;
 
 impl IntoResponse for Refused {
@@ -45,6 +47,7 @@ fn routes(host: Arc<VmHost>) -> Router {
         .route(api::PAUSE, put(pause))
         .route(api::RESUME, put(resume))
         .route(api::STOP, put(stop))
+        .route(api::RESOLVE, put(resolve))
         .route(api::POWER_BUTTON, put(power_button))
         .route(api::GUEST, get(guest))
         .route(api::MIGRATION, axum::routing::post(start).delete(cancel))
@@ -87,6 +90,14 @@ async fn stop(State(host): State<Arc<VmHost>>) -> Result<Json<VmInfo>, Refused> 
 
 async fn power_button(State(host): State<Arc<VmHost>>) -> Result<Json<VmInfo>, Refused> {
     change(host, VmHost::press_power_button).await
+}
+
+async fn resolve(
+    State(host): State<Arc<VmHost>>,
+    Json(request): Json<ResolveRequest>,
+) -> Result<StatusCode, Refused> {
+    host.resolve(request.decision.into())?;
+    Ok(StatusCode::ACCEPTED)
 }
 
 async fn start(

@@ -9,13 +9,16 @@ use ferry_protocol::message::{
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::page::Compression;
 use ferry_protocol::source::{
-    Action, Config, Event, MemoryPath, OnTimeout, Outcome, Progress, RoundSent, Source,
+    Action, Config, Event, MemoryPath, OnTimeout, Outcome, Progress, Resolution, RoundSent, Source,
 };
+use ferry_protocol::witness::Ruling;
 use ferry_protocol::{
-    Epoch, MemoryDigest, MemoryLayout, Message, MigrationId, PageBitmap, Region, Timestamp, VmId,
+    Epoch, MemoryDigest, MemoryLayout, Message, MigrationId, PageBitmap, Region, Timestamp, VmId, WitnessId,
 };
 
 use super::{Core, part};
+
+pub(super) const WITNESS: WitnessId = WitnessId([9; 16]);
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -74,10 +77,12 @@ fn word(action: &Action) -> String {
         Action::ResumeVm => "ResumeVm".to_owned(),
         Action::ReleaseVm => "ReleaseVm".to_owned(),
         Action::WriteRecord(record) => format!("WriteRecord {} {}", record.standing.word(), record.epoch),
+        Action::AskWitness(claim) => format!("AskWitness {:?} {}", claim.wish, claim.epoch),
         Action::RehearseRecord(record) => {
             format!("RehearseRecord {} {}", record.standing.word(), record.epoch)
         }
         Action::Report(progress) => format!("Report {}", progress_word(progress)),
+        Action::Finish(Outcome::LetGo { epoch }) => format!("Finish LetGo {epoch}"),
         Action::Finish(Outcome::Moved(summary)) => format!("Finish Moved {}", summary.epoch),
         Action::Finish(Outcome::Stayed { epoch, .. }) => format!("Finish Stayed {epoch}"),
     }
@@ -109,6 +114,7 @@ fn config(on_timeout: OnTimeout) -> Config {
         epoch: Epoch::FIRST,
         arrived_by: None,
         target: "b:4444".to_owned(),
+        witness: None,
         description: vec![1],
         memory: MemoryPath::Streams,
         streams: 1,
@@ -228,6 +234,8 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
         ),
         (13, vec![saved()], "the state is sent, the last pages are not written"),
         (17, vec![lost()], "the connection is lost, another is being made"),
+        (17, vec![Event::Resolve(Resolution::Resume)], "the operator has taken it back"),
+        (17, vec![Event::Resolve(Resolution::Discard)], "the operator has let go of it"),
         (17, vec![lost(), Event::Connected], "Commit is sent again"),
         (17, vec![discarded], "the target had discarded it"),
         (8, vec![Event::Cancel], "it was cancelled while the guest ran"),
@@ -272,6 +280,11 @@ fn events() -> Vec<(String, Event)> {
         ("ResumeFailed", Event::ResumeFailed("KVM said no".to_owned())),
         ("Cancel", Event::Cancel),
         ("Timeout", Event::Timeout),
+        ("WitnessSays(Target)", Event::WitnessSays(Ruling::Target)),
+        ("WitnessSays(Source)", Event::WitnessSays(Ruling::Source)),
+        ("WitnessSilent", Event::WitnessSilent("no route".to_owned())),
+        ("Resolve(Resume)", Event::Resolve(Resolution::Resume)),
+        ("Resolve(Discard)", Event::Resolve(Resolution::Discard)),
         ("Welcome", welcome(1, Features::OURS)),
         ("Welcome(version 9)", welcome(9, Features::OURS)),
         ("Welcome(hand over)", welcome(1, Features::ours_on(true))),
@@ -300,6 +313,7 @@ pub(super) fn messages_of_a_source() -> Vec<(&'static str, Message)> {
         ("Hello", Message::Hello(hello())),
         ("Describe", Message::Describe(Describe { description: vec![1], regions: regions(), streams: 1 })),
         ("HandOver", Message::HandOver(hand_over())),
+        ("Witness", Message::Witness(WITNESS)),
         ("Stopping", Message::Stopping(at(1))),
         ("State", Message::State(State { state: vec![5], network: NetworkIdentity::default(), runs: true })),
         ("Prepare", Message::Prepare(Prepare { epoch: Epoch::new(2), fence: 1, digest: MemoryDigest::ZERO })),

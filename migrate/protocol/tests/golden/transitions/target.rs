@@ -10,12 +10,13 @@ use ferry_protocol::message::{
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::target::{Action, Config, Event, Outcome, Progress, Target};
+use ferry_protocol::witness::Ruling;
 use ferry_protocol::{
     Epoch, MemoryDigest, Message, MigrationId, PAGE_BYTES, PageBitmap, PageDigest, Region, StreamIndex,
-    Timestamp, VmId,
+    Timestamp, VmId, WitnessId,
 };
 
-use super::source::{at, hand_over, hello, regions, resume};
+use super::source::{WITNESS, at, hand_over, hello, regions, resume};
 use super::{Core, part};
 
 const MS: Duration = Duration::from_millis(1);
@@ -53,6 +54,8 @@ fn word(action: &Action) -> String {
         Action::Send(message) => format!("Send {:?}", message.message_type()),
         Action::WriteRecord(record) => format!("WriteRecord {} {}", record.standing.word(), record.epoch),
         Action::AdoptMemory { .. } => "AdoptMemory".to_owned(),
+        Action::ProbeWitness => "ProbeWitness".to_owned(),
+        Action::AskWitness(claim) => format!("AskWitness {:?} {}", claim.wish, claim.epoch),
         Action::RehearseRecord(record) => {
             format!("RehearseRecord {} {}", record.standing.word(), record.epoch)
         }
@@ -83,6 +86,7 @@ const fn progress_word(progress: &Progress) -> &'static str {
         Progress::CannotRun { .. } => "CannotRun",
         Progress::GivenUp { .. } => "GivenUp",
         Progress::InDoubt => "InDoubt",
+        Progress::WitnessSilent { .. } => "WitnessSilent",
     }
 }
 
@@ -135,6 +139,48 @@ fn way() -> Vec<(&'static str, Event)> {
     ]
 }
 
+fn hello_with_witness() -> Hello {
+    Hello { features: hello().features.and(Features::WITNESS), ..hello() }
+}
+
+/// The way of a migration with a witness.
+fn witnessed_way() -> Vec<(&'static str, Event)> {
+    let record = || Event::RecordWritten { took: MS };
+    let no = || "no".to_owned();
+    vec![
+        ("this target has a witness", greeting(hello_with_witness())),
+        ("the source has one too", Event::Message(Message::Witness(WITNESS))),
+        ("it is the same witness", describe(regions())),
+        ("", record()),
+        ("the witness is being probed", Event::WitnessProbed { took: MS }),
+        ("", Event::MachineBuilt),
+        ("", Event::Message(Message::Rehearse(Rehearse))),
+        ("", Event::RecordRehearsed { took: MS }),
+        ("the record is rehearsed, the witness is being probed", Event::WitnessProbed { took: MS }),
+        ("", fence(1)),
+        ("", state(true)),
+        ("", prepare(2, 1, MemoryDigest::ZERO)),
+        ("", Event::StateRestored { took: MS }),
+        ("it is prepared", commit(2)),
+        ("the witness is asked", Event::WitnessSilent(no())),
+        ("the witness is silent", Event::WitnessSays(Ruling::Target)),
+        ("it has leave, which is being recorded", Event::RecordFailed(no())),
+        ("that can't be recorded, the source is asked whether it lives", Event::Message(Message::Pong(0))),
+        ("it lives, the witness is asked to take its leave back", Event::WitnessSays(Ruling::Target)),
+        ("the source has let go, it is recorded again", Event::Timeout),
+        ("", record()),
+        ("it is being started", Event::RunFailed(no())),
+        ("it could not be started, the source is asked whether it lives", Event::Message(Message::Pong(0))),
+        ("the source lives, the witness is asked to take its leave back", Event::WitnessSays(Ruling::Source)),
+        ("that it never runs here is being recorded", record()),
+    ]
+}
+
+fn witnessed(steps: usize) -> Stepped {
+    let events = witnessed_way().into_iter().take(steps).map(|(_, event)| event);
+    stepped_with(Some(WITNESS), false, events, None)
+}
+
 /// The way of a migration within one host, as far as it differs.
 fn local_way() -> Vec<(&'static str, Event)> {
     let features = Features::ours_on(true).without(Features::KEEPALIVE);
@@ -182,7 +228,17 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
         (4, vec![keep_for(), lost(), Event::Reconnected, resumed(1)], "what has arrived is asked"),
         (4, vec![keep_for(), lost(), ended(), Event::Reconnected, resumed(1)], "it was taken up"),
         (5, vec![Event::Cancel], "it was told to give up"),
-        (10, vec![Event::RunFailed("no".to_owned())], "it could not be started, that is being recorded"),
+        (9, vec![Event::RecordFailed("full".to_owned())], "that it runs could not be recorded"),
+        (
+            10,
+            vec![Event::RunFailed("no".to_owned())],
+            "it could not be started, the source is asked whether it lives",
+        ),
+        (
+            10,
+            vec![Event::RunFailed("no".to_owned()), Event::Message(Message::Pong(0))],
+            "it is being given back",
+        ),
     ]
 }
 
@@ -229,6 +285,12 @@ fn events() -> Vec<(String, Event)> {
         ("RunFailed", Event::RunFailed(text())),
         ("Cancel", Event::Cancel),
         ("Timeout", Event::Timeout),
+        ("WitnessProbed", Event::WitnessProbed { took: MS }),
+        ("WitnessSays(Target)", Event::WitnessSays(Ruling::Target)),
+        ("WitnessSays(Source)", Event::WitnessSays(Ruling::Source)),
+        ("WitnessSilent", Event::WitnessSilent(text())),
+        ("Pong(0)", Event::Message(Message::Pong(0))),
+        ("Hello(witness)", greeting(hello_with_witness())),
         ("StreamFailed(only the connection)", broken_stream()),
         ("StreamsEnded", ended()),
         ("KeepFor", keep_for()),
@@ -281,8 +343,18 @@ fn stepped(
     events: impl Iterator<Item = Event>,
     record: Option<Record>,
 ) -> Stepped {
+    stepped_with(None, carries_descriptors, events, record)
+}
+
+fn stepped_with(
+    witness: Option<WitnessId>,
+    carries_descriptors: bool,
+    events: impl Iterator<Item = Event>,
+    record: Option<Record>,
+) -> Stepped {
     let name = Some("web".parse().unwrap());
-    let config = Config { host: "b".to_owned(), source: "a:1".to_owned(), carries_descriptors, name, record };
+    let config =
+        Config { host: "b".to_owned(), source: "a:1".to_owned(), carries_descriptors, name, record, witness };
     let mut target = Stepped { core: Target::new(config, Timestamp::default()), now: Timestamp::default() };
     for event in events {
         target.take(event);
@@ -297,6 +369,11 @@ pub(super) fn table() -> String {
     }
     for (steps, then, name) in side_ways() {
         text += &part(name, || along(steps, &then, None), &events());
+    }
+    for (steps, (name, _)) in
+        witnessed_way().into_iter().enumerate().filter(|(_, (name, _))| !name.is_empty())
+    {
+        text += &part(&format!("with a witness: {name}"), || witnessed(steps), &events());
     }
     let timeout = [("Timeout".to_owned(), Event::Timeout)];
     let pinging = |ticks: usize| {

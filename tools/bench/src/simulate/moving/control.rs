@@ -91,6 +91,7 @@ impl Moving {
                 carries_descriptors: false,
                 name: None,
                 record: None,
+                witness: None,
             };
             self.target = Some(Target::new(config, now));
         }

@@ -286,6 +286,7 @@ impl Moving {
                 in_real_pages(&mut report, self.order.page_scale);
                 (Ending::Moved, Some(report))
             }
+            Some(Outcome::LetGo { .. }) => unreachable!("nobody decides anything here"),
             Some(Outcome::Stayed { failure, .. }) => {
                 let timeout = matches!(failure, source_core::Failure::Timeout(_));
                 let scale = self.order.page_scale;

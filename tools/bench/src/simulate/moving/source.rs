@@ -29,6 +29,7 @@ impl Moving {
                 stage.at(at, Due::Source(Event::Connected));
             }
             Action::Send(message) => self.send_to_target(message, stage),
+            Action::AskWitness(_) => unreachable!("there is no witness"),
             Action::SendMemory(_) => unreachable!("simulated hosts share no memory"),
             Action::OpenStreams { .. } => {
                 // They are opened one after another.

@@ -24,6 +24,7 @@ impl Moving {
                 let (done, _) = self.target_job(cost_us, stage);
                 stage.at(done, Due::Target(Event::MachineBuilt));
             }
+            Action::ProbeWitness | Action::AskWitness(_) => unreachable!("there is no witness"),
             Action::AdoptMemory { .. } => unreachable!("simulated hosts share no memory"),
             Action::RestoreState(_) => {
                 let cost_us = hardware.restore_us + hardware.restore_us_per_vcpu * self.cpus();

@@ -1,0 +1,192 @@
+//! What a target with a witness does besides: it asks for leave to run, and gives that back if it can't use it.
+
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "what a phase has no use for is dropped or refused in one place; the table test has every pair"
+)]
+
+use std::time::Duration;
+
+use crate::message::{AtEpoch, Hello, Message, Rehearsed};
+use crate::negotiation::Features;
+use crate::time::Timestamp;
+use crate::witness::{Ruling, Wish, WitnessId};
+
+use super::handover::{OnDisk, ReadyGuest, discard, discard_over, record};
+use super::receive::micros;
+use super::start::{ask_for_life, shows_life};
+use super::{Action, Context, Event, Phase, Progress, RECORD_RETRY, WITNESS_RETRY};
+
+/// The source has committed; the witness is asked. Until it rules, the guest is neither run nor discarded here: the claim
+/// may have been heard even where the answer is lost.
+#[derive(Debug, Clone)]
+pub(super) struct Asking {
+    pub(super) ready: ReadyGuest,
+    asked_at: Timestamp,
+    /// Set while it is waited before asking again.
+    pub(super) retry_at: Option<Timestamp>,
+}
+
+pub(super) fn ask(ready: ReadyGuest, now: Timestamp, context: &mut Context) -> Phase {
+    context.ask_witness(&ready.guest, Wish::Run);
+    Phase::Asking(Asking { ready, asked_at: now, retry_at: None })
+}
+
+impl Asking {
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        match event {
+            Event::WitnessSays(ruling) => {
+                let guest = &mut self.ready.guest;
+                guest.standing = guest.standing.ruled(ruling).expect("the witness was asked");
+                match ruling {
+                    Ruling::Target => record(self.ready, now.since(self.asked_at), context),
+                    Ruling::Source => {
+                        let text = "the witness gave the guest back to the source";
+                        discard(self.ready.guest, None, text, context)
+                    }
+                }
+            }
+            // The source has let go for good: the witness has told it that the guest is this target's.
+            Event::Message(Message::Released(AtEpoch { epoch }))
+                if epoch == self.ready.guest.standing.epoch() =>
+            {
+                self.on(now, Event::WitnessSays(Ruling::Target), context)
+            }
+            Event::WitnessSilent(reason) => {
+                context.act(Action::Report(Progress::WitnessSilent { reason }));
+                self.retry_at = Some(now + WITNESS_RETRY);
+                Phase::Asking(self)
+            }
+            Event::Timeout if self.retry_at.is_some_and(|at| now >= at) => {
+                self.retry_at = None;
+                context.ask_witness(&self.ready.guest, Wish::Run);
+                Phase::Asking(self)
+            }
+            Event::Message(Message::Ping(token)) => {
+                context.send(Message::Pong(token));
+                Phase::Asking(self)
+            }
+            _ => Phase::Asking(self),
+        }
+    }
+}
+
+/// The witness has given leave, but the record can't be written. The leave is given back if the source is there to take the
+/// guest; writing is tried again, for without the source this is the only copy there may be.
+#[derive(Debug, Clone)]
+pub(super) struct GivingUp {
+    pub(super) ready: ReadyGuest,
+    reason: String,
+    /// Whether the witness has been asked to take its leave back.
+    asking: bool,
+    /// When something is tried again.
+    pub(super) retry_at: Option<Timestamp>,
+}
+
+pub(super) fn give_up(ready: ReadyGuest, reason: String, now: Timestamp, context: &mut Context) -> Phase {
+    ask_for_life(context);
+    Phase::GivingUp(GivingUp { ready, reason, asking: false, retry_at: Some(now + RECORD_RETRY) })
+}
+
+impl GivingUp {
+    pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
+        match event {
+            Event::WitnessSays(Ruling::Source) if self.asking => {
+                discard_over(OnDisk::PerhapsRunning, self.ready.guest, None, &self.reason, context)
+            }
+            // The source has let go already.
+            Event::WitnessSays(Ruling::Target) => {
+                self.asking = false;
+                self.retry_at = Some(now + RECORD_RETRY);
+                Phase::GivingUp(self)
+            }
+            Event::WitnessSilent(_) => {
+                self.retry_at = Some(now + WITNESS_RETRY);
+                Phase::GivingUp(self)
+            }
+            Event::Timeout if self.retry_at.is_some_and(|at| now >= at) => self.again(context),
+            Event::Reconnected if !self.asking => {
+                ask_for_life(context);
+                Phase::GivingUp(self)
+            }
+            event if !self.asking && shows_life(&event) => {
+                self.asking = true;
+                self.again(context)
+            }
+            _ => Phase::GivingUp(self),
+        }
+    }
+
+    fn again(mut self, context: &mut Context) -> Phase {
+        let guest = &mut self.ready.guest;
+        if self.asking {
+            self.retry_at = None;
+            context.ask_witness(guest, Wish::GiveUp);
+            return Phase::GivingUp(self);
+        }
+        let epoch = guest.standing.epoch();
+        guest.standing = guest.standing.commit(epoch).expect("it could not be recorded");
+        record(self.ready, Duration::ZERO, context)
+    }
+}
+
+/// What this target can do.
+pub(super) fn features(context: &Context) -> Features {
+    let ours = Features::ours_on(context.config.carries_descriptors);
+    if context.config.witness.is_some() { ours.and(Features::WITNESS) } else { ours }
+}
+
+/// Both sides have a witness or neither: what one of them asks a witness, the other must hear of.
+pub(super) fn has_witness_as(hello: &Hello, context: &Context) -> Result<(), String> {
+    match (hello.features.contains(Features::WITNESS), context.config.witness) {
+        (true, Some(_)) | (false, None) => Ok(()),
+        (true, None) => {
+            Err("the source has a witness, but this target has none; start 'ferry receive' with the \
+             source's --witness"
+                .to_owned())
+        }
+        (false, Some(_)) => {
+            Err("this target has a witness, but the source has none; start 'ferry receive' without \
+             --witness, or the VM with it"
+                .to_owned())
+        }
+    }
+}
+
+/// Whether the source has this target's witness.
+pub(super) fn is_same(own: Option<WitnessId>, theirs: WitnessId) -> Result<(), String> {
+    if own == Some(theirs) {
+        return Ok(());
+    }
+    let own = own.map_or_else(|| "none".to_owned(), |own| own.to_string());
+    Err(format!("the source has the witness {theirs}, this target {own}: give both the same --witness"))
+}
+
+pub(super) fn no_witness(reason: &str) -> String {
+    format!("this target can't reach the witness that both sides have agreed on: {reason}")
+}
+
+/// What the target's part of the commit costs is measured anew.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Rehearsing {
+    /// The record is being written once more.
+    Record,
+    /// The witness is being asked for nothing; the record took so long.
+    Witness(Duration),
+}
+
+impl Rehearsing {
+    /// What is under way took so long: goes on with the witness, if there is one, or tells the source.
+    pub(super) fn measured(self, took: Duration, context: &mut Context) -> Option<Self> {
+        let record = match self {
+            Self::Record if context.config.witness.is_some() => {
+                context.act(Action::ProbeWitness);
+                return Some(Self::Witness(took));
+            }
+            Self::Record => Duration::ZERO,
+            Self::Witness(record) => record,
+        };
+        context.send(Message::Rehearsed(Rehearsed { record_us: micros(record + took) }));
+        None
+    }
+}

@@ -1,0 +1,48 @@
+//! How far the search goes, and which mistake is built in on purpose.
+
+/// A mistake in carrying out what the cores ask for, to show that the search finds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum)]
+pub enum Mistake {
+    /// The source takes its commit for durable before it is.
+    CommitBeforeFsync,
+    /// The target runs the guest as soon as it has begun to record that it does.
+    RunBeforeRecord,
+    /// The source resumes the guest because the target does not answer its commit.
+    ResumeOnTimeout,
+    /// The target says `Discarded` before that is durable.
+    DiscardedBeforeFsync,
+    /// The host starts a VM whose record says that it was given away.
+    StartAgainstTheRecord,
+    /// The target takes a witness that it can't reach for leave to run.
+    RunWithoutWitness,
+    /// The source takes a witness that it can't reach for leave to take the guest back.
+    TakeBackWithoutWitness,
+}
+
+/// The bounds of the search.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// How many migrations are begun, one after another, in either direction.
+    pub attempts: u8,
+    /// How many things go wrong in all: crashes, broken connections, failing records, cancellations.
+    pub faults: u8,
+    /// Whether there is a witness, which any of the hosts may or may not reach.
+    pub witness: bool,
+    /// How many steps are taken at most.
+    pub steps: Option<usize>,
+    /// The mistake that is built in.
+    pub mistake: Option<Mistake>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { attempts: 2, faults: 2, witness: false, steps: None, mistake: None }
+    }
+}
+
+const fn bounds(attempts: u8, faults: u8, witness: bool) -> Settings {
+    Settings { attempts, faults, witness, steps: None, mistake: None }
+}
+
+/// What is searched in full in continuous integration.
+pub const SEARCHES: [Settings; 3] = [bounds(1, 2, false), bounds(1, 1, true), bounds(2, 1, false)];
