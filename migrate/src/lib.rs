@@ -28,9 +28,10 @@ mod transport;
 pub mod witness;
 
 pub use bandwidth::BandwidthCap;
+pub use engine::lobby::TurnedAway;
 pub use engine::resolver::Resolver;
 pub use engine::source::{MigrateOptions, Update, migrate};
-pub use engine::target::{ReceiveOptions, Receiver, TurnedAway};
+pub use engine::target::{ReceiveOptions, Receiver};
 pub use ferry_protocol as protocol;
 pub use records::FileRecords;
 pub use transport::endpoint::{Endpoint, EndpointError, ListenAddress};

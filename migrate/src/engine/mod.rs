@@ -6,7 +6,7 @@ mod begin;
 mod connection;
 mod door;
 mod incoming;
-mod lobby;
+pub(crate) mod lobby;
 pub mod resolver;
 pub mod source;
 pub mod target;
