@@ -10,6 +10,7 @@ mod cpus;
 mod disks;
 #[cfg(not(feature = "fault-points"))]
 mod fault_points;
+mod hostile;
 mod link;
 mod local;
 mod machines;
