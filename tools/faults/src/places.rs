@@ -36,8 +36,9 @@ const SOURCE_SAYS: [MessageType; 9] = [
 ];
 
 /// The target likewise.
-const TARGET_SAYS: [MessageType; 7] = [
+const TARGET_SAYS: [MessageType; 8] = [
     MessageType::Welcome,
+    MessageType::Admit,
     MessageType::Ready,
     MessageType::Pong,
     MessageType::Rehearsed,

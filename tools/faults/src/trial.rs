@@ -36,6 +36,9 @@ const NOTICE_PATIENCE: Duration = Duration::from_secs(45);
 /// How long a target whose source is gone may keep what it has before it is told to give up. It would by itself after 30 s.
 const KEEPS_PATIENCE: Duration = Duration::from_millis(1500);
 
+/// How long the link is cut for a source that is making it again: longer than an attempt, shorter than its patience.
+const CUT_WHILE_RECONNECTING: Duration = Duration::from_secs(6);
+
 /// How long a process is held before it is killed.
 const HELD_FOR: Duration = Duration::from_millis(25);
 
@@ -260,6 +263,11 @@ impl<'a> Trial<'a> {
             process.events().iter().filter(|event| event["event"] == "reconnecting").count()
         };
         let before = tries(migrating);
+        if before > 0 {
+            // It is at it already, and won't say so again.
+            thread::sleep(CUT_WHILE_RECONNECTING);
+            return Ok(());
+        }
         wait_for("the source to make the link again", NOTICE_PATIENCE, || {
             let in_doubt = source.vm_state().as_deref() == Some("in-doubt");
             Ok((in_doubt || tries(migrating) > before || migrating.ended()?.is_some()).then_some(()))

@@ -120,7 +120,9 @@ impl<'a> World<'a> {
         let target = self.target.listens_on();
         let slow = ["--bandwidth", "10M/s", "--downtime", "1ms", "--timeout", "2s"];
         let slow: &[&str] = if matches!(ATTEMPTS[self.attempt].0, TimedOut) { &slow } else { &slow[..4] };
-        let words = [&["migrate", NAME, "--to", &target, "--reconnect", "1s", "--json"][..], slow].concat();
+        let words =
+            [&["migrate", NAME, "--to", &target, "--insecure", "--reconnect", "1s", "--json"][..], slow]
+                .concat();
         self.source.start(&words)
     }
 
@@ -157,7 +159,8 @@ impl<'a> World<'a> {
 
     fn with_a_target_without_a_tap(&mut self) -> anyhow::Result<Process> {
         let listen = "10.77.0.12:4445";
-        let words = ["receive", "--name", "other", "--listen", listen, "--json", "--exit-with-stdin"];
+        let words =
+            ["receive", "--name", "other", "--listen", listen, "--insecure", "--json", "--exit-with-stdin"];
         let mut other = self.target.start(&words)?;
         other.until("listening")?;
         let mut migrating = self.source.migrate(listen, "0s")?;
