@@ -1,6 +1,6 @@
 //! Fault points: the steps of a migration at which a test may kill, stop, hold or fail the process that reaches them.
 //!
-//! Only the feature `fault-points` makes anything of them; without it [`point`] and its like compile to nothing and no program reads
+//! Only the feature `fault-points` makes anything of them; without it `point` and its like compile to nothing and no program reads
 //! the environment for faults. With it, a process reads what shall happen from `FERRY_FAULT`, see `armed.rs`. The steps
 //! themselves are always there, so that a campaign can name them without being built with the feature.
 //!

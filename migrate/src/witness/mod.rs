@@ -2,7 +2,7 @@
 //! [`ferry_protocol::witness`]'s; what stands here is how a decision is kept.
 //!
 //! - none: nobody decides but the two sides and the operator;
-//! - [`file`]: a folder on storage that both hosts mount;
+//! - [`mod@file`]: a folder on storage that both hosts mount;
 //! - `etcd`: an etcd cluster that both hosts reach; built only with the feature of that name.
 
 #[cfg(feature = "etcd")]
