@@ -110,7 +110,7 @@ fn a_record_in_doubt_or_damaged_is_no_permission_to_run() {
 
     let target = "10.0.0.7:4444".to_owned();
     records.store(&record(Standing::Committed { target })).unwrap();
-    host.refuses(&RUN, &["'web' is in doubt", "10.0.0.7:4444", "remove the record"]);
+    host.refuses(&RUN, &["'web' is in doubt", "10.0.0.7:4444", "ferry resolve web --discard"]);
 
     let whole = fs::read(&path).unwrap();
     let mut flipped = whole.clone();
@@ -118,7 +118,7 @@ fn a_record_in_doubt_or_damaged_is_no_permission_to_run() {
     for (bytes, flaw) in [(&whole[..9], "torn"), (&flipped, "checksum"), (b"", "torn")] {
         fs::write(&path, bytes).unwrap();
         for arguments in [&RUN[..], &RECEIVE[..]] {
-            host.refuses(arguments, &["in doubt", path.to_str().unwrap(), flaw, "remove the record"]);
+            host.refuses(arguments, &["in doubt", path.to_str().unwrap(), flaw, "ferry resolve web --discard"]);
         }
         assert_eq!(fs::read(&path).unwrap(), bytes, "the evidence is kept");
     }
