@@ -13,6 +13,7 @@ pub mod confine;
 mod cpu;
 mod devices;
 mod disk;
+pub mod heap;
 mod machine;
 mod memory;
 mod parking;

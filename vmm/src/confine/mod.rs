@@ -10,7 +10,6 @@
 //! counted ([`refusals`]): whoever took a thread over gets no further, and a guest does not die because a C library has learned a new
 //! call. What is not here: namespaces, chroot and users of their own, which whoever starts ferry can add.
 
-mod arenas;
 mod filters;
 mod refused;
 
@@ -18,6 +17,7 @@ use std::sync::OnceLock;
 
 pub use refused::{Refusal, refusals};
 
+use crate::heap;
 use seccompiler::{SeccompAction, SeccompFilter, TargetArch};
 
 /// What becomes of system calls that a filter does not know.
@@ -116,7 +116,7 @@ static SECCOMP: OnceLock<Seccomp> = OnceLock::new();
 /// That the kernel refuses; the thread is then as it was, or has its filter but not yet given up its capabilities.
 pub fn begin(seccomp: Seccomp, role: Role) -> Result<(), ConfineError> {
     if SECCOMP.set(seccomp).is_ok() && seccomp != Seccomp::Off {
-        arenas::settle();
+        heap::settle();
         refused::catch().map_err(ConfineError::Handler)?;
     }
     try_enter(role)

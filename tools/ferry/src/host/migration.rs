@@ -315,6 +315,8 @@ async fn drive(host: Arc<VmHost>, here: Here, options: MigrateOptions, task: Arc
     let cancel = task.cancel.subscribe();
     let outcome = migrate(vm, records, Arc::clone(&host.clock), options, cancel, updates).await;
     let _ = follower.await;
+    // Before anybody hears that it is over, and beside everything else.
+    let _ = tokio::task::spawn_blocking(ferry_vmm::heap::give_back).await;
     match outcome {
         Ok(Outcome::Moved(summary)) => {
             // First, so that nobody finds a VM here whose migration is over.
