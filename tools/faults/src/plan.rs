@@ -10,7 +10,8 @@
 use std::fmt;
 use std::time::Duration;
 
-use ferry_migrate::fault::Step;
+use ferry_migrate::fault::{RecordOf, SourceStep, Step, TargetStep};
+use ferry_migrate::protocol::message::MessageType;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -177,6 +178,24 @@ pub struct Fault {
     pub load: Load,
     /// Whether it has a disk, whose lock alone would keep it from running twice.
     pub disk: bool,
+}
+
+impl Fault {
+    /// Whether it comes while the migration is still being arranged: before pages move, there is nothing to take up again.
+    #[must_use]
+    pub const fn is_arranging(&self) -> bool {
+        use MessageType::{Admit, Describe, Hello, KeepFor, Ready, Welcome};
+        match self.step {
+            Step::Sends(message) | Step::Sent(message) | Step::Receives(message) => {
+                matches!(message, Admit | Describe | Hello | KeepFor | Ready | Welcome)
+            }
+            Step::Record(of, _) => matches!(of, RecordOf::Receiving),
+            Step::Source(step) => {
+                matches!(step, SourceStep::Connects | SourceStep::Connected | SourceStep::OpensStreams)
+            }
+            Step::Target(step) => matches!(step, TargetStep::Builds | TargetStep::Built),
+        }
+    }
 }
 
 impl fmt::Display for Fault {

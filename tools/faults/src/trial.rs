@@ -64,6 +64,8 @@ pub(crate) struct Trial<'a> {
     migrating: Option<Process>,
     cancelling: Option<Process>,
     hold: Hold,
+    /// The migration ended with the link, without being taken up again: right only while it is still being arranged.
+    pub(crate) ended_at_once: bool,
     hold_for_cancel: Hold,
     cut: Option<Cut>,
     /// Removed last.
@@ -101,6 +103,7 @@ impl<'a> Trial<'a> {
             migrating: None,
             cancelling: None,
             hold,
+            ended_at_once: false,
             hold_for_cancel,
             cut: None,
             _folder: folder,
@@ -271,7 +274,9 @@ impl<'a> Trial<'a> {
         wait_for("the source to make the link again", NOTICE_PATIENCE, || {
             let in_doubt = source.vm_state().as_deref() == Some("in-doubt");
             Ok((in_doubt || tries(migrating) > before || migrating.ended()?.is_some()).then_some(()))
-        })
+        })?;
+        self.ended_at_once = tries(migrating) == before && migrating.ended()?.is_some();
+        Ok(())
     }
 
     /// Waits until the source knows how the migration has ended, or that it can't know; then gives the target some time.

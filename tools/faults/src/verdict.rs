@@ -135,7 +135,9 @@ fn go_through(
     if owner.ending.is_none() && beats.is_empty() {
         verdict.lost = Some(format!("nobody has it: {}", owner.records));
     }
-    let gets_over = fault.effect.is_passing() && fault.before.is_passing();
+    // One that is lost while the migration is being arranged ends it: there is nothing yet that could be taken up.
+    let arranging = trial.ended_at_once && fault.is_arranging();
+    let gets_over = fault.effect.is_passing() && fault.before.is_passing() && !arranging;
     if gets_over && owner.ending != Some(Ending::Moved) {
         verdict.wrong = Some("a disturbance that passed has cost the migration".to_owned());
     }
