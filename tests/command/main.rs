@@ -8,6 +8,7 @@ mod console;
 mod control;
 mod cpus;
 mod disks;
+mod doubt;
 #[cfg(not(feature = "fault-points"))]
 mod fault_points;
 mod hostile;

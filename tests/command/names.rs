@@ -118,7 +118,10 @@ fn a_record_in_doubt_or_damaged_is_no_permission_to_run() {
     for (bytes, flaw) in [(&whole[..9], "torn"), (&flipped, "checksum"), (b"", "torn")] {
         fs::write(&path, bytes).unwrap();
         for arguments in [&RUN[..], &RECEIVE[..]] {
-            host.refuses(arguments, &["in doubt", path.to_str().unwrap(), flaw, "ferry resolve web --discard"]);
+            host.refuses(
+                arguments,
+                &["in doubt", path.to_str().unwrap(), flaw, "ferry resolve web --discard"],
+            );
         }
         assert_eq!(fs::read(&path).unwrap(), bytes, "the evidence is kept");
     }

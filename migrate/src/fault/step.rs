@@ -67,6 +67,14 @@ steps! {
         LetsGo,
         /// They are free.
         HasLetGo,
+        /// A witness is about to be asked.
+        AsksWitness,
+        /// It has answered.
+        WitnessSays,
+        /// It has not.
+        WitnessSilent,
+        /// The operator has decided what was in doubt.
+        Resolved,
         /// The operator's cancellation has come.
         Cancelled,
         /// The guest is about to go on here.
@@ -121,6 +129,16 @@ steps! {
         Started,
         /// The core is about to hear of it.
         Running,
+        /// Whether a witness can be reached is about to be found out.
+        ProbesWitness,
+        /// It is known.
+        WitnessProbed,
+        /// A witness is about to be asked.
+        AsksWitness,
+        /// It has answered.
+        WitnessSays,
+        /// It has not.
+        WitnessSilent,
         /// The network is about to be told.
         Announces,
         /// This host has been told to give up.

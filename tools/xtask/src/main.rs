@@ -104,6 +104,9 @@ fn ci() -> anyhow::Result<()> {
     step("formatting of the guest", &["fmt", "--check"], &guest, &[])?;
     tidy_up()?;
     step("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &top, &[])?;
+    // What only test builds have is not looked at above.
+    let fault_points = ["clippy", "-p", "ferry", "--features", "fault-points", "--", "-D", "warnings"];
+    step("lints of the fault points", &fault_points, &top, &[])?;
     let target = top.join("target/guest-lints");
     let target = target.to_str().context("the repository's path is not Unicode")?;
     // The guest is no member of the workspace: it has a target and a linker script of its own.
