@@ -11,8 +11,8 @@
 //! names that is still being read. What the target may lack is forgotten by the encoders too ([`Action::ReopenStreams`]), so
 //! that nothing is left out as known, or sent as a delta against it.
 //!
-//! It ends with the guest going on here if the target is not reached in the time allowed, has nothing of the migration any
-//! more, or had restored the guest's state already.
+//! It ends with the guest going on here if the target is not reached in the time allowed, or has nothing of the migration
+//! any more. A target that had restored the guest's state forgets it and restores what comes later.
 
 #![expect(
     clippy::wildcard_enum_match_arm,
