@@ -173,7 +173,7 @@ impl Interrupted {
             Event::Message(Message::Abort(abort)) => self.give_up(None, &abort.sentence, context),
             // What the source had sent before it noticed.
             Event::Message(_) => Phase::Interrupted(self),
-            Event::RecordRehearsed { .. } => {
+            Event::RecordRehearsed { .. } | Event::WitnessProbed { .. } | Event::WitnessSilent(_) => {
                 self.receiving.rehearsed();
                 Phase::Interrupted(self)
             }

@@ -438,7 +438,9 @@ impl Receiving {
             }
             (Event::Message(Message::Stopping(_)), _) => context.act(Action::DropStaleFrames),
             (Event::Message(Message::Ping(token)), _) => context.send(Message::Pong(token)),
-            (Event::Message(Message::Rehearse(Rehearse)), None) if self.rehearsing.is_none() => {
+            // That which was begun before the link broke answers this one too.
+            (Event::Message(Message::Rehearse(Rehearse)), None) if self.rehearsing.is_some() => {}
+            (Event::Message(Message::Rehearse(Rehearse)), None) => {
                 self.rehearsing = Some(Rehearsing::Record);
                 let standing = Standing::Receiving { source: context.config.source.clone() };
                 context.act(Action::RehearseRecord(self.guest.record(standing)));
@@ -451,7 +453,7 @@ impl Receiving {
             }
             (Event::Message(Message::State(state)), None) => self.state = Some(StateStep::Arrived(state)),
             (Event::StateRestored { took }, Some(StateStep::Restoring { .. })) => {
-                return self.prepared(took, context);
+                return self.prepared(took, now, context);
             }
             (Event::Message(Message::Prepare(prepare)), _)
                 if self.prepare.is_none() && self.has_place_for(&prepare) =>
@@ -571,7 +573,7 @@ impl Receiving {
     }
 
     /// Everything is here, equal and restored.
-    fn prepared(mut self: Box<Self>, restore: Duration, context: &mut Context) -> Phase {
+    fn prepared(mut self: Box<Self>, restore: Duration, now: Timestamp, context: &mut Context) -> Phase {
         let (Some((prepare, asked_at)), Some(StateStep::Restoring { network, runs })) =
             (self.prepare.take(), self.state.take())
         else {
@@ -593,7 +595,7 @@ impl Receiving {
             context.act(Action::EndStreams);
         }
         context.act(Action::Report(Progress::Prepared));
-        handover::prepared(self, network, runs)
+        handover::prepared(self, network, runs, now)
     }
 }
 
