@@ -23,7 +23,7 @@ use crate::record::{Record, Standing};
 use crate::time::Timestamp;
 
 use super::handover::{self, discard, refuse};
-use super::interrupted::{self, KEEP_MARGIN, KEEP_MAX, Loss};
+use super::interrupted::{self, KEEP_MARGIN, KEEP_MAX, loss};
 use super::witness::{Rehearsing, features, has_witness_as, is_same, no_witness};
 use super::{Action, Context, Event, Guest, Phase, Progress};
 
@@ -371,19 +371,6 @@ pub(super) struct Receiving {
     session: u32,
     /// What the source was told last of what has arrived of a round, and which.
     pub(super) told: Option<(u32, PageBitmap)>,
-}
-
-/// Whether the event is a loss of the link, which need not be the end; gives the event back if not.
-fn loss(event: Event) -> Result<(Loss, String), Event> {
-    match event {
-        Event::Disconnected(reason) => {
-            Ok((Loss::Control, format!("the connection to the source was lost: {reason}")))
-        }
-        Event::Reconnected => Ok((Loss::Replaced, "the source has connected anew".to_owned())),
-        // Only the connection: a stream that sent what it must not says so by another code.
-        Event::StreamFailed { code: AbortCode::Internal, sentence } => Ok((Loss::Stream, sentence)),
-        other => Err(other),
-    }
 }
 
 /// The state is restored only once memory is complete and equal: restoring reads guest memory (page tables), which must
