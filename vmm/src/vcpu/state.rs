@@ -30,9 +30,6 @@ const MSRS_OF_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 const MSR_MACHINE_CHECK_CAPABILITY: u32 = 0x179;
 const MSR_MACHINE_CHECK_FIRST: u32 = 0x400;
 
-/// More than any KVM lists; bounds what saved state may ask for.
-const MSRS_MAX: usize = 4096;
-
 const XSAVE_BYTES_MAX: usize = 64 << 10;
 
 /// What saving and restoring needs to know of the host.
@@ -145,9 +142,6 @@ fn set_msrs_and_time(
     timed: &TimedState,
     tsc: TscPlan,
 ) -> Result<(), StateError> {
-    if msrs.len() > MSRS_MAX {
-        return Err(invalid(format!("{} MSRs", msrs.len())));
-    }
     let plain: Vec<_> = msrs.iter().copied().filter(|(index, _)| !time::is_timed(*index)).collect();
     set_msrs(fd, vcpu, &plain)?;
     time::set_time(fd, timed, tsc)
