@@ -269,6 +269,8 @@ impl Machine {
 }
 
 #[cfg(test)]
+mod foreign;
+#[cfg(test)]
 mod golden;
 #[cfg(test)]
 mod moves;
