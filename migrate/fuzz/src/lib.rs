@@ -12,6 +12,8 @@
 //! What is not here: TLS itself (rustls fuzzes its own), and restoring devices, which needs a machine and is tested beside it.
 
 pub mod bytes;
+pub mod machines;
 pub mod mutate;
 pub mod seeds;
+pub mod states;
 pub mod targets;
