@@ -19,7 +19,7 @@ use ferry_protocol::{
 };
 use ferry_vmm::{CpuProfile, LocalChoices, Machine, MemoryChoices, SerialTarget};
 
-use crate::bytes::{Taker, filled, seal, sealed_messages};
+use crate::bytes::{Taker, filled, seal, sealed_messages, sealed_record};
 use crate::machines;
 
 /// A decoder, or what stands behind one.
@@ -325,15 +325,19 @@ pub fn certificate(bytes: &[u8]) {
 
 /// What stands on this host's disk, torn or bent.
 pub fn record(bytes: &[u8]) {
-    if let Ok(record) = Record::decode(bytes) {
-        assert_eq!(Record::decode(&record.encode()), Ok(record));
+    for bytes in [bytes, &sealed_record(bytes)] {
+        if let Ok(record) = Record::decode(bytes) {
+            assert_eq!(Record::decode(&record.encode()), Ok(record));
+        }
     }
 }
 
 /// What a witness holds, on storage that others write too.
 pub fn witness(bytes: &[u8]) {
-    if let Ok(entry) = Entry::decode(bytes) {
-        assert_eq!(Entry::decode(&entry.encode()), Ok(entry));
+    for bytes in [bytes, &sealed_record(bytes)] {
+        if let Ok(entry) = Entry::decode(bytes) {
+            assert_eq!(Entry::decode(&entry.encode()), Ok(entry));
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use ferry_fuzz::bytes::sealed_messages;
 use ferry_fuzz::machines::{is_decoded, is_restored};
-use ferry_fuzz::seeds::seeds;
+use ferry_fuzz::seeds::{repository, seeds};
 use ferry_fuzz::targets::TARGETS;
 use ferry_protocol::wire::Decoder;
 use proptest::prelude::*;
@@ -23,6 +23,16 @@ fn the_seeds_are_real() {
         seeds(target).unwrap().len()
     };
     assert!(count("control") > 20 && count("frame") > 6 && count("packed") > 2 && count("description") > 2);
+}
+
+#[test]
+fn every_target_is_there_for_libfuzzer_too() {
+    let folder = repository().join("migrate/fuzz/libfuzzer");
+    let manifest = std::fs::read_to_string(folder.join("Cargo.toml")).unwrap();
+    for target in &TARGETS {
+        assert!(manifest.contains(&format!("name = \"{}\"\n", target.name)), "{}", target.name);
+        assert!(folder.join(format!("fuzz_targets/{}.rs", target.name)).is_file(), "{}", target.name);
+    }
 }
 
 #[test]
