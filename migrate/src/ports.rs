@@ -182,7 +182,8 @@ pub trait TargetVm: Send + Sync + 'static {
     /// Forgets frames that queued in its network interface while the guest still ran at the source.
     fn drop_stale_frames(&self);
 
-    /// Restores vCPUs and devices; the guest does not run yet.
+    /// Restores vCPUs and devices; the guest does not run yet. Where the link broke before the source heard of it, the guest
+    /// goes on there, and a later state is restored over this one.
     ///
     /// # Errors
     /// If any part of the state can't be restored.

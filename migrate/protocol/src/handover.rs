@@ -6,6 +6,8 @@
 //!             |  '------ failed() -----'                               | discarded()
 //!             '----------------------- reclaimed: Owner(e+2) <---------'
 //!
+//!               .------ taken_back() -------.
+//!               v                           |
 //!  target   Receiving(e) --prepared()--> Prepared(e) --commit()--> Recording(e) --recorded()--> Running(e)
 //!               |                           |                          |
 //!               '------- discard() ---------'  '--ask()--> Asking(e) --ruled()--'  '--failed()--> Prepared(e)
@@ -198,6 +200,23 @@ impl TargetStanding {
         }
     }
 
+    /// The source has not committed `epoch` and goes on sending: what is here is complete no more.
+    ///
+    /// # Errors
+    /// Unless it is prepared for exactly that epoch.
+    pub fn taken_back(self, epoch: Epoch) -> Result<Self, Forbidden> {
+        match self {
+            Self::Prepared(own) if own == epoch => Ok(Self::Receiving(epoch)),
+            Self::Receiving(_)
+            | Self::Prepared(_)
+            | Self::Asking(_)
+            | Self::Recording(_)
+            | Self::Running(_)
+            | Self::Returning(_)
+            | Self::Discarded(_) => self.forbid("to go back to receiving"),
+        }
+    }
+
     /// The source gives `epoch` away, and the witness is to be asked now.
     ///
     /// # Errors
@@ -370,6 +389,7 @@ mod tests {
             assert!(committed.discarded(other).is_err());
             assert!(TargetStanding::Prepared(E).commit(other).is_err());
             assert!(TargetStanding::Receiving(E).prepared(other).is_err());
+            assert!(TargetStanding::Prepared(E).taken_back(other).is_err());
         }
     }
 
@@ -403,8 +423,9 @@ mod tests {
         let states =
             [Receiving(E), Prepared(E), Asking(E), Recording(E), Running(E), Returning(E), Discarded(E)];
         type Step = fn(TargetStanding) -> Result<TargetStanding, Forbidden>;
-        let steps: [Step; 10] = [
+        let steps: [Step; 11] = [
             |s| s.prepared(E),
+            |s| s.taken_back(E),
             |s| s.commit(E),
             |s| s.ask(E),
             |s| s.ruled(Ruling::Target),
@@ -419,13 +440,13 @@ mod tests {
         assert_eq!(
             allowed,
             [
-                [true, false, false, false, false, false, true, false, false, false],
-                [false, true, true, false, false, false, true, false, false, false],
-                [false, false, false, true, false, false, false, false, false, false],
-                [false, false, false, false, true, true, false, false, false, false],
-                [false, false, false, false, false, false, false, true, false, false],
-                [false, false, false, false, false, false, false, false, true, true],
-                [false, false, false, false, false, false, true, false, false, false],
+                [true, false, false, false, false, false, false, true, false, false, false],
+                [false, true, true, true, false, false, false, true, false, false, false],
+                [false, false, false, false, true, false, false, false, false, false, false],
+                [false, false, false, false, false, true, true, false, false, false, false],
+                [false, false, false, false, false, false, false, false, true, false, false],
+                [false, false, false, false, false, false, false, false, false, true, true],
+                [false, false, false, false, false, false, false, true, false, false, false],
             ]
         );
         for state in states {

@@ -442,12 +442,7 @@ impl Attempt {
             }
             Action::Announce(network) => self.announce(network),
             Action::DiscardMachine => self.discard(),
-            Action::Report(progress) => {
-                if progress == Progress::Prepared {
-                    self.end_streams();
-                }
-                let _ = self.updates.send(progress);
-            }
+            Action::Report(progress) => drop(self.updates.send(progress)),
             Action::Finish(outcome) => self.outcome = Some(outcome),
         }
     }

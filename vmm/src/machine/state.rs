@@ -142,8 +142,8 @@ impl Machine {
         writer.finish()
     }
 
-    /// Takes on a saved state. The machine must have been built just now, and its memory must be
-    /// complete. Memory is read and not written: another machine may run on it until this one does.
+    /// Takes on a saved state. The machine must never have run, and its memory must be complete. Memory is read and not
+    /// written: another machine may run on it until this one does. A state that was taken on before is replaced.
     ///
     /// # Errors
     /// Damaged, unknown or foreign bytes are refused before anything changes. If KVM or a device
@@ -151,9 +151,9 @@ impl Machine {
     pub fn restore_state(&self, bytes: &[u8]) -> Result<(), StateError> {
         let _operation = self.operate();
         let phase = self.phase();
-        if phase != Phase::Created {
+        if !matches!(phase, Phase::Created | Phase::Ready) {
             let action = "restore a state";
-            return Err(StateError::WrongStatus { action, status: phase.name(), needed: "just built" });
+            return Err(StateError::WrongStatus { action, status: phase.name(), needed: "never run" });
         }
         let SavedState { shape: _, irqchip, pit, clock, vcpus, serial, power, virtio, devices: _ } =
             self.decode(bytes)?;

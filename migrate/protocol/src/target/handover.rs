@@ -7,17 +7,18 @@
 
 use std::time::Duration;
 
+use crate::bitmap::PageBitmap;
 use crate::digest::MemoryDigest;
 use crate::ident::Epoch;
 use crate::message::{AbortCode, AtEpoch, Message, NetworkIdentity, Running as RunningMessage};
 use crate::record::Standing;
 use crate::time::Timestamp;
 
-use super::receive::micros;
-use super::witness;
+use super::receive::{Receiving, micros};
 use super::{
     Action, Context, Event, Guest, Outcome, PREPARED_WAIT_MAX, Phase, Progress, RECORD_RETRY, start,
 };
+use super::{interrupted, witness};
 
 /// A guest that could run here.
 #[derive(Debug, Clone)]
@@ -31,13 +32,17 @@ pub(super) struct ReadyGuest {
 /// Everything is here; the source decides.
 #[derive(Debug, Clone)]
 pub(super) struct Prepared {
-    pub(super) ready: ReadyGuest,
+    pub(super) receiving: Box<Receiving>,
+    network: NetworkIdentity,
+    runs: bool,
+    /// What the streams brought since the source was last told, once they have ended, and the digest of memory then.
+    ended: Option<(PageBitmap, MemoryDigest)>,
     /// Set while the connection is lost.
     pub(super) discard_at: Option<Timestamp>,
 }
 
-pub(super) const fn prepared(ready: ReadyGuest) -> Phase {
-    Phase::Prepared(Prepared { ready, discard_at: None })
+pub(super) const fn prepared(receiving: Box<Receiving>, network: NetworkIdentity, runs: bool) -> Phase {
+    Phase::Prepared(Prepared { receiving, network, runs, ended: None, discard_at: None })
 }
 
 impl Prepared {
@@ -46,18 +51,20 @@ impl Prepared {
             Event::Message(Message::Commit(AtEpoch { epoch })) => self.committed(epoch, now, context),
             // The source has not committed, or it would not give up: this word alone allows discarding at once.
             Event::Message(Message::Abort(abort)) => {
-                discard(self.ready.guest, None, &abort.sentence, context)
+                discard(self.receiving.guest, None, &abort.sentence, context)
             }
             Event::Message(Message::Ping(token)) => {
                 context.send(Message::Pong(token));
                 Phase::Prepared(self)
             }
-            // It has lost the link before it heard that all is prepared, so it has not committed. The state is restored
-            // here and can't be taken back, so this attempt is over.
-            Event::Message(Message::Resume(_)) => {
-                let text =
-                    "the guest's state was restored here already when the link broke; migrate it again";
-                discard(self.ready.guest, Some(AbortCode::Internal), text, context)
+            // It has lost the link before it heard that all is prepared, so it has not committed: the guest runs there, and
+            // the state that was restored here is of the past.
+            Event::Message(Message::Resume(resume)) => {
+                interrupted::taken_back(self.receiving, self.ended, resume, now, context)
+            }
+            Event::StreamsEnded { arrived, digest } => {
+                self.ended = Some((arrived, digest));
+                Phase::Prepared(self)
             }
             // It may have committed. Waiting a while costs nothing; discarding afterwards is safe, because a
             // source that did commit is answered `Discarded` and takes the guest back.
@@ -74,28 +81,26 @@ impl Prepared {
             }
             Event::Timeout if self.discard_at.is_some_and(|at| now >= at) => {
                 let text = "the source did not come back after the guest was prepared";
-                discard(self.ready.guest, None, text, context)
+                discard(self.receiving.guest, None, text, context)
             }
             Event::Cancel => {
                 let text = "the target was told to give up";
-                discard(self.ready.guest, Some(AbortCode::Cancelled), text, context)
+                discard(self.receiving.guest, Some(AbortCode::Cancelled), text, context)
             }
             _ => Phase::Prepared(self),
         }
     }
 
-    fn committed(mut self, epoch: Epoch, now: Timestamp, context: &mut Context) -> Phase {
-        let standing = self.ready.guest.standing;
+    fn committed(self, epoch: Epoch, now: Timestamp, context: &mut Context) -> Phase {
+        let standing = self.receiving.guest.standing;
         let asks = context.config.witness.is_some();
         let next = if asks { standing.ask(epoch) } else { standing.commit(epoch) };
         // A commit for another epoch is a peer's error and changes nothing.
         let Ok(standing) = next else { return Phase::Prepared(self) };
-        self.ready.guest.standing = standing;
-        if asks {
-            witness::ask(self.ready, now, context)
-        } else {
-            record(self.ready, Duration::ZERO, context)
-        }
+        let Self { receiving, network, runs, ended: _, discard_at: _ } = self;
+        let digest = receiving.digest();
+        let ready = ReadyGuest { guest: Guest { standing, ..receiving.guest }, network, runs, digest };
+        if asks { witness::ask(ready, now, context) } else { record(ready, Duration::ZERO, context) }
     }
 }
 

@@ -1,9 +1,10 @@
-//! The link broke before the guest was prepared: what has arrived is kept for a while, so that a source that comes back need
-//! only send the rest.
+//! The link broke before the source knew that the guest was prepared: what has arrived is kept for a while, so that a source
+//! that comes back need only send the rest.
 //!
 //! ```text
-//!  Receiving --lost--> Interrupted --Resume, all streams' threads ended--> Receiving
-//!                          '-- nobody came, or either side gives up --> Discarding
+//!  Receiving --lost--> Interrupted --Resume, all streams' threads ended, nothing being restored--> Receiving
+//!                       ^  '-- nobody came, or either side gives up --> Discarding
+//!  Prepared --Resume----'
 //! ```
 //!
 //! Nothing that an old connection sent may land in guest memory once the source has been told what is there. So the streams are
@@ -18,6 +19,7 @@
 use std::time::Duration;
 
 use crate::bitmap::PageBitmap;
+use crate::digest::MemoryDigest;
 use crate::message::{AbortCode, Arrived, Message, RUNS_MAX, Resume, Run};
 use crate::time::Timestamp;
 
@@ -44,6 +46,8 @@ pub(super) struct Interrupted {
     hang_up_at: Option<Timestamp>,
     /// What the last streams brought since the last fence, once they have ended.
     arrived: Option<PageBitmap>,
+    /// The state was being restored. Memory stays as it is until that is over; then it is void.
+    restoring: bool,
     /// What the source has asked and was not answered yet.
     asked: Option<Resume>,
     reason: String,
@@ -68,21 +72,57 @@ pub(super) fn begin(
     now: Timestamp,
     context: &mut Context,
 ) -> Phase {
-    let Some(keep_for) = receiving.keep_for().filter(|_| !receiving.is_restoring()) else {
+    let Some(keep_for) = receiving.keep_for() else {
         let code = (loss == Loss::Stream).then_some(AbortCode::Internal);
         return discard(receiving.guest, code, &reason, context);
     };
     context.act(Action::EndStreams);
     context.act(Action::Report(Progress::Interrupted { reason: reason.clone() }));
+    let restoring = receiving.is_restoring();
     receiving.forget_standstill();
     Phase::Interrupted(Box::new(Interrupted {
         receiving,
         discard_at: now + keep_for,
         hang_up_at: (loss == Loss::Stream).then(|| now + LAST_WORD_MAX),
         arrived: None,
+        restoring,
         asked: None,
         reason,
     }))
+}
+
+/// The source takes up what is prepared here, because it has not heard that it is. Its streams are being ended; if they
+/// have, `ended` is what they had brought.
+pub(super) fn taken_back(
+    mut receiving: Box<Receiving>,
+    ended: Option<(PageBitmap, MemoryDigest)>,
+    resume: Resume,
+    now: Timestamp,
+    context: &mut Context,
+) -> Phase {
+    let reason = "the link broke before the source heard that the guest was prepared".to_owned();
+    let standing = receiving.guest.standing.taken_back(resume.epoch);
+    let (Some(keep_for), Ok(standing)) = (receiving.keep_for(), standing) else {
+        let text = format!("{reason}, and this migration can't be taken up; begin it again");
+        return discard(receiving.guest, Some(AbortCode::Protocol), &text, context);
+    };
+    receiving.guest.standing = standing;
+    receiving.forget_standstill();
+    context.act(Action::Report(Progress::Interrupted { reason: reason.clone() }));
+    let arrived = ended.map(|(arrived, digest)| {
+        receiving.rebase(digest);
+        arrived
+    });
+    let interrupted = Interrupted {
+        receiving,
+        discard_at: now + keep_for,
+        hang_up_at: None,
+        arrived,
+        restoring: false,
+        asked: None,
+        reason,
+    };
+    Box::new(interrupted).on(now, Event::Message(Message::Resume(resume)), context)
 }
 
 impl Interrupted {
@@ -112,6 +152,10 @@ impl Interrupted {
             Event::StreamsEnded { arrived, digest } if self.arrived.is_none() => {
                 self.receiving.rebase(digest);
                 self.arrived = Some(arrived);
+                self.answer_if_asked(now, context)
+            }
+            Event::StateRestored { .. } => {
+                self.restoring = false;
                 self.answer_if_asked(now, context)
             }
             Event::Message(Message::Resume(resume)) => {
@@ -156,7 +200,7 @@ impl Interrupted {
 
     /// Answers with a part of what has arrived, and lets new streams in once it was the last.
     fn answer_if_asked(mut self: Box<Self>, now: Timestamp, context: &mut Context) -> Phase {
-        let (Some(arrived), Some(resume)) = (&self.arrived, &self.asked) else {
+        let (Some(arrived), Some(resume), false) = (&self.arrived, &self.asked, self.restoring) else {
             return Phase::Interrupted(self);
         };
         let mut arrived = arrived.clone();

@@ -517,7 +517,7 @@ impl Target {
             Phase::Building(phase) => Some(&phase.guest),
             Phase::Receiving(phase) => Some(&phase.guest),
             Phase::Interrupted(phase) => Some(&phase.receiving.guest),
-            Phase::Prepared(phase) => Some(&phase.ready.guest),
+            Phase::Prepared(phase) => Some(&phase.receiving.guest),
             Phase::Asking(phase) => Some(&phase.ready.guest),
             Phase::Recording(phase) => Some(&phase.ready.guest),
             Phase::GivingUp(phase) => Some(&phase.ready.guest),

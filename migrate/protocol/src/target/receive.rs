@@ -22,7 +22,7 @@ use crate::negotiation::{Features, common_version};
 use crate::record::{Record, Standing};
 use crate::time::Timestamp;
 
-use super::handover::{self, ReadyGuest, discard, refuse};
+use super::handover::{self, discard, refuse};
 use super::interrupted::{self, KEEP_MARGIN, KEEP_MAX, Loss};
 use super::witness::{Rehearsing, features, has_witness_as, is_same, no_witness};
 use super::{Action, Context, Event, Guest, Phase, Progress};
@@ -505,7 +505,7 @@ impl Receiving {
         self.keep_for
     }
 
-    /// Whether the state is being restored, so that this can't be taken up any more.
+    /// Whether the state is being restored: memory must not change until that is over.
     pub(super) const fn is_restoring(&self) -> bool {
         matches!(self.state, Some(StateStep::Restoring { .. }))
     }
@@ -571,25 +571,29 @@ impl Receiving {
     }
 
     /// Everything is here, equal and restored.
-    fn prepared(self: Box<Self>, restore: Duration, context: &mut Context) -> Phase {
-        let Self { mut guest, state, prepare, complete, pages_complete_at, .. } = *self;
-        let (Some((prepare, asked_at)), Some(StateStep::Restoring { network, runs })) = (prepare, state)
+    fn prepared(mut self: Box<Self>, restore: Duration, context: &mut Context) -> Phase {
+        let (Some((prepare, asked_at)), Some(StateStep::Restoring { network, runs })) =
+            (self.prepare.take(), self.state.take())
         else {
             unreachable!("the state is restored only once all of it is here");
         };
-        guest.standing = match guest.standing.prepared(prepare.epoch) {
+        self.guest.standing = match self.guest.standing.prepared(prepare.epoch) {
             Ok(standing) => standing,
-            Err(error) => return discard(guest, Some(AbortCode::Epoch), &error.to_string(), context),
+            Err(error) => return discard(self.guest, Some(AbortCode::Epoch), &error.to_string(), context),
         };
-        let wait = pages_complete_at.map_or(Duration::ZERO, |at| at.since(asked_at));
+        let wait = self.pages_complete_at.map_or(Duration::ZERO, |at| at.since(asked_at));
         context.send(Message::Prepared(Prepared {
             epoch: prepare.epoch,
-            digest: complete.1,
+            digest: self.digest(),
             wait_us: micros(wait),
             restore_us: micros(restore),
         }));
+        if matches!(self.memory, Memory::Streams(_)) {
+            // Nothing that the source sends from now on may reach the guest's memory.
+            context.act(Action::EndStreams);
+        }
         context.act(Action::Report(Progress::Prepared));
-        handover::prepared(ReadyGuest { guest, network, runs, digest: complete.1 })
+        handover::prepared(self, network, runs)
     }
 }
 

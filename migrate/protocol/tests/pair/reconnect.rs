@@ -49,15 +49,25 @@ fn a_lost_data_stream_alone_is_made_again() {
                 pair.tell_target(target::Event::StreamFailed { code, sentence });
             }
             pair.run_to_end();
-            // Where the state was being restored the attempt is over instead.
-            match &pair.source_outcome {
-                Some(Outcome::Moved(summary)) => assert!(summary.reconnections.len() <= 1),
-                Some(Outcome::Stayed { .. }) => {
-                    assert_eq!((phase, pair.source_guest.runs), ("preparing", true));
-                }
-                Some(Outcome::LetGo { .. }) | None => panic!("no end in {phase}"),
-            }
+            assert!(moved(&pair).reconnections.len() <= 1, "in {phase}");
         }
+    }
+}
+
+/// The state that was restored is of the past then: the guest has run since, and comes again with what it has written.
+#[test]
+fn a_link_that_breaks_while_the_state_is_restored_or_just_has_been_costs_nothing() {
+    for phase in ["receiving", "prepared"] {
+        let mut pair = Pair::new(config());
+        let reached = |pair: &Pair| pair.target.as_ref().is_some_and(|target| target.phase() == phase);
+        assert!(pair.run_until(|pair| pair.restores == 1 && reached(pair)));
+        let sent = pair.sent.len();
+        pair.cut_all(200 * MS);
+        assert!(pair.run_until(|pair| pair.source_guest.runs), "the guest runs again at once");
+        pair.run_to_end();
+        assert!(pair.sent.len() > sent, "what it has written since is sent");
+        assert_eq!(pair.restores, 2, "{phase}");
+        assert_eq!(moved(&pair).reconnections.len(), 1);
     }
 }
 
@@ -144,6 +154,23 @@ fn without_reconnecting_a_broken_link_ends_the_attempt_at_once() {
         pair.run_to_end();
         assert!(pair.target_outcomes.len() == 1 && pair.target.is_none(), "in {phase}");
     }
+}
+
+#[test]
+fn a_target_that_breaks_a_stream_and_says_why_is_heard_though_links_are_not_made_again() {
+    let mut pair = Pair::new(source::Config { reconnect: Duration::ZERO, ..config() });
+    pair.run_to_source_phase("pre-copy");
+    pair.tell_source(source::Event::StreamFailed("reset".to_owned()));
+    let sentence = "its disk is full".to_owned();
+    pair.tell_target(target::Event::RehearsalFailed(sentence));
+    pair.run_to_end();
+    let Some(Outcome::Stayed { failure: Failure::Refused(abort), .. }) = &pair.source_outcome else {
+        panic!("{:?}", pair.source_outcome);
+    };
+    assert!(abort.sentence.contains("its disk is full"), "{abort:?}");
+    assert!(pair.source_guest.runs && !pair.source_guest.dirty_log);
+    let told = |p: &Progress| matches!(p, Progress::Reconnecting { .. });
+    assert!(!pair.source_progress.iter().any(told), "it is not tried");
 }
 
 #[test]

@@ -46,6 +46,7 @@ impl Pair {
             Action::DropStaleFrames => assert!(self.target_guest.exists),
             Action::RestoreState(state) => {
                 assert_eq!(state, [5]);
+                self.restores += 1;
                 self.after(VM_WORK, Due::Target(Event::StateRestored { took: VM_WORK }));
             }
             Action::RunVm { runs } => {

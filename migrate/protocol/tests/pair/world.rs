@@ -110,6 +110,8 @@ pub(crate) struct Pair {
     pub(crate) silent: bool,
     /// Every set of pages that was sent, in order.
     pub(crate) sent: Vec<PageBitmap>,
+    /// How often the target was to restore the state.
+    pub(crate) restores: u32,
     /// Every set of pages that was put back after the link broke.
     pub(crate) lacking: Vec<PageBitmap>,
     /// Whether the streams take digests, at the source and at the target.
@@ -189,6 +191,7 @@ impl Pair {
             round: PageBitmap::empty(PAGES),
             silent: false,
             sent: Vec::new(),
+            restores: 0,
             lacking: Vec::new(),
             streams_verify: (false, false),
             waiting: None,

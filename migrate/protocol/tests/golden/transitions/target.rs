@@ -130,7 +130,7 @@ fn way() -> Vec<(&'static str, Event)> {
         ("nothing has arrived", fence(1)),
         ("fence 1 is reached", state(true)),
         ("the state is here, Prepare is awaited", prepare(2, 1, MemoryDigest::ZERO)),
-        ("memory is equal, the state is being restored", Event::StateRestored { took: MS }),
+        ("memory is equal, the state is being restored", restored()),
         ("", commit(2)),
         ("", record()),
         ("", Event::VmRunning { took: MS }),
@@ -208,6 +208,10 @@ fn broken_stream() -> Event {
     Event::StreamFailed { code: AbortCode::Internal, sentence: "reset".to_owned() }
 }
 
+fn restored() -> Event {
+    Event::StateRestored { took: MS }
+}
+
 fn ended() -> Event {
     Event::StreamsEnded { arrived: PageBitmap::empty(512), digest: MemoryDigest::ZERO }
 }
@@ -227,6 +231,13 @@ fn side_ways() -> Vec<(usize, Vec<Event>, &'static str)> {
         (4, vec![keep_for(), lost(), ended()], "the connection was lost and the streams have ended"),
         (4, vec![keep_for(), lost(), Event::Reconnected, resumed(1)], "what has arrived is asked"),
         (4, vec![keep_for(), lost(), ended(), Event::Reconnected, resumed(1)], "it was taken up"),
+        (
+            7,
+            vec![keep_for(), lost(), ended(), Event::Reconnected, resumed(1)],
+            "what has arrived is asked, the state is still being restored",
+        ),
+        (7, vec![keep_for(), restored()], "it is prepared and to be kept"),
+        (7, vec![keep_for(), restored(), ended()], "it is prepared and to be kept, the streams have ended"),
         (5, vec![Event::Cancel], "it was told to give up"),
         (9, vec![Event::RecordFailed("full".to_owned())], "that it runs could not be recorded"),
         (

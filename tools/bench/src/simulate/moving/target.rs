@@ -37,11 +37,10 @@ impl Moving {
                 self.runs_at = Some(done);
                 stage.at(done, Due::Target(Event::VmRunning { took }));
             }
+            Action::ExpectStreams { .. } | Action::HangUp => unreachable!("simulated links do not break"),
             // Nobody waits for their end.
-            Action::EndStreams | Action::ExpectStreams { .. } | Action::HangUp => {
-                unreachable!("simulated links do not break")
-            }
-            Action::DropStaleFrames
+            Action::EndStreams
+            | Action::DropStaleFrames
             | Action::Announce(_)
             | Action::DiscardMachine
             | Action::Report(_)
