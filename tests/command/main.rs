@@ -18,6 +18,7 @@ mod machines;
 mod names;
 #[path = "../../vmm/tests/support/power_button.rs"]
 mod power_button;
+mod requests;
 mod shutdown;
 mod targets;
 #[path = "../../vmm/tests/support/elf.rs"]
