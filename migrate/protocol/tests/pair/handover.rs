@@ -231,7 +231,10 @@ fn a_record_is_not_taken_over_under_another_name() {
             assert_eq!(pair.target_disk.record, Some(record));
             assert!(pair.source_guest.runs);
             let said = format!("{:?}", pair.target_outcomes);
-            assert!(said.contains("knows this VM as 'db'") && said.contains("ferry receive --name"), "{said}");
+            assert!(
+                said.contains("knows this VM as 'db'") && said.contains("ferry receive --name"),
+                "{said}"
+            );
         }
     }
 }
