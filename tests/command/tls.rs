@@ -157,6 +157,7 @@ fn a_certificate_that_can_not_be_used_is_refused_before_anything_listens() {
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
     receive(&good, &["others may read the private key", "0644", "chmod 600"]);
     host.refuses(&["run", "--name", "web", "--guest", "idle", "--tls-dir", &good], &["chmod 600"]);
+    assert!(host.has_no_record_of("web"), "nothing has run");
 }
 
 #[test]

@@ -233,10 +233,10 @@ pub struct Abort {
 }
 
 impl Abort {
-    /// An abort for `code`; the sentence is cut at its limit.
+    /// An abort for `code`; the sentence is cut at its limit, and what would move a terminal's cursor becomes spaces.
     #[must_use]
     pub fn new(code: AbortCode, sentence: impl Into<String>) -> Self {
-        let mut sentence = sentence.into();
+        let mut sentence = on_one_line(sentence.into());
         let mut end = SENTENCE_BYTES_MAX.min(sentence.len());
         while !sentence.is_char_boundary(end) {
             end -= 1;
@@ -357,7 +357,7 @@ macro_rules! messages {
                     $(MessageType::$name => Self::$name(whole(body)?)),+
                 };
                 message.check_bounds()?;
-                Ok(message)
+                Ok(message.for_people())
             }
         }
     };
@@ -414,6 +414,16 @@ messages! {
     41 Witness(WitnessId),
 }
 
+/// The text without what would make an operator's terminal show something else than it says: control characters and
+/// those that turn the direction of writing become spaces. A peer's words are shown to people who decide by them.
+fn on_one_line(text: String) -> String {
+    let hides = |character: char| {
+        character.is_control()
+            || matches!(character, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    if text.contains(hides) { text.replace(hides, " ") } else { text }
+}
+
 fn whole<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, String> {
     match postcard::take_from_bytes(body) {
         Ok((value, [])) => Ok(value),
@@ -426,6 +436,19 @@ impl Message {
     /// Whether it answers what the source asked in pre-copy, and may still be under way when the guest is stopped.
     pub(crate) const fn is_late_measurement(&self) -> bool {
         matches!(self, Self::Pong(_) | Self::FenceReached(_) | Self::Rehearsed(_))
+    }
+
+    /// The message with the peer's words as they may be shown.
+    fn for_people(self) -> Self {
+        match self {
+            Self::Abort(Abort { code, sentence }) => {
+                Self::Abort(Abort { code, sentence: on_one_line(sentence) })
+            }
+            Self::Welcome(Welcome { host, version, features }) => {
+                Self::Welcome(Welcome { host: on_one_line(host), version, features })
+            }
+            other => other,
+        }
     }
 
     fn check_bounds(&self) -> Result<(), String> {
@@ -581,6 +604,25 @@ pub(crate) mod tests {
             let mut body = Vec::new();
             Message::Hello(Hello { epoch: Epoch::new(number), ..hello }).encode_body(&mut body);
             assert_eq!(Message::decode_body(MessageType::Hello, &body).is_ok(), fits, "{number}");
+        }
+    }
+
+    #[test]
+    fn a_peers_words_stay_on_their_line() {
+        let forged = "\u{1b}[2Jgone\nweb: running here now (epoch 9)\u{202e}".to_owned();
+        let shown = " [2Jgone web: running here now (epoch 9) ";
+        let abort = Abort { code: AbortCode::Internal, sentence: forged.clone() };
+        let welcome = Welcome { host: forged, version: 1, features: Features::OURS };
+        for message in [Message::Abort(abort), Message::Welcome(welcome)] {
+            let mut body = Vec::new();
+            message.encode_body(&mut body);
+            match Message::decode_body(message.message_type(), &body).unwrap() {
+                Message::Abort(Abort { sentence: text, .. })
+                | Message::Welcome(Welcome { host: text, .. }) => {
+                    assert_eq!(text, shown);
+                }
+                other => panic!("{other:?}"),
+            }
         }
     }
 

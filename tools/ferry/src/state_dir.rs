@@ -9,7 +9,7 @@
 //! ```
 
 use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
@@ -68,6 +68,7 @@ impl StateDir {
             .mode(0o700)
             .create(&self.0)
             .map_err(|error| permission::cannot("make the state folder", &self.0, &error))?;
+        self.warn_if_open_to_others();
         let path = self.0.join(format!("{name}.lock"));
         let file = OpenOptions::new()
             .write(true)
@@ -90,6 +91,19 @@ impl StateDir {
                  choose another --name or stop that one with 'ferry stop {name}'"
             ),
             Err((_, error)) => Err(error).with_context(|| format!("can't lock {}", path.display())),
+        }
+    }
+
+    /// Whoever may write to a folder that was there already can take a VM's socket or record away.
+    fn warn_if_open_to_others(&self) {
+        let mode = fs::metadata(&self.0).map_or(0, |metadata| metadata.mode());
+        let sticky = mode & 0o1000 != 0;
+        if mode & 0o022 != 0 && !sticky {
+            let folder = self.0.display();
+            tracing::warn!(
+                "others may write to the state folder {folder} (mode {:o}): chmod 700 it",
+                mode & 0o7777
+            );
         }
     }
 

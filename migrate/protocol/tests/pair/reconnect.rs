@@ -157,6 +157,23 @@ fn without_reconnecting_a_broken_link_ends_the_attempt_at_once() {
 }
 
 #[test]
+fn a_target_that_breaks_a_stream_and_says_why_is_heard_though_links_are_not_made_again() {
+    let mut pair = Pair::new(source::Config { reconnect: Duration::ZERO, ..config() });
+    pair.run_to_source_phase("pre-copy");
+    pair.tell_source(source::Event::StreamFailed("reset".to_owned()));
+    let sentence = "its disk is full".to_owned();
+    pair.tell_target(target::Event::RehearsalFailed(sentence));
+    pair.run_to_end();
+    let Some(Outcome::Stayed { failure: Failure::Refused(abort), .. }) = &pair.source_outcome else {
+        panic!("{:?}", pair.source_outcome);
+    };
+    assert!(abort.sentence.contains("its disk is full"), "{abort:?}");
+    assert!(pair.source_guest.runs && !pair.source_guest.dirty_log);
+    let told = |p: &Progress| matches!(p, Progress::Reconnecting { .. });
+    assert!(!pair.source_progress.iter().any(told), "it is not tried");
+}
+
+#[test]
 fn a_cancellation_while_reconnecting_is_heeded_at_once() {
     let mut pair = Pair::new(config());
     pair.run_to_source_phase("pre-copy");

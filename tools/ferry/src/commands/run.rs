@@ -50,7 +50,6 @@ pub(crate) async fn run(args: RunArgs, opener: Opener) -> anyhow::Result<ExitCod
     let machine = MigratableMachine::new(Arc::new(machine), ipv4, ipv6);
     let epoch = Epoch::FIRST;
     let record = Record::of_own(vm, args.name.clone(), epoch, Standing::Running);
-    records.store(&record).map_err(|error| anyhow!(error))?;
 
     let tap = args.net.as_ref().map(|net| net.tap.clone());
     let here = Here { machine: machine.clone(), vm, epoch, tap, migration: None };
@@ -66,9 +65,16 @@ pub(crate) async fn run(args: RunArgs, opener: Opener) -> anyhow::Result<ExitCod
     }
     let signals = Signals::watch()?;
     let listener = server::bind(&state, &host)?;
+    // Last of all that may fail before the guest runs: whoever finds the record takes it for one that did.
+    host.records.store(&record).map_err(|error| anyhow!(error))?;
     let server = tokio::spawn(server::serve(Arc::clone(&host), listener));
     let runner = Arc::clone(machine.machine());
-    tokio::task::spawn_blocking(move || runner.run()).await??;
+    if let Err(error) = tokio::task::spawn_blocking(move || runner.run()).await? {
+        host.records
+            .store(&Record { standing: Standing::Stopped, ..record })
+            .map_err(|error| anyhow!(error))?;
+        return Err(error.into());
+    }
     host.watch(&machine);
     say_leaks(&machine);
     say_running(&host, args.output.json)?;
