@@ -22,7 +22,7 @@ use tokio_rustls::server::TlsStream as Accepted;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use ferry_tests::guest::{
-    Guest, Target, boot, config, has_kvm, move_to, never, one_at_a_time, runtime, secured_target_for, source,
+    Guest, boot, config, has_kvm, move_to, never, one_at_a_time, runtime, secured_target_for, source,
 };
 use ferry_tests::proxy::{Cuts, CuttingProxy};
 use ferry_tests::site::{Site, SiteHost};
@@ -233,13 +233,16 @@ fn a_link_that_breaks_is_made_again_with_certificates_even_with_renewed_ones() {
     });
     guest.goes_on();
     let reconnections = &summary.reconnections;
-    assert!(reconnections.iter().any(|again| again.arrived_pages > 0), "the link did break: {reconnections:?}");
+    assert!(
+        reconnections.iter().any(|again| again.arrived_pages > 0),
+        "the link did break: {reconnections:?}"
+    );
 }
 
 async fn move_over_a_bad_link(guest: Guest, a: &SiteHost, b: &SiteHost) -> (Guest, Summary) {
-    let target = secured_target_for(&guest, b.security());
+    let mut target = secured_target_for(&guest, b.security());
     let cuts = Cuts { bytes_max: 20 << 20, count: 2, outage: Some(Duration::from_millis(300)) };
-    let address = CuttingProxy::cutting(&target.address, cuts).address;
+    target.address = CuttingProxy::cutting(&target.address, cuts).address;
     let change = |options: &mut MigrateOptions| (options.streams, options.security) = (2, a.security());
-    move_to(guest, Target { address, ..target }, change).await
+    move_to(guest, target, change).await
 }

@@ -324,13 +324,7 @@ fn target_at(guest: &Guest, listen: ListenAddress, security: Security, memory: M
     };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
-    let options = ReceiveOptions {
-        listen,
-        security,
-        host: "target".into(),
-        name: None,
-        witness: None,
-    };
+    let options = ReceiveOptions { listen, security, host: "target".into(), name: None, witness: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
     let receiver = Receiver::bind(options, Arc::new(host), Arc::clone(&records) as _, clock, updates)

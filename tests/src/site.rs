@@ -59,7 +59,8 @@ impl Site {
     pub fn host(&self, name: &str, vms: &[&str]) -> SiteHost {
         let folder = self.folder.path().join(name);
         fs::create_dir(&folder).expect("a new host");
-        let host = SiteHost { folder, name: name.to_owned(), vms: vms.iter().map(ToString::to_string).collect() };
+        let host =
+            SiteHost { folder, name: name.to_owned(), vms: vms.iter().map(ToString::to_string).collect() };
         self.issue(&host);
         host
     }
