@@ -1,7 +1,7 @@
 //! The target's side of a migration, one file a phase:
 //!
 //! ```text
-//!  receive.rs   Greeting -> Building -> Receiving (pages, fences, state, Prepare)
+//!  receive.rs   Greeting (known.rs: may it be taken in?) -> Building -> Receiving (pages, fences, state, Prepare)
 //!  interrupted.rs  Interrupted: the link broke; back to Receiving when the source takes it up
 //!  handover.rs  Prepared -> Recording -> Starting (start.rs) -> Running
 //!               Discarding
@@ -14,6 +14,7 @@
 
 mod handover;
 mod interrupted;
+mod known;
 mod receive;
 mod start;
 mod witness;

@@ -24,6 +24,7 @@ use crate::time::Timestamp;
 
 use super::handover::{self, discard, refuse};
 use super::interrupted::{self, KEEP_MARGIN, KEEP_MAX, loss};
+use super::known;
 use super::witness::{Rehearsing, features, has_witness_as, is_same, no_witness};
 use super::{Action, Context, Event, Guest, Phase, Progress};
 
@@ -72,25 +73,8 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
         let text = format!("this target waits for VM '{wanted}', not for '{}'", hello.name);
         return refuse(Some(AbortCode::CannotBuild), &text, context);
     }
-    let known = context.config.record.as_ref().filter(|record| record.vm == hello.vm);
-    let outdated = |record: &Record| match record.standing {
-        // An attempt that was given up leaves the source in the epoch before.
-        Standing::Receiving { .. } | Standing::Discarded => record.epoch > hello.epoch.next(),
-        // What this host gave away may come back from whoever runs it now.
-        Standing::Committed { .. } | Standing::Released { .. } => record.epoch > hello.epoch,
-        // An epoch has one owner: what ran here in it can't run at the source.
-        Standing::Running | Standing::Stopped => record.epoch >= hello.epoch,
-    };
-    if let Some(known) = known.filter(|record| outdated(record)) {
-        let text = format!(
-            "this host's record says that VM '{}' is {} here in epoch {}: what the source runs as epoch {} is \
-             outdated or a second copy",
-            hello.name,
-            known.standing.word(),
-            known.epoch,
-            hello.epoch
-        );
-        return refuse(Some(AbortCode::Epoch), &text, context);
+    if let Err(refusal) = known::check(context.config.record.as_ref(), hello) {
+        return refuse(Some(refusal.code()), &refusal.to_string(), context);
     }
     if let Err(text) = has_witness_as(hello, context) {
         return refuse(Some(AbortCode::Witness), &text, context);
@@ -125,7 +109,9 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
 /// another attempt says nothing of what became of this one, so the source stays in doubt.
 fn answer_from_record(hello: &Hello, context: &mut Context) -> Phase {
     let epoch = hello.epoch.next();
-    let record = context.config.record.take().filter(|record| record.vm == hello.vm);
+    // A record speaks of a VM under the name that it came by, which its source keeps for as long as it asks.
+    let of_it = |record: &Record| record.vm == hello.vm && record.name == hello.name;
+    let record = context.config.record.take().filter(of_it);
     if record.as_ref().is_some_and(|record| record.never_ran(hello.migration, epoch)) {
         let standing = TargetStanding::Receiving(epoch);
         let guest = Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
