@@ -107,6 +107,11 @@ impl Context {
         !self.features.contains(Features::UNVERIFIED)
     }
 
+    /// Whether all of memory is read once more while the guest stands still.
+    fn verifies_whole(&self) -> bool {
+        self.config.verify_whole && self.verifies() && self.config.memory == MemoryPath::Streams
+    }
+
     fn next_fence(&mut self) -> u32 {
         self.fence += 1;
         self.fence
