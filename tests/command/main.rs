@@ -19,6 +19,7 @@ mod machines;
 mod names;
 #[path = "../../vmm/tests/support/power_button.rs"]
 mod power_button;
+mod requests;
 mod shutdown;
 mod starts;
 mod targets;

@@ -158,7 +158,7 @@ impl World {
     fn resolution(&self, host: HostIndex) -> Option<bool> {
         let sending = self.sending(host)?;
         let other = &self.hosts[1 - host];
-        if sending.core.phase() != "committed" {
+        if !sending.core.is_in_doubt() {
             return None;
         }
         if self.guest(1 - host).is_some_and(|guest| guest.runs) {

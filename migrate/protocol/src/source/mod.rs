@@ -260,6 +260,12 @@ impl Source {
         }
     }
 
+    /// Whether it is not known here who runs the guest, so that the operator may decide it.
+    #[must_use]
+    pub const fn is_in_doubt(&self) -> bool {
+        matches!(&self.phase, Phase::Committed(phase) if phase.is_doubted())
+    }
+
     /// What the target lets the data streams of `session` in with; `None` if it has not said.
     #[must_use]
     pub fn join_key(&self, session: u32) -> Option<JoinKey> {

@@ -37,7 +37,7 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
     let tap = args.net.as_ref().map(|net| net.tap.clone());
     let opener = Arc::new(opener);
     if let Some(tap) = tap.clone() {
-        try_out_tap(tap, Arc::clone(&opener)).await?;
+        try_tap(tap, &opener).await?;
     }
     let records = state.records(&args.name);
     records.all().with_context(|| {
@@ -97,11 +97,11 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
     Ok(code)
 }
 
-/// Finds out now rather than when a VM comes whether the tap can be had; it is let go of again until then.
-async fn try_out_tap(tap: String, opener: Arc<Opener>) -> anyhow::Result<()> {
+/// Finds out now rather than when a VM comes whether there is such a tap; it is let go of again until then.
+async fn try_tap(tap: String, opener: &Arc<Opener>) -> anyhow::Result<()> {
+    let opener = Arc::clone(opener);
     let attach = move || ferry_vmm::tap::Tap::attach(&tap).map(drop);
-    tokio::task::spawn_blocking(move || opener.open(attach)).await???;
-    Ok(())
+    Ok(tokio::task::spawn_blocking(move || opener.open(attach)).await???)
 }
 
 /// Waits for a VM beside everything else; `host` hears if none comes any more.
