@@ -21,7 +21,7 @@ use ferry_migrate::protocol::{
     ChunkIndex, Epoch, MemoryLayout, Message, MigrationId, PAGE_BYTES, PageBitmap, PageMask, PageRange,
     Record, Region, VmId, WitnessId,
 };
-use ferry_migrate::witness::Witness;
+use ferry_migrate::witness::{Witness, try_out};
 use ferry_migrate::{
     BandwidthCap, ListenAddress, MigrateOptions, ReceiveOptions, Receiver, Resolver, Security, migrate,
 };
@@ -228,7 +228,7 @@ async fn moved(
     let ended = migrate(Arc::new(Untouched), Arc::new(Untouched), clock, options, cancel, updates);
     match tokio::time::timeout(LONG, ended).await.expect("it waits for ever").unwrap() {
         Outcome::Stayed { failure, .. } => failure,
-        other => panic!("{other:?}"),
+        other @ (Outcome::Moved(_) | Outcome::LetGo { .. }) => panic!("{other:?}"),
     }
 }
 
@@ -266,6 +266,15 @@ fn a_witness_that_never_answers_keeps_no_process_from_ending() {
         matches!(&failure, Failure::Local(text) if text.contains("not answered") && text.contains("file:/silent")),
         "{failure:?}"
     );
+}
+
+#[tokio::test]
+async fn trying_a_witness_out_ends() {
+    for says_id in [false, true] {
+        let witness: Arc<dyn Witness> = Silent::new(says_id);
+        let tried = tokio::time::timeout(LONG, try_out(&witness)).await.expect("it waits for ever");
+        assert!(tried.as_ref().is_err_and(|text| text.contains("not answered")), "{tried:?}");
+    }
 }
 
 /// A target with `witness`, what ends it, and a source that has said hello.

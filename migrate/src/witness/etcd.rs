@@ -258,7 +258,7 @@ impl EtcdWitness {
 impl Held {
     fn of(mut answer: GetResponse) -> Self {
         match answer.take_kvs().into_iter().next() {
-            Some(pair) => Self { revision: pair.mod_revision(), value: Some(pair.into_key_value().1.into()) },
+            Some(pair) => Self { revision: pair.mod_revision(), value: Some(pair.into_key_value().1) },
             None => Self { value: None, revision: 0 },
         }
     }

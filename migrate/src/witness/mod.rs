@@ -9,6 +9,7 @@
 pub mod etcd;
 pub mod file;
 mod folder;
+pub(crate) mod patience;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use crate::ports::PortError;
 #[cfg(feature = "etcd")]
 use etcd::EtcdWitness;
 use file::FileWitness;
+pub use patience::try_out;
 
 /// How long is waited for an answer of a witness before it counts as silent. Longer than what a witness that is within reach takes at
 /// its worst: the lock of [`mod@file`] and the cluster of `etcd` may take 2 s.

@@ -17,6 +17,8 @@ use ferry_migrate::FileRecords;
 use ferry_migrate::protocol::VmName;
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::permission;
+
 /// The folder.
 #[derive(Debug, Clone)]
 pub(crate) struct StateDir(PathBuf);
@@ -65,7 +67,7 @@ impl StateDir {
             .recursive(true)
             .mode(0o700)
             .create(&self.0)
-            .with_context(|| format!("can't make the state folder {}", self.0.display()))?;
+            .map_err(|error| permission::cannot("make the state folder", &self.0, &error))?;
         self.warn_if_open_to_others();
         let path = self.0.join(format!("{name}.lock"));
         let file = OpenOptions::new()
@@ -74,7 +76,7 @@ impl StateDir {
             .truncate(false)
             .mode(0o600)
             .open(&path)
-            .with_context(|| format!("can't open {}", path.display()))?;
+            .map_err(|error| permission::cannot("open", &path, &error))?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => {
                 // A socket that is still there belongs to a process that has died.

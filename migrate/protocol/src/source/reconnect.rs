@@ -244,8 +244,9 @@ impl Reconnecting {
     }
 
     fn timed_out(self: Box<Self>, now: Timestamp, context: &mut Context) -> Phase {
+        let forced = context.config.on_timeout == OnTimeout::Stop;
         let over = self.deadline.is_some_and(|deadline| now >= deadline);
-        if over || now >= context.deadline() {
+        if over || (now >= context.deadline() && !forced) {
             let text = format!(
                 "{}; and the migration could not be taken up again within {:.0} s (--reconnect)",
                 self.reason,

@@ -217,3 +217,15 @@ fn progress_tells_of_the_break_and_of_going_on() {
     let interrupted = |p: &target::Progress| matches!(p, target::Progress::Interrupted { .. });
     assert_eq!(pair.target_progress.iter().filter(|p| interrupted(p)).count(), 1);
 }
+
+#[test]
+fn a_link_is_made_again_after_the_time_is_over_where_the_guest_is_to_be_stopped_then() {
+    let timeout = Duration::from_secs(2);
+    let mut pair = Pair::new(source::Config { timeout, on_timeout: source::OnTimeout::Stop, ..config() });
+    // It never converges, and its last round takes long.
+    pair.dirty_pages = vec![PAGES];
+    assert!(pair.run_until(|pair| pair.now.since(Default::default()) > timeout));
+    pair.tell_source(source::Event::StreamFailed("reset".to_owned()));
+    pair.run_to_end();
+    assert_eq!(moved(&pair).reconnections.len(), 1);
+}
