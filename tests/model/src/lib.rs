@@ -18,6 +18,7 @@ mod properties;
 mod settings;
 mod source_side;
 mod step;
+mod streams;
 mod target_side;
 mod world;
 
@@ -51,7 +52,8 @@ impl Model for Handover {
     }
 
     fn actions(&self, world: &World, actions: &mut Vec<Step>) {
-        actions.extend(world.ordinary_steps());
+        let patient = self.settings.streams;
+        actions.extend(if patient { world.patient_steps() } else { world.ordinary_steps() });
         actions.extend(world.peoples_steps(&self.settings));
         actions.extend(world.faults(&self.settings).into_iter().map(Step::Fault));
     }
@@ -66,6 +68,10 @@ impl Model for Handover {
             Property::always("no overtaken copy runs", |_, world| properties::no_old_copy_runs(world)),
             Property::always("some side always owns the VM", |_, world| properties::never_none(world)),
             Property::always("runs only by its record", |_, world| properties::runs_by_record(world)),
+            Property::always("runs on what the guest last wrote", |_, world| {
+                properties::is_up_to_date(world)
+            }),
+            Property::always("neither side finds fault with the other", |_, world: &World| !world.blamed),
             Property::always("every failure leads back to a running guest", |model: &Self, world| {
                 properties::heals(world, &model.settings, &model.healed)
             }),
