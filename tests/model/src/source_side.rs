@@ -169,7 +169,7 @@ pub(crate) fn do_job(world: &mut World, host: HostIndex, settings: &Settings) {
     let Some(process) = world.process_mut(host) else { return };
     let Some(sending) = &mut process.sending else { return };
     let Some(job) = sending.jobs.pop_front() else { return };
-    let mut record_durable = None;
+    let (mut record_durable, mut newest) = (None, None);
     let at_once = settings.streams && sending.inbox.is_empty() && changes_nothing(&job);
     let event = match &*job {
         Action::PauseVm => {
@@ -183,7 +183,12 @@ pub(crate) fn do_job(world: &mut World, host: HostIndex, settings: &Settings) {
             took: Duration::ZERO,
         }),
         Action::ResumeVm => {
-            process.guest.iter_mut().for_each(|guest| guest.runs = true);
+            if let Some(guest) = &mut process.guest {
+                // It has run on, so that what was saved of it before is of the past.
+                let stood_still = !std::mem::replace(&mut guest.runs, true);
+                guest.state += u8::from(stood_still && settings.streams);
+                newest = Some(guest.state);
+            }
             Some(Event::VmResumed)
         }
         Action::ReleaseVm => {
@@ -219,10 +224,13 @@ pub(crate) fn do_job(world: &mut World, host: HostIndex, settings: &Settings) {
         | Action::Report(_)
         | Action::Finish(_) => None,
     };
+    world.state = newest.unwrap_or(world.state);
     if let Some(event) = event.clone().filter(|_| at_once) {
         return handle(world, host, Timestamp::default(), event, settings);
     }
-    sending.inbox.extend(event.map(Keyed::new));
+    if let Some(sending) = world.sending_mut(host) {
+        sending.inbox.extend(event.map(Keyed::new));
+    }
     if let Some(record) = record_durable {
         world.host_mut(host).disk = Some(Keyed::new(record));
     }

@@ -137,17 +137,16 @@ impl World {
         steps
     }
 
-    /// The same, but before the commit a source that waits for its target waits as long as anything else can happen: giving up
-    /// has the consequences of a cancellation, which is a fault and may come at any time.
+    /// The same, but before the commit a side that would only give up waits as long as anything else can happen: giving up has
+    /// the consequences of a cancellation, which is a fault and may come at any time.
     pub(crate) fn patient_steps(&self) -> Vec<Step> {
         let mut steps = self.ordinary_steps();
         let is_timeout = |step: &Step| matches!(step, Step::SourceTimeout(_) | Step::TargetTimeout(_));
         if !steps.iter().all(is_timeout) {
-            steps.retain(|step| match *step {
-                Step::SourceTimeout(host) => !self.gives_up(host),
-                Step::TargetTimeout(host) => !self.gives_up_waiting(host),
-                _ => true,
-            });
+            let source = |step: &Step| matches!(*step, Step::SourceTimeout(host) if self.gives_up(host));
+            let target =
+                |step: &Step| matches!(*step, Step::TargetTimeout(host) if self.gives_up_waiting(host));
+            steps.retain(|step| !source(step) && !target(step));
         }
         steps
     }
@@ -384,8 +383,8 @@ impl World {
             return;
         };
         self.life += 1;
-        let (life, version) = (self.life, self.written);
-        let guest = Guest { epoch, arrived_by, runs: true, life, memory: version, state: version, log: None };
+        let (life, memory, state) = (self.life, self.written, self.state);
+        let guest = Guest { epoch, arrived_by, runs: true, life, memory, state, log: None };
         self.host_mut(host).process = Some(Process { guest: Some(guest), ..Process::default() });
     }
 

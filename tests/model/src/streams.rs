@@ -96,6 +96,8 @@ pub(crate) struct Received {
     pub(crate) memory: Version,
     /// The set and the fences before it by which the page came last.
     round: (u32, u32),
+    /// How many fences came by a stream that has ended by itself.
+    fences: u32,
     /// The set that is being ended, if one is, and whether it had joined.
     ending: Option<(u32, bool)>,
     /// The state that was restored.
@@ -110,6 +112,7 @@ impl Default for Received {
             base: Keyed::new(MemoryDigest::ZERO),
             memory: 0,
             round: (0, 0),
+            fences: 0,
             ending: None,
             state: 0,
         }
@@ -170,13 +173,13 @@ impl World {
         self.writes_left > 0 && logged && self.sending(host).is_some_and(|sending| sending.outcome.is_none())
     }
 
-    /// The guest of `host` writes its memory, and its state changes too.
+    /// The guest of `host` writes its memory.
     pub(crate) fn write_memory(&mut self, host: HostIndex) {
         self.writes_left -= 1;
         self.written += 1;
         let version = self.written;
         if let Some(guest) = self.process_mut(host).and_then(|process| process.guest.as_mut()) {
-            (guest.memory, guest.state) = (version, version);
+            guest.memory = version;
             guest.log = guest.log.map(|_| true);
         }
     }
@@ -306,8 +309,9 @@ pub(crate) fn lost_at_source(world: &mut World, number: u8) {
 pub(crate) fn lost_at_target(world: &mut World, number: u8) {
     let Some(link) = world.data_link_mut(number) else { return };
     link.at_target = false;
-    let (host, joined) = (1 - link.from, link.thread.is_some());
-    if let Some(receiving) = world.receiving_mut(host).filter(|_| joined) {
+    let (host, thread) = (1 - link.from, link.thread.take());
+    if let (Some(receiving), Some(thread)) = (world.receiving_mut(host), thread) {
+        receiving.streams.fences = thread.fences;
         receiving.inbox.push_back(Keyed::new(failed()));
     }
 }
@@ -344,7 +348,10 @@ fn join(world: &mut World, host: HostIndex, number: u8, session: u32, settings: 
     let receiving = world
         .receiving_mut(host)
         .filter(|receiving| receiving.machine && receiving.migration == migration)
-        .filter(|receiving| any || (receiving.streams.expects == Some(session) && !receiving.streams.joined));
+        .filter(|receiving| {
+            let Received { expects, joined, .. } = receiving.streams;
+            expects == Some(session) && !joined || any && expects.is_some()
+        });
     let thread = receiving.map(|receiving| {
         receiving.streams.joined = true;
         let digest = std::mem::replace(&mut receiving.streams.base, Keyed::new(MemoryDigest::ZERO));
@@ -379,19 +386,21 @@ pub(crate) fn end(received: &mut Received) {
 
 /// They have ended: nothing of them is written any more, and this is what they have brought.
 pub(crate) fn ended(world: &mut World, host: HostIndex) -> Option<target::Event> {
-    let mut fences = 0;
-    let mut threads = 0;
+    let mut ended = None;
     for link in world.data.iter_mut().filter(|link| link.from != host && link.at_target) {
         if let Some(thread) = link.thread.take() {
-            (fences, threads) = (thread.fences, threads + 1);
+            ended = Some(thread.fences);
             link.at_target = false;
         }
     }
     let receiving = world.receiving_mut(host)?;
-    (0..threads).for_each(|_| receiving.inbox.push_back(Keyed::new(failed())));
+    if ended.is_some() {
+        receiving.inbox.push_back(Keyed::new(failed()));
+    }
     let streams = &mut receiving.streams;
     let (session, joined) = streams.ending.take()?;
-    let fences = if joined { fences } else { 0 };
+    let by_itself = std::mem::take(&mut streams.fences);
+    let fences = if joined { ended.unwrap_or(by_itself) } else { 0 };
     let mut arrived = PageBitmap::empty(1);
     if streams.round == (session, fences + 1) {
         arrived.insert(PAGE);

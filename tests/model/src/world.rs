@@ -48,7 +48,7 @@ pub(crate) struct Guest {
     pub(crate) life: u8,
     /// What its memory holds.
     pub(crate) memory: Version,
-    /// Of when the rest of its state is.
+    /// Of when the rest of its state is: after how many pauses.
     pub(crate) state: Version,
     /// Whether memory was written since the dirty log was read, while that is on.
     pub(crate) log: Option<bool>,
@@ -178,6 +178,8 @@ pub(crate) struct World {
     pub(crate) writes_left: u8,
     /// What it has written last.
     pub(crate) written: Version,
+    /// The newest state of the guest.
+    pub(crate) state: Version,
     /// A side has found fault with what the other sent, or the two memories to differ.
     pub(crate) blamed: bool,
     /// The newest life of the guest.
@@ -215,6 +217,7 @@ impl World {
             faults_left: settings.faults,
             writes_left: settings.writes,
             written,
+            state: written,
             blamed: false,
             life: 0,
             owner_lost: false,
