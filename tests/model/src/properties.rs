@@ -46,6 +46,13 @@ pub(crate) fn runs_by_record(world: &World) -> bool {
     })
 }
 
+/// Memory and state of a copy that runs are what the guest has left last.
+pub(crate) fn is_up_to_date(world: &World) -> bool {
+    (0..2)
+        .filter_map(|host| world.guest(host))
+        .all(|guest| !guest.runs || (guest.memory, guest.state) == (world.written, world.state))
+}
+
 /// Remembers the worlds that are known to come to a good end.
 #[derive(Debug, Default)]
 pub(crate) struct Healed {
