@@ -158,7 +158,7 @@ fn other_processes_of_the_same_user_are_out_of_reach() {
         return;
     }
     // It ends with this process, which holds the other end of what it reads.
-    let other = Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+    let mut other = Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
     let victim = i32::try_from(other.id()).unwrap();
     begin(Seccomp::On, Role::Control).unwrap();
     for role in [Role::Vcpu, Role::Device, Role::Data, Role::Control] {
@@ -173,6 +173,8 @@ fn other_processes_of_the_same_user_are_out_of_reach() {
         assert_eq!((foreign, own), (-1, 0), "{role:?}");
         assert_eq!(count(role, "tgkill"), 1, "{role:?}");
     }
+    // Which is refused, too.
+    assert!(other.wait().is_err());
 }
 
 /// One that could would have its words taken for the operator's.
