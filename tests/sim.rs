@@ -4,7 +4,8 @@
 
 use ferry_tests::sim::{Bug, Ending, Plan, Played};
 
-const SEEDS: u64 = 500;
+/// With those of the bugs a minute of one core, which all cores share.
+const SEEDS: u64 = 4000;
 const BUG_SEEDS: u64 = 100;
 
 /// Plays the seeds on all cores.

@@ -37,5 +37,5 @@ pub use records::FileRecords;
 pub use transport::endpoint::{Endpoint, EndpointError, ListenAddress};
 pub use transport::security::{Security, SecurityError};
 pub use transport::tls;
-pub use transport::tls::{Tls, TlsError};
+pub use transport::tls::{Credentials, Tls, TlsError};
 pub use witness::WitnessAddress;

@@ -192,12 +192,14 @@ impl SourceVm for MigratableMachine {
     }
 
     fn resume(&self) -> Result<(), PortError> {
-        let ran = std::mem::take(&mut *lock(&self.paused_by_engine));
         self.machine.take_disks()?;
         fault::point(Step::Source(SourceStep::TookBack));
-        if ran {
+        let mut paused = lock(&self.paused_by_engine);
+        if *paused {
             self.machine.run()?;
         }
+        // Only now: a resumption that failed is tried again.
+        *paused = false;
         Ok(())
     }
 

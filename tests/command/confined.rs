@@ -1,6 +1,5 @@
 //! What the processes that host VMs may still do to their host.
 
-use std::collections::BTreeMap;
 use std::fs;
 
 use ferry_tests::process::{Host, Process};
@@ -8,10 +7,17 @@ use serde_json::json;
 
 use crate::{FERRY, turn};
 
-/// `Seccomp` and `CapEff` of each kind of thread, as /proc shows them.
-fn threads(process: &Process) -> BTreeMap<String, (String, String)> {
+/// A thread's name, its `Seccomp`, and its sets of capabilities but the bounding one, as /proc shows them.
+#[derive(Debug)]
+struct Thread {
+    name: String,
+    filter: String,
+    capabilities: [String; 4],
+}
+
+fn threads(process: &Process) -> Vec<Thread> {
     let tasks = fs::read_dir(format!("/proc/{}/task", process.id())).unwrap();
-    let mut threads = BTreeMap::new();
+    let mut threads = Vec::new();
     for task in tasks.map(|task| task.unwrap().path()) {
         // A thread that has just ended has none.
         let Ok(status) = fs::read_to_string(task.join("status")) else { continue };
@@ -21,10 +27,17 @@ fn threads(process: &Process) -> BTreeMap<String, (String, String)> {
         };
         // Of the kernel's own, that KVM made.
         if field("Kthread:") == "0" {
-            threads.insert(field("Name:"), (field("Seccomp:"), field("CapEff:")));
+            let capabilities = ["CapEff:", "CapPrm:", "CapInh:", "CapAmb:"].map(field);
+            threads.push(Thread { name: field("Name:"), filter: field("Seccomp:"), capabilities });
         }
     }
     threads
+}
+
+impl Thread {
+    fn has_capabilities(&self) -> bool {
+        self.capabilities.iter().any(|set| set != NONE)
+    }
 }
 
 const FILTERED: &str = "2";
@@ -33,10 +46,10 @@ const NONE: &str = "0000000000000000";
 fn all_confined(process: &Process, some: &[&str]) {
     let threads = threads(process);
     for name in some {
-        assert!(threads.contains_key(*name), "{name} is not among {threads:?}");
+        assert!(threads.iter().any(|thread| thread.name == *name), "{name} is not among {threads:?}");
     }
-    let confined = |(filter, capabilities): &(String, String)| filter == FILTERED && capabilities == NONE;
-    assert!(threads.values().all(confined), "{threads:?}");
+    let confined = |thread: &Thread| thread.filter == FILTERED && !thread.has_capabilities();
+    assert!(threads.iter().all(confined), "{threads:?}");
 }
 
 #[test]
@@ -47,9 +60,9 @@ fn every_thread_of_a_host_process_is_confined_once_its_vm_is_there() {
     all_confined(&source, &["vcpu0", "serial", "tokio-rt-worker"]);
     let (target, address) = b.receives();
     let waiting = threads(&target);
-    assert!(waiting.values().all(|(filter, _)| filter == FILTERED), "{waiting:?}");
-    let with_capabilities: Vec<_> = waiting.iter().filter(|(_, (_, held))| held != NONE).collect();
-    assert!(matches!(with_capabilities[..], [(name, _)] if name == "opener"), "{waiting:?}");
+    assert!(waiting.iter().all(|thread| thread.filter == FILTERED), "{waiting:?}");
+    let with_capabilities: Vec<_> = waiting.iter().filter(|thread| thread.has_capabilities()).collect();
+    assert!(matches!(with_capabilities[..], [thread] if thread.name == "opener"), "{waiting:?}");
     a.ferry(&["migrate", "web", "--to", &address, "--downtime", "2s", "--json"]).well();
     b.until_state("web", "running");
     all_confined(&target, &["vcpu0", "serial", "tokio-rt-worker"]);
@@ -75,5 +88,5 @@ fn filters_can_be_left_out() {
     ]);
     host.until_ready("web");
     let threads = threads(&process);
-    assert!(threads.values().all(|(filter, held)| filter == "0" && held == NONE), "{threads:?}");
+    assert!(threads.iter().all(|thread| thread.filter == "0" && !thread.has_capabilities()), "{threads:?}");
 }

@@ -1,5 +1,7 @@
 //! Pause, resume, list, info, stop, and the JSON of each.
 
+use std::os::unix::fs::PermissionsExt;
+
 use ferry_tests::process::Host;
 
 use crate::{FERRY, turn};
@@ -85,4 +87,20 @@ fn a_port_that_is_taken_is_named() {
         &["receive", "--name", "other", "--listen", "192.0.2.1:4444", "--insecure"],
         &["can't listen on 192.0.2.1:4444", "Cannot assign"],
     );
+}
+
+#[test]
+fn only_the_user_who_hosts_a_vm_reaches_its_sockets() {
+    let Some(_turn) = turn() else { return };
+    let host = Host::new(FERRY);
+    let ferry = host.command(&["run", "--name", "web", "--guest", "idle", "--json", "--exit-with-stdin"]);
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", r#"umask 0; exec "$@""#, "sh"]).arg(ferry.get_program()).args(ferry.get_args());
+    shell.envs(ferry.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let _running = host.start(shell);
+    host.until_state("web", "running");
+    for socket in ["web.sock", "web.console"] {
+        let mode = std::fs::metadata(host.file(socket)).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600, "{socket} has mode {mode:o}");
+    }
 }

@@ -3,6 +3,7 @@
 //! Whatever is refused must say what and why, and must cost nothing: the guest goes on where it was, and the next
 //! attempt is as good as the first. What moves over a real network is in `tests/lab/`.
 
+mod certificates;
 mod confined;
 mod console;
 mod control;
@@ -18,7 +19,9 @@ mod machines;
 mod names;
 #[path = "../../vmm/tests/support/power_button.rs"]
 mod power_button;
+mod requests;
 mod shutdown;
+mod starts;
 mod targets;
 #[path = "../../vmm/tests/support/elf.rs"]
 mod tiny_kernel;

@@ -12,28 +12,28 @@ use crate::{FERRY, turn};
 const BUDGET: &str = "2s";
 
 /// An authority, and the folders of the hosts for which it has issued certificates.
-struct Site {
-    host: Host<'static>,
+pub(crate) struct Site {
+    pub(crate) host: Host<'static>,
     folder: tempfile::TempDir,
 }
 
 impl Site {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let site = Self { host: Host::new(FERRY), folder: tempfile::tempdir().unwrap() };
         site.host.ferry(&["cert", "init", "--dir", &site.ca()]).well();
         site
     }
 
-    fn ca(&self) -> String {
+    pub(crate) fn ca(&self) -> String {
         self.path("ca").display().to_string()
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// The folder of a new host that is reached at 127.0.0.1.
-    fn issue(&self, name: &str, words: &[&str]) -> String {
+    pub(crate) fn issue(&self, name: &str, words: &[&str]) -> String {
         let ca = self.ca();
         let issue = ["cert", "issue", name, "--address", "127.0.0.1", "--ca", &ca];
         self.host.ferry(&[&issue[..], words].concat()).well();
@@ -41,13 +41,13 @@ impl Site {
     }
 }
 
-fn receives(host: &Host<'_>, words: &[&str]) -> (Process, String) {
+pub(crate) fn receives(host: &Host<'_>, words: &[&str]) -> (Process, String) {
     let process = host.hosts(&[&["receive", "--name", "web", "--listen", "127.0.0.1:0"], words].concat());
     let address = process.first["address"].as_str().unwrap().to_owned();
     (process, address)
 }
 
-fn migrate<'a>(address: &'a str, words: &[&'a str]) -> Vec<&'a str> {
+pub(crate) fn migrate<'a>(address: &'a str, words: &[&'a str]) -> Vec<&'a str> {
     [&["migrate", "web", "--to", address, "--downtime", BUDGET][..], words].concat()
 }
 
@@ -75,9 +75,12 @@ fn a_vm_moves_between_hosts_with_certificates_and_goes_on_there() {
     target.until_state("web", "running");
     target.goes_on("web");
     assert_eq!(running.end().code, Some(0));
-    // And back: the process that took it in knows its own certificate.
+    // And back: the process that took it in knows its own certificate, for whoever does not ask for none.
     let (_process, address) = receives(&source, &["--tls-dir", &a]);
-    target.ferry(&migrate(&address, &[])).well();
+    target.refuses(&migrate(&address, &[]), &["only talks to hosts with certificates"]);
+    let mut back = target.command(&migrate(&address, &[]));
+    back.env_remove("FERRY_TLS_DIR");
+    target.start(back).end().well();
     source.until_state("web", "running");
     source.goes_on("web");
 }
@@ -157,6 +160,7 @@ fn a_certificate_that_can_not_be_used_is_refused_before_anything_listens() {
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
     receive(&good, &["others may read the private key", "0644", "chmod 600"]);
     host.refuses(&["run", "--name", "web", "--guest", "idle", "--tls-dir", &good], &["chmod 600"]);
+    assert!(host.has_no_record_of("web"), "nothing has run");
 }
 
 #[test]
@@ -191,7 +195,15 @@ fn an_authority_issues_what_was_asked_for_and_overwrites_nothing() {
 
     host.refuses(&issue, &["host-b", "exists"]);
     host.refuses(&["cert", "issue", "c", "--ca", "/nowhere"], &["/nowhere/ca.pem", "ferry cert init"]);
-    assert_eq!(host.ferry(&["cert", "issue", "no name", "--ca", &ca]).code, Some(2));
+    for bad in ["no name", "*", "*.example", "host;rm", "../a", "-a", "a.", "$(a)", "300.1.1.1", ""] {
+        for words in
+            [&["cert", "issue", bad, "--ca", &ca][..], &["cert", "issue", "c", "--address", bad, "--ca", &ca]]
+        {
+            let said = host.ferry(words);
+            assert_eq!(said.code, Some(2), "{words:?}: {said:?}");
+            assert!(bad.is_empty() || bad == "-a" || said.stderr.contains("as in DNS"), "{said:?}");
+        }
+    }
     host.refuses(&["cert", "show", "/nowhere"], &["/nowhere/ca.pem"]);
     let other = Site::new();
     fs::copy(other.path("ca").join("ca.key"), site.path("ca").join("ca.key")).unwrap();

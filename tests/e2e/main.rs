@@ -5,6 +5,7 @@
 
 mod backings;
 mod bad_input;
+mod certificates;
 mod clocks;
 mod joins;
 mod local;

@@ -287,7 +287,20 @@ pub fn target_for(guest: &Guest) -> Target {
 /// If it can't listen.
 #[must_use]
 pub fn target_with(guest: &Guest, memory: MemoryChoices) -> Target {
-    target_at(guest, ListenAddress::Tcp("127.0.0.1:0".parse().expect("an address")), memory)
+    target_at(guest, tcp(), Security::LoopbackOnly, memory)
+}
+
+fn tcp() -> ListenAddress {
+    ListenAddress::Tcp("127.0.0.1:0".parse().expect("an address"))
+}
+
+/// An empty host for `guest` that lets in whom `security` does, within the current runtime.
+///
+/// # Panics
+/// If it can't listen.
+#[must_use]
+pub fn secured_target_for(guest: &Guest, security: Security) -> Target {
+    target_at(guest, tcp(), security, MemoryChoices::default())
 }
 
 /// An empty host for `guest` to which its memory is handed over, within the current runtime.
@@ -296,10 +309,11 @@ pub fn target_with(guest: &Guest, memory: MemoryChoices) -> Target {
 /// If it can't listen.
 #[must_use]
 pub fn local_target_for(guest: &Guest) -> Target {
-    target_at(guest, ListenAddress::Unix(guest.folder.path().join("socket")), MemoryChoices::default())
+    let listen = ListenAddress::Unix(guest.folder.path().join("socket"));
+    target_at(guest, listen, Security::LoopbackOnly, MemoryChoices::default())
 }
 
-fn target_at(guest: &Guest, listen: ListenAddress, memory: MemoryChoices) -> Target {
+fn target_at(guest: &Guest, listen: ListenAddress, security: Security, memory: MemoryChoices) -> Target {
     let built: Arc<Mutex<Option<MigratableMachine>>> = Arc::default();
     let local = LocalChoices {
         tap: None,
@@ -310,13 +324,7 @@ fn target_at(guest: &Guest, listen: ListenAddress, memory: MemoryChoices) -> Tar
     };
     let host = KeepingHost { machines: MachineHost::new(local), built: Arc::clone(&built) };
     let records = guest.next_records();
-    let options = ReceiveOptions {
-        listen,
-        security: Security::LoopbackOnly,
-        host: "target".into(),
-        name: None,
-        witness: None,
-    };
+    let options = ReceiveOptions { listen, security, host: "target".into(), name: None, witness: None };
     let (updates, _) = mpsc::unbounded_channel();
     let clock = Arc::new(SystemClock::default());
     let receiver = Receiver::bind(options, Arc::new(host), Arc::clone(&records) as _, clock, updates)
@@ -394,7 +402,11 @@ pub async fn move_guest_through(
     move_to(guest, target, change).await
 }
 
-async fn move_to(
+/// Migrates a guest to `target`, which was made for it, and checks digests and records.
+///
+/// # Panics
+/// If anything is not as it should be.
+pub async fn move_to(
     guest: Guest,
     mut target: Target,
     change: impl FnOnce(&mut MigrateOptions),

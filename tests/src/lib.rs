@@ -4,4 +4,5 @@ pub mod guest;
 pub mod process;
 pub mod proxy;
 pub mod sim;
+pub mod site;
 pub mod tier;

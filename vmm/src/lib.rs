@@ -42,7 +42,7 @@ pub use cpu::{
 };
 pub use devices::SerialError;
 pub use disk::DiskError;
-pub use machine::{BuildError, FrameObserver, Machine, MachineStatus, RunError};
+pub use machine::{BuildError, FrameObserver, Machine, MachineStatus, RunError, SavedState};
 pub use memory::{
     DirtyLogError, GuestRam, HUGE_PAGE_BYTES, HandOverError, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryError,
     PAGE_BYTES, RamError, RamRegion, check_available,

@@ -28,6 +28,7 @@ use std::time::Duration;
 use kvm_ioctls::VmFd;
 
 pub use build::BuildError;
+pub use state::SavedState;
 
 use crate::boot::{self, BootError, VirtioWindow};
 use crate::capability::Capabilities;

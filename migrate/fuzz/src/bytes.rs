@@ -61,3 +61,15 @@ pub fn sealed_messages(bytes: &[u8]) -> Vec<u8> {
     sealed.extend(rest);
     sealed
 }
+
+/// Makes length and checksum of a record, or of what a witness holds, right.
+#[must_use]
+pub fn sealed_record(bytes: &[u8]) -> Vec<u8> {
+    let mut sealed = bytes.to_vec();
+    if let Some((header, body)) = sealed.split_first_chunk_mut::<16>() {
+        header[8..12].copy_from_slice(&u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&header[..12]), body);
+        header[12..16].copy_from_slice(&crc.to_le_bytes());
+    }
+    sealed
+}

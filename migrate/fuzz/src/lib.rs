@@ -1,17 +1,30 @@
 //! Every decoder that a peer reaches, as functions of bytes that must neither panic nor hold more memory than they may.
 //!
 //! ```text
-//!  targets.rs   the functions          bytes.rs   bytes with checksums put right, numbers taken from bytes
-//!  seeds.rs     what to begin with     mutate.rs  and how it is bent
-//!  main.rs      the harness on a stable toolchain: `cargo xtask fuzz --seconds 60`
-//!  libfuzzer/   the same functions for `cargo fuzz`, which needs a nightly toolchain and is outside of the workspace:
-//!               `cargo +nightly fuzz run --fuzz-dir migrate/fuzz/libfuzzer NAME migrate/fuzz/corpus/NAME`
+//!  targets.rs   the functions            bytes.rs   bytes with checksums put right, numbers taken from bytes
+//!  machines.rs  decoding a machine's     states.rs  states by their sections
+//!               state, and restoring it
+//!  seeds.rs     what to begin with       mutate.rs  and how it is bent
+//!  main.rs      the harness without coverage to go by: `cargo xtask fuzz --seconds 60`
+//!  libfuzzer/   the same functions under libFuzzer, outside of the workspace
 //!  corpus/      inputs by target that were worth keeping; all of them are tried first
 //! ```
 //!
-//! What is not here: TLS itself (rustls fuzzes its own), and restoring devices, which needs a machine and is tested beside it.
+//! libFuzzer needs a C++ compiler and no other toolchain. What it finds goes into the first folder that it is given:
+//!
+//! ```text
+//! mkdir -p target/found && cd migrate/fuzz/libfuzzer
+//! cargo run --release --bin control -- -max_total_time=60 -max_len=65536 ../../../target/found
+//! ```
+//!
+//! With more folders behind it, such as `../corpus/frame` for `frame`, it begins with what is in them. `cargo +nightly fuzz run
+//! --fuzz-dir migrate/fuzz/libfuzzer control` does the same with the address sanitizer.
+//!
+//! What is not here: TLS itself (rustls fuzzes its own), and the control API, which only who owns the VM reaches.
 
 pub mod bytes;
+pub mod machines;
 pub mod mutate;
 pub mod seeds;
+pub mod states;
 pub mod targets;

@@ -3,7 +3,7 @@
 use rand::RngExt;
 
 /// Numbers at which lengths and counts go wrong.
-const ENDS: [u64; 12] = [
+pub const ENDS: [u64; 12] = [
     0,
     1,
     0x7f,

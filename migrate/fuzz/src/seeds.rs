@@ -5,8 +5,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use ferry_protocol::PAGE_BYTES;
 use ferry_protocol::encode::pack::{Method, Packer};
+use ferry_protocol::witness::{Entry, Verdict};
+use ferry_protocol::{Epoch, MigrationId, PAGE_BYTES, VmId};
 
 use crate::targets::FuzzTarget;
 
@@ -42,11 +43,31 @@ pub fn seeds(target: &FuzzTarget) -> io::Result<Vec<Vec<u8>>> {
         "packed" => packed(),
         "record" => hex_files(&golden.join("record"))?,
         "description" => files(&machine)?,
+        "witness" => entries(),
+        "state" => [behind(&[0], files(&machine)?), behind(&[1], files(&machine)?), changes()].concat(),
+        "restore" => changes(),
         _ => Vec::new(),
     };
     seeds.extend(files(&corpus(target))?);
     seeds.push(Vec::new());
     Ok(seeds)
+}
+
+/// What a witness may hold.
+fn entries() -> Vec<Vec<u8>> {
+    let entry = |verdict| {
+        Entry { vm: VmId([1; 16]), epoch: Epoch::FIRST, migration: MigrationId([2; 16]), verdict }.encode()
+    };
+    vec![entry(Verdict::Runs), entry(Verdict::Released), entry(Verdict::Discarded)]
+}
+
+/// A saved state as it is, and with one change of each kind: see [`crate::states::bent`].
+fn changes() -> Vec<Vec<u8>> {
+    let mut seeds = vec![vec![2], vec![3]];
+    for (section, what) in (0..10u8).flat_map(|section| (0..10).map(move |what| (section, what))) {
+        seeds.push(vec![2 + section % 2, section, section.wrapping_mul(29), 0, what, section + what]);
+    }
+    seeds
 }
 
 /// Messages one after another, in the order of their numbers, from each on.

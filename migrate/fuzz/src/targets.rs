@@ -12,14 +12,15 @@ use ferry_protocol::record::Record;
 use ferry_protocol::source::{self, MemoryPath, OnTimeout, Source};
 use ferry_protocol::target::{self, Target};
 use ferry_protocol::wire::{Decoder, encode};
-use ferry_protocol::witness::{Ruling, WitnessId};
+use ferry_protocol::witness::{Entry, Ruling, WitnessId};
 use ferry_protocol::{
     Epoch, MemoryDigest, MemoryLayout, Message, MigrationId, PAGE_BYTES, PageBitmap, Region, StreamIndex,
     Timestamp, VmId,
 };
 use ferry_vmm::{CpuProfile, LocalChoices, Machine, MemoryChoices, SerialTarget};
 
-use crate::bytes::{Taker, filled, seal, sealed_messages};
+use crate::bytes::{Taker, filled, seal, sealed_messages, sealed_record};
+use crate::machines;
 
 /// A decoder, or what stands behind one.
 #[derive(Debug, Clone, Copy)]
@@ -31,7 +32,7 @@ pub struct FuzzTarget {
 }
 
 /// All of them.
-pub const TARGETS: [FuzzTarget; 10] = [
+pub const TARGETS: [FuzzTarget; 13] = [
     FuzzTarget { name: "control", run: control },
     FuzzTarget { name: "join", run: join },
     FuzzTarget { name: "frame", run: frame },
@@ -42,6 +43,9 @@ pub const TARGETS: [FuzzTarget; 10] = [
     FuzzTarget { name: "description", run: description },
     FuzzTarget { name: "certificate", run: certificate },
     FuzzTarget { name: "record", run: record },
+    FuzzTarget { name: "witness", run: witness },
+    FuzzTarget { name: "state", run: state },
+    FuzzTarget { name: "restore", run: restore },
 ];
 
 /// Messages as they come out of a stream of bytes, in pieces.
@@ -321,7 +325,28 @@ pub fn certificate(bytes: &[u8]) {
 
 /// What stands on this host's disk, torn or bent.
 pub fn record(bytes: &[u8]) {
-    if let Ok(record) = Record::decode(bytes) {
-        assert_eq!(Record::decode(&record.encode()), Ok(record));
+    for bytes in [bytes, &sealed_record(bytes)] {
+        if let Ok(record) = Record::decode(bytes) {
+            assert_eq!(Record::decode(&record.encode()), Ok(record));
+        }
     }
+}
+
+/// What a witness holds, on storage that others write too.
+pub fn witness(bytes: &[u8]) {
+    for bytes in [bytes, &sealed_record(bytes)] {
+        if let Ok(entry) = Entry::decode(bytes) {
+            assert_eq!(Entry::decode(&entry.encode()), Ok(entry));
+        }
+    }
+}
+
+/// A saved state, decoded without a machine.
+pub fn state(bytes: &[u8]) {
+    let _ = machines::is_decoded(bytes);
+}
+
+/// A saved state, restored into a machine that then goes away.
+pub fn restore(bytes: &[u8]) {
+    let _ = machines::is_restored(bytes);
 }

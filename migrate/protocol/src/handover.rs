@@ -13,6 +13,8 @@
 //!               '------- discard() ---------'  '--ask()--> Asking(e) --ruled()--'  '--failed()--> Prepared(e)
 //!                            v                            |
 //!                        Discarded(e) <------ruled()------'  <-- returned() -- Returning(e) <-- not_started() -- Running(e)
+//!                                                                               ^  '--- keep() ---> Recording(e)
+//!                                                                               '--- withheld() --- Recording(e)
 //! ```
 //!
 //! `Asking` is only where there is a witness ([`crate::witness`]); `running()` and `discarded()` at the source are the
@@ -310,12 +312,20 @@ impl TargetStanding {
         }
     }
 
-    /// The source has let go, so there is nobody to give it back to: it may be started once more.
+    /// The source has let go, so there is nobody to give it back to: that it runs here is to be recorded once more.
     ///
     /// # Errors
     /// Unless it was giving it back.
-    pub fn kept(self) -> Result<Self, Forbidden> {
-        self.returned().map(|standing| Self::Running(standing.epoch()))
+    pub fn keep(self) -> Result<Self, Forbidden> {
+        self.returned().map(|standing| Self::Recording(standing.epoch()))
+    }
+
+    /// The record could not be written, and the witness has given leave: it is given back, or written once more.
+    ///
+    /// # Errors
+    /// Unless it is recording.
+    pub fn withheld(self) -> Result<Self, Forbidden> {
+        self.failed().map(|standing| Self::Returning(standing.epoch()))
     }
 
     /// The record could not be written, so it must not run; it may try again or discard.
@@ -423,7 +433,7 @@ mod tests {
         let states =
             [Receiving(E), Prepared(E), Asking(E), Recording(E), Running(E), Returning(E), Discarded(E)];
         type Step = fn(TargetStanding) -> Result<TargetStanding, Forbidden>;
-        let steps: [Step; 11] = [
+        let steps: [Step; 12] = [
             |s| s.prepared(E),
             |s| s.taken_back(E),
             |s| s.commit(E),
@@ -434,19 +444,20 @@ mod tests {
             TargetStanding::discard,
             TargetStanding::not_started,
             TargetStanding::returned,
-            TargetStanding::kept,
+            TargetStanding::keep,
+            TargetStanding::withheld,
         ];
         let allowed = states.map(|state| steps.map(|step| step(state).is_ok()));
         assert_eq!(
             allowed,
             [
-                [true, false, false, false, false, false, false, true, false, false, false],
-                [false, true, true, true, false, false, false, true, false, false, false],
-                [false, false, false, false, true, false, false, false, false, false, false],
-                [false, false, false, false, false, true, true, false, false, false, false],
-                [false, false, false, false, false, false, false, false, true, false, false],
-                [false, false, false, false, false, false, false, false, false, true, true],
-                [false, false, false, false, false, false, false, true, false, false, false],
+                [true, false, false, false, false, false, false, true, false, false, false, false],
+                [false, true, true, true, false, false, false, true, false, false, false, false],
+                [false, false, false, false, true, false, false, false, false, false, false, false],
+                [false, false, false, false, false, true, true, false, false, false, false, true],
+                [false, false, false, false, false, false, false, false, true, false, false, false],
+                [false, false, false, false, false, false, false, false, false, true, true, false],
+                [false, false, false, false, false, false, false, true, false, false, false, false],
             ]
         );
         for state in states {

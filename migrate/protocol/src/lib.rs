@@ -43,6 +43,7 @@ pub mod target;
 pub mod time;
 pub mod wire;
 pub mod witness;
+mod words;
 
 pub use bitmap::{CHUNK_PAGES, ChunkIndex, PageBitmap, PageMask, PageRange};
 pub use digest::{MemoryDigest, PageDigest};

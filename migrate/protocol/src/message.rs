@@ -11,6 +11,7 @@ use crate::ident::{Epoch, MigrationId, VmId, VmName};
 use crate::layout::Region;
 use crate::negotiation::Features;
 use crate::witness::WitnessId;
+use crate::words::{on_one_line, shown};
 
 /// The longest sentence that a peer may give as a reason, in bytes; longer ones are cut.
 pub const SENTENCE_BYTES_MAX: usize = 4096;
@@ -53,6 +54,7 @@ pub struct Welcome {
     /// What both can do.
     pub features: Features,
     /// The target host's name, for people and for the commit record.
+    #[serde(deserialize_with = "shown")]
     pub host: String,
 }
 
@@ -229,14 +231,15 @@ pub struct Abort {
     /// What kind of reason.
     pub code: AbortCode,
     /// The reason in a sentence, at most [`SENTENCE_BYTES_MAX`].
+    #[serde(deserialize_with = "shown")]
     pub sentence: String,
 }
 
 impl Abort {
-    /// An abort for `code`; the sentence is cut at its limit.
+    /// An abort for `code`; the sentence is cut at its limit, and what would move a terminal's cursor becomes spaces.
     #[must_use]
     pub fn new(code: AbortCode, sentence: impl Into<String>) -> Self {
-        let mut sentence = sentence.into();
+        let mut sentence = on_one_line(sentence.into());
         let mut end = SENTENCE_BYTES_MAX.min(sentence.len());
         while !sentence.is_char_boundary(end) {
             end -= 1;

@@ -4,7 +4,9 @@
 //! with `Hello`, a data stream with its join; anything else is told so, where it can be, and closed.
 
 use std::io;
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use ferry_protocol::Message;
@@ -14,9 +16,10 @@ use ferry_protocol::wire::{CONTROL_MAGIC, WireError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::mpsc;
+use tokio::time::Sleep;
 
 use super::CLOSE_TIMEOUT;
-use super::lobby::{Lobby, Place, TurnedAway};
+use super::lobby::{AddressGroup, Lobby, Place, TurnedAway};
 use crate::transport::control::{
     ControlError, ControlReader, ControlStream, ControlWriter, Incoming, split, split_behind,
 };
@@ -24,7 +27,7 @@ use crate::transport::data::DataReader;
 use crate::transport::endpoint::ListenAddress;
 use crate::transport::security::Security;
 use crate::transport::tls::identity::{HostIdentity, Role};
-use crate::transport::tls::{Accepted, HANDSHAKE_BYTE, Tls};
+use crate::transport::tls::{Accepted, Credentials, HANDSHAKE_BYTE, Tls};
 use crate::transport::{tcp, unix};
 
 /// How long a connection may take to say who and what it is.
@@ -42,6 +45,8 @@ pub(super) struct Door {
     listener: Listener,
     security: Arc<Security>,
     lobby: Arc<Lobby>,
+    /// Until when nothing is accepted, after accepting has failed.
+    pause: Mutex<Option<Pin<Box<Sleep>>>>,
 }
 
 #[derive(Debug)]
@@ -57,7 +62,7 @@ pub(super) struct Arrival {
     security: Arc<Security>,
     turned_away: Arc<TurnedAway>,
     /// Kept for as long as nothing is known of it.
-    place: Option<Place>,
+    place: Place,
 }
 
 enum Stream {
@@ -73,7 +78,12 @@ impl Door {
             ListenAddress::Tcp(address) => tcp::listen(*address).map(Listener::Tcp)?,
             ListenAddress::Unix(path) => unix::Listener::bind(path).map(Listener::Unix)?,
         };
-        Ok(Self { listener, security: Arc::new(security.clone()), lobby: Arc::default() })
+        Ok(Self {
+            listener,
+            security: Arc::new(security.clone()),
+            lobby: Arc::default(),
+            pause: Mutex::default(),
+        })
     }
 
     pub(super) fn address(&self) -> io::Result<ListenAddress> {
@@ -88,27 +98,45 @@ impl Door {
         Arc::clone(&self.lobby.turned_away)
     }
 
-    /// The next connection.
-    pub(super) async fn accept(&self) -> io::Result<Arrival> {
+    /// The next connection. Whoever stops waiting for it has lost nothing.
+    pub(super) async fn accept(&self) -> Arrival {
         loop {
-            let (stream, peer, place) = match &self.listener {
-                Listener::Tcp(listener) => {
-                    let (stream, peer) = listener.accept().await?;
-                    let Some(place) = self.lobby.enter(peer.ip()) else {
-                        let why = "too many connections of its address say nothing";
-                        self.lobby.turned_away.connection(&peer.to_string(), why);
-                        continue;
-                    };
-                    (Stream::Tcp(stream), peer.to_string(), Some(place))
+            std::future::poll_fn(|context| self.poll_pause(context)).await;
+            match self.try_accept().await {
+                Ok(arrival) => return arrival,
+                Err(error) => {
+                    tracing::warn!("a connection could not be accepted: {error}");
+                    // Mostly no file descriptors: asking again at once would only fill the log.
+                    let pause = Box::pin(tokio::time::sleep(ACCEPT_PAUSE));
+                    *self.pause.lock().unwrap_or_else(PoisonError::into_inner) = Some(pause);
                 }
-                Listener::Unix(listener) => {
-                    let (stream, peer) = listener.accept().await?;
-                    (Stream::Unix(stream), peer, None)
-                }
-            };
-            let (security, turned_away) = (Arc::clone(&self.security), self.turned_away());
-            return Ok(Arrival { stream, peer, security, turned_away, place });
+            }
         }
+    }
+
+    fn poll_pause(&self, context: &mut Context<'_>) -> Poll<()> {
+        let mut pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        match pause.as_mut().map(|pause| pause.as_mut().poll(context)) {
+            Some(Poll::Pending) => return Poll::Pending,
+            Some(Poll::Ready(())) => *pause = None,
+            None => {}
+        }
+        Poll::Ready(())
+    }
+
+    async fn try_accept(&self) -> io::Result<Arrival> {
+        let (stream, peer, group) = match &self.listener {
+            Listener::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                (Stream::Tcp(stream), peer.to_string(), peer.ip().into())
+            }
+            Listener::Unix(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                (Stream::Unix(stream), peer, AddressGroup::ThisHost)
+            }
+        };
+        let (security, turned_away) = (Arc::clone(&self.security), self.turned_away());
+        Ok(Arrival { stream, peer, security, turned_away, place: self.lobby.enter(group) })
     }
 }
 
@@ -166,32 +194,29 @@ impl Joining {
 }
 
 /// Has a task of its own find out what a new connection is.
-pub(super) fn sort(accepted: io::Result<Arrival>, sorted: &mpsc::Sender<Knock>) {
-    let arrival = match accepted {
-        Ok(arrival) => arrival,
-        Err(error) => {
-            // Mostly no file descriptors: asking again at once would only fill the log.
-            std::thread::sleep(ACCEPT_PAUSE);
-            return tracing::warn!("a connection could not be accepted: {error}");
-        }
-    };
-    let (peer, turned_away) = (arrival.peer.clone(), Arc::clone(&arrival.turned_away));
-    let Ok(slot) = sorted.clone().try_reserve_owned() else {
-        return turned_away.connection(&peer, "too many connections say nothing");
-    };
+pub(super) fn sort(arrival: Arrival, sorted: &mpsc::Sender<Knock>) {
+    let Arrival { stream, peer, security, turned_away, place } = arrival;
+    let sorted = sorted.clone();
     tokio::spawn(async move {
-        match tokio::time::timeout(FIRST_BYTES_TIMEOUT, introduce(arrival)).await {
-            Ok(Some(knock)) => drop(slot.send(knock)),
-            Ok(None) => {}
-            Err(_) => turned_away.connection(&peer, "it did not say what it wants in time"),
+        let caller = Caller { peer: peer.clone(), turned_away: Arc::clone(&turned_away) };
+        let introducing = async {
+            if let Some(knock) = introduce(stream, caller, &security).await {
+                let _ = sorted.send(knock).await;
+            }
+        };
+        // It is a stranger until it has been handed on.
+        tokio::select! {
+            () = place.lost() => turned_away.connection(&peer, "it said nothing, and others wait as well"),
+            said = tokio::time::timeout(FIRST_BYTES_TIMEOUT, introducing) => {
+                if said.is_err() {
+                    turned_away.connection(&peer, "it did not say what it wants in time");
+                }
+            }
         }
     });
 }
 
-async fn introduce(Arrival { stream, peer, security, turned_away, place }: Arrival) -> Option<Knock> {
-    // Whatever becomes of it, when this ends it is no stranger any more.
-    let _place = place;
-    let caller = Caller { peer, turned_away };
+async fn introduce(stream: Stream, caller: Caller, security: &Security) -> Option<Knock> {
     let stream = match stream {
         Stream::Tcp(stream) => stream,
         // Memory is handed over there, so there are no data streams, and the kernel has said who it is.
@@ -206,7 +231,7 @@ async fn introduce(Arrival { stream, peer, security, turned_away, place }: Arriv
         return None;
     };
     match (security.tls(), magic[0] == HANDSHAKE_BYTE) {
-        (Some(tls), true) => caller.introduce_by_tls(stream, tls).await,
+        (Some(tls), true) => caller.introduce_by_tls(stream, tls.clone()).await,
         (None, false) => caller.introduce_plainly(stream, magic).await,
         (tls, _) => {
             caller.turned_away(if tls.is_some() { "it does not speak TLS" } else { "it speaks TLS" });
@@ -273,14 +298,16 @@ impl Caller {
         Some(Knock::Join(join, Joining { peer: self.peer, identity: None, stream }))
     }
 
-    async fn introduce_by_tls(self, stream: TcpStream, tls: &Tls) -> Option<Knock> {
+    async fn introduce_by_tls(self, stream: TcpStream, credentials: Credentials) -> Option<Knock> {
+        // It reads files if they have changed.
+        let tls = tokio::task::spawn_blocking(move || credentials.current()).await.ok()?;
         let (mut stream, identity) = self.said(tls.accept(stream).await)?;
         let mut join = [0; JOIN_BYTES];
         let (magic, rest) = join.split_at_mut(CONTROL_MAGIC.len());
         self.said(stream.read_exact(magic).await)?;
         if magic != DATA_MAGIC {
             let ends = split_behind(ControlStream::Tls(Box::new(stream.into())), magic);
-            return self.greet(ends, Some((tls, identity))).await;
+            return self.greet(ends, Some((&tls, identity))).await;
         }
         self.said(stream.read_exact(rest).await)?;
         let join = self.said(Join::decode(&join))?;
@@ -332,4 +359,30 @@ fn check(tls: Option<&(&Tls, HostIdentity)>, hello: &Hello) -> Result<(), Abort>
     let source = identity.check(Role::Source, &hello.name);
     let both = source.and_then(|()| tls.own().check(Role::Target, &hello.name));
     both.map_err(|forbidden| Abort::new(AbortCode::Forbidden, forbidden.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use socket2::SockRef;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_door_that_can_not_accept_waits_by_a_timer() {
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let door = Door::open(&listen, &Security::LoopbackOnly).unwrap();
+        let Listener::Tcp(listener) = &door.listener else { unreachable!("it was opened as such") };
+        // From now on accepting fails, each time.
+        SockRef::from(listener).shutdown(std::net::Shutdown::Both).unwrap();
+        let is_pausing = || door.pause.lock().unwrap().is_some();
+        let mut waited_for = 0;
+        while waited_for < 3 {
+            // What else there is to do is done meanwhile, and is not asked about this over and over.
+            tokio::select! {
+                biased;
+                _ = door.accept() => unreachable!("nobody can come"),
+                () = tokio::time::sleep(ACCEPT_PAUSE) => waited_for += u32::from(is_pausing()),
+            }
+        }
+    }
 }

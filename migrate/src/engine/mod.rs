@@ -7,6 +7,7 @@ mod connection;
 mod door;
 mod incoming;
 pub(crate) mod lobby;
+mod origin;
 pub mod resolver;
 pub mod source;
 pub mod target;

@@ -18,6 +18,7 @@ use super::connection::{Connection, connect};
 use super::door::{Door, Joining, Knock, Link, sort};
 use super::incoming::{Admission, Streams};
 use super::lobby::{STRANGERS_MAX, TurnedAway};
+use super::origin::Origin;
 use super::vm_worker::VmWorker;
 use super::witness::{self, Known, MaybeWitness, known_of};
 use super::{CLOSE_TIMEOUT, PANICKED, cancelled, sleep_until, store_record};
@@ -26,7 +27,6 @@ use crate::fault;
 use crate::ports::{BuildRefusal, Clock, PortError, RecordStore, TargetHost, TargetVm, in_words, timed};
 use crate::transport::endpoint::ListenAddress;
 use crate::transport::security::Security;
-use crate::transport::tls::identity::HostIdentity;
 use crate::witness::Witness;
 
 /// What the caller of [`Receiver::bind`] chooses.
@@ -130,8 +130,8 @@ impl Receiver {
                         // Late streams of an attempt that is over.
                         Knock::Join(..) => continue,
                     },
-                    accepted = self.door.accept() => {
-                        sort(accepted, &strangers);
+                    arrival = self.door.accept() => {
+                        sort(arrival, &strangers);
                         continue;
                     }
                 },
@@ -195,8 +195,7 @@ struct Attempt {
     inbox: mpsc::UnboundedReceiver<Happened>,
     connection: Option<Connection>,
     connection_number: u64,
-    /// What the source's certificate says, with TLS.
-    identity: Option<HostIdentity>,
+    origin: Origin,
     /// What the source has handed over, until a machine is built on it.
     memory: Option<OwnedFd>,
     streams: Option<Streams>,
@@ -218,12 +217,12 @@ impl Attempt {
         let now = receiver.clock.now();
         let vm = hello.vm;
         let admission = Admission::new(&hello)?;
+        let origin = Origin { name: hello.name.clone(), identity: link.identity.clone() };
         let mut core = Target::new(config, now).with_admission(admission.secret.clone());
         let greeted = Event::Message(Message::Hello(hello));
         fault::target_event(&greeted);
         core.handle(now, greeted);
         let (events, inbox) = mpsc::unbounded_channel();
-        let identity = link.identity.clone();
         let connection = connect(link, 0, &events);
         Ok(Self {
             core,
@@ -239,7 +238,7 @@ impl Attempt {
             inbox,
             connection: Some(connection),
             connection_number: 0,
-            identity,
+            origin,
             memory: None,
             streams: None,
             newer: None,
@@ -272,8 +271,8 @@ impl Attempt {
                     Some(Event::Cancel)
                 }
                 Some(knock) = sorted.recv() => self.knock(knock).await,
-                accepted = door.accept() => {
-                    sort(accepted, strangers);
+                arrival = door.accept() => {
+                    sort(arrival, strangers);
                     None
                 }
             };
@@ -321,18 +320,18 @@ impl Attempt {
     async fn knock(&mut self, knock: Knock) -> Option<Event> {
         match knock {
             Knock::Join(join, stream) => self.join(join, stream),
-            Knock::Hello(hello, link) if self.core.resumed_by(&hello) && self.is_source(&link) => {
+            Knock::Hello(hello, link)
+                if self.core.resumed_by(&hello) && self.origin.is_host_of(link.identity.as_ref()) =>
+            {
                 self.connection_number += 1;
-                self.identity.clone_from(&link.identity);
+                self.origin.identity.clone_from(&link.identity);
                 let connection = connect(link, self.connection_number, &self.events);
                 if let Some(old) = self.connection.replace(connection) {
                     old.reader.abort();
                 }
                 Some(Event::Reconnected)
             }
-            Knock::Hello(hello, link)
-                if self.newer.is_none() && (self.core.is_ending() || self.core.superseded_by(&hello)) =>
-            {
+            Knock::Hello(hello, link) if self.newer.is_none() && self.gives_way_to(&hello, &link) => {
                 self.newer = Some((hello, link));
                 Some(Event::Cancel)
             }
@@ -348,22 +347,15 @@ impl Attempt {
         }
     }
 
-    /// Whether a connection is of the host that this migration comes from. Its certificate may have been renewed.
-    fn is_source(&self, link: &Link) -> bool {
-        match (&self.identity, &link.identity) {
-            (Some(known), Some(identity)) => known.host() == identity.host(),
-            (None, None) => true,
-            (Some(_), None) | (None, Some(_)) => false,
-        }
+    /// Whether this migration is over for another.
+    fn gives_way_to(&self, hello: &Hello, link: &Link) -> bool {
+        let newer = || self.core.superseded_by(hello) && self.origin.yields_to(link.identity.as_ref());
+        self.core.is_ending() || newer()
     }
 
     /// Takes a data stream, if it belongs to this migration, comes from its source and has not joined before.
     fn join(&mut self, join: Join, joining: Joining) -> Option<Event> {
-        let same = match (&self.identity, &joining.identity) {
-            (Some(known), Some(identity)) => known.is_same(identity),
-            (None, None) => true,
-            (Some(_), None) | (None, Some(_)) => false,
-        };
+        let same = self.origin.is_same(joining.identity.as_ref());
         let peer = joining.peer.clone();
         let streams = self.streams.as_mut().filter(|_| same);
         let events = self.events.clone();

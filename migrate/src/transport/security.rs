@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream as StdStream, ToSocketAddrs};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ferry_protocol::VmName;
@@ -16,13 +16,13 @@ use super::data::DataWriter;
 use super::endpoint::{Endpoint, ListenAddress};
 use super::tcp;
 use super::tls::identity::{HostIdentity, Role};
-use super::tls::{HandshakeError, Tls, server_name};
+use super::tls::{Credentials, HandshakeError, Tls, server_name};
 
 /// How connections are secured.
 #[derive(Debug, Clone, Default)]
 pub enum Security {
     /// TLS 1.3, with a certificate on each side, on every TCP connection.
-    Tls(Tls),
+    Tls(Credentials),
     /// Nothing, and so only to addresses that never leave this host.
     #[default]
     LoopbackOnly,
@@ -71,7 +71,7 @@ impl Security {
 
     /// The certificate, if there is one.
     #[must_use]
-    pub const fn tls(&self) -> Option<&Tls> {
+    pub const fn tls(&self) -> Option<&Credentials> {
         match self {
             Self::Tls(tls) => Some(tls),
             Self::LoopbackOnly | Self::Insecure => None,
@@ -101,8 +101,8 @@ pub(crate) struct Dialer {
     vm: VmName,
     /// Where the first control connection led.
     pinned: OnceLock<SocketAddr>,
-    /// Who has shown which certificate there, last.
-    peer: Mutex<Option<HostIdentity>>,
+    /// Which certificate was shown and which was seen there, last.
+    met: Mutex<Option<(Arc<Tls>, HostIdentity)>>,
 }
 
 impl fmt::Debug for Dialer {
@@ -113,7 +113,7 @@ impl fmt::Debug for Dialer {
 
 impl Dialer {
     pub(crate) const fn new(security: Security, target: Endpoint, vm: VmName) -> Self {
-        Self { security, target, vm, pinned: OnceLock::new(), peer: Mutex::new(None) }
+        Self { security, target, vm, pinned: OnceLock::new(), met: Mutex::new(None) }
     }
 
     /// Where to connect: to the host that was reached first, once there is one.
@@ -155,10 +155,13 @@ impl Dialer {
         self.security.check_connect(address)?;
         let stream = TcpStream::connect(address).await?;
         tcp::set_up(&stream)?;
-        let Security::Tls(tls) = &self.security else { return Ok(ControlStream::Tcp(stream)) };
+        let Some(tls) = self.security.tls().cloned() else { return Ok(ControlStream::Tcp(stream)) };
+        // It may have been renewed since the last time.
+        let current = tokio::task::spawn_blocking(move || tls.current()).await;
+        let tls = current.map_err(io::Error::other)?;
         let (stream, peer) = tls.connect(stream, server_name(target)?).await?;
         peer.check(Role::Target, &self.vm).map_err(HandshakeError::from)?;
-        *self.peer.lock().unwrap_or_else(PoisonError::into_inner) = Some(peer);
+        *self.met.lock().unwrap_or_else(PoisonError::into_inner) = Some((tls, peer));
         Ok(ControlStream::Tls(Box::new(stream)))
     }
 
@@ -166,15 +169,19 @@ impl Dialer {
     pub(crate) fn data(&self, stall_max: Duration) -> Result<DataWriter, DialError> {
         let mut socket = self.socket()?;
         tcp::set_up_data(&socket, Some(stall_max))?;
-        let (Security::Tls(tls), Endpoint::Tcp(target)) = (&self.security, &self.target) else {
+        let (Security::Tls(_), Endpoint::Tcp(target)) = (&self.security, &self.target) else {
             return Ok(DataWriter::plain(socket));
         };
         let name: ServerName<'static> = server_name(target)?;
+        // The target asks for the very certificate of the control connection.
+        let met = self.met.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (tls, known) = met.ok_or(HandshakeError::OtherHost)?;
         let (connection, peer) = tls.connect_blocking(&mut socket, name, tcp::CONNECT_TIMEOUT)?;
-        let known = self.peer.lock().unwrap_or_else(PoisonError::into_inner);
-        if !known.as_ref().is_some_and(|known| known.is_same(&peer)) {
+        // Its own may have been renewed in between.
+        if known.host() != peer.host() {
             return Err(HandshakeError::OtherHost.into());
         }
+        peer.check(Role::Target, &self.vm).map_err(HandshakeError::from)?;
         Ok(DataWriter::tls(socket, connection))
     }
 

@@ -129,7 +129,11 @@ pub(crate) fn healing(world: &World, settings: &Settings) -> Vec<Step> {
 /// The end that every failure must come to.
 fn is_well(world: &World) -> bool {
     let runs = (0..2).filter(|&host| world.guest(host).is_some_and(|guest| guest.runs)).count();
-    let half_way = (0..2).any(|host| world.sending(host).is_some());
+    // One that runs the guest answers its source for as long as that may ask.
+    let settled = |receiving: &Receiving| receiving.core.phase() == "running";
+    let half_way = (0..2).any(|host| {
+        world.sending(host).is_some() || world.receiving(host).is_some_and(|receiving| !settled(receiving))
+    });
     let gone = (0..2).all(|host| world.guest(host).is_none() && world.receiving(host).is_none());
     !half_way && (runs == 1 || (gone && world.owner_lost))
 }
@@ -164,7 +168,9 @@ fn healing_step(world: &World, settings: &Settings) -> Option<Step> {
         None
     };
     // Asking a witness that is not reached once more changes nothing.
-    let waits = |receiving: &Receiving| receiving.core.phase() == "asking the witness";
+    let waits = |receiving: &Receiving| {
+        matches!(receiving.core.phase(), "asking the witness" | "giving up at the witness")
+    };
     let in_vain = |step: &Step| {
         matches!(*step, Step::TargetTimeout(host)
             if !world.witness.reached_by[host] && world.receiving(host).is_some_and(waits))

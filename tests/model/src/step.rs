@@ -14,6 +14,15 @@ use crate::{source_side, streams, target_side};
 /// A source that is due within this only rests between two rounds.
 const RESTS_MAX: Duration = Duration::from_millis(100);
 
+/// The phases of a target that is to run the guest, can't, and may yet give it back.
+const GIVING_BACK: [&str; 5] = [
+    "waiting to start again",
+    "giving the guest back",
+    "waiting to record again",
+    "recording that it does not run",
+    "giving up at the witness",
+];
+
 /// One step of the world.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Step {
@@ -171,8 +180,8 @@ impl World {
     /// Whether the target on `host` would give up if its time was over.
     fn gives_up_waiting(&self, host: HostIndex) -> bool {
         self.receiving(host).is_some_and(|receiving| {
-            let late = receiving.core.poll_timeout() >= Some(Timestamp::from_origin(source_side::RECONNECT));
-            receiving.core.phase() == "interrupted" && late
+            let late = receiving.core.poll_timeout() > Some(Timestamp::from_origin(source_side::RECONNECT));
+            ["interrupted", "prepared"].contains(&receiving.core.phase()) && late
         })
     }
 
@@ -213,7 +222,7 @@ impl World {
     fn resolution(&self, host: HostIndex) -> Option<bool> {
         let sending = self.sending(host)?;
         let other = &self.hosts[1 - host];
-        if sending.core.phase() != "committed" {
+        if !sending.core.is_in_doubt() {
             return None;
         }
         if self.guest(1 - host).is_some_and(|guest| guest.runs) {
@@ -431,10 +440,8 @@ impl World {
     /// disk without its knowledge.
     pub(crate) fn owns(&self, host: HostIndex) -> bool {
         let has_guest = self.guest(host).is_some();
-        let gives_back = self.receiving(1 - host).is_some_and(|receiving| {
-            ["waiting to start again", "giving the guest back", "giving up at the witness"]
-                .contains(&receiving.core.phase())
-        });
+        let gives_back =
+            self.receiving(1 - host).is_some_and(|receiving| GIVING_BACK.contains(&receiving.core.phase()));
         let other_has_it = (self.takes_over(1 - host) && !gives_back)
             || (self.guest(1 - host).is_some() && self.has_leave_on_disk(1 - host));
         let has_leave =

@@ -47,6 +47,8 @@ pub struct Host<'a> {
     pub state: PathBuf,
     /// The process that hosts the VM or waits for it.
     pub process: Option<Process>,
+    /// The folder with its certificate, if it migrates with one.
+    pub(crate) certificate: Option<PathBuf>,
     program: PathBuf,
     disk: PathBuf,
 }
@@ -66,10 +68,11 @@ impl<'a> Host<'a> {
         let state = folder.join(side.to_string());
         std::fs::create_dir(&state)?;
         let (program, disk) = (program.to_owned(), disk.to_owned());
-        Ok(Self { side, namespace, state, process: None, program, disk })
+        Ok(Self { side, namespace, state, process: None, certificate: None, program, disk })
     }
 
-    fn address(&self) -> Ipv4Addr {
+    /// Where others reach it.
+    pub(crate) const fn address(&self) -> Ipv4Addr {
         match self.side {
             Side::Source => HOST_A_IPV4,
             Side::Target => HOST_B_IPV4,
@@ -130,11 +133,10 @@ impl<'a> Host<'a> {
     /// What ferry says.
     pub fn receive(&mut self, faults: &str) -> anyhow::Result<()> {
         let (address, net) = (self.listens_on(), format!("tap={TAP}"));
-        self.hosts(
-            &["receive", "--name", NAME, "--listen", &address, "--net", &net, "--insecure"],
-            faults,
-            "listening",
-        )
+        let receive = ["receive", "--name", NAME, "--listen", &address, "--net", &net];
+        let security = self.security();
+        let security: Vec<&str> = security.iter().map(String::as_str).collect();
+        self.hosts(&[&receive[..], &security].concat(), faults, "listening")
     }
 
     /// Starts `ferry migrate` from here to `target`, whose link is made again within `reconnect`.
@@ -143,9 +145,19 @@ impl<'a> Host<'a> {
     /// If it can't be started.
     pub fn migrate(&self, target: &str, reconnect: &str) -> anyhow::Result<Process> {
         // A guest that dirties little fits any budget; what is looked at here is not how long it takes.
-        let arguments =
-            ["migrate", NAME, "--to", target, "--downtime", "10s", "--timeout", "60s", "--insecure"];
-        self.start(&[&arguments[..], &["--streams", "2", "--reconnect", reconnect, "--json"]].concat())
+        let migrate = ["migrate", NAME, "--to", target, "--downtime", "10s", "--timeout", "60s"];
+        let streams = ["--streams", "2", "--reconnect", reconnect, "--json"];
+        let security = self.security();
+        let security: Vec<&str> = security.iter().map(String::as_str).collect();
+        self.start(&[&migrate[..], &streams, &security].concat())
+    }
+
+    /// How its connections are secured, for the command line.
+    fn security(&self) -> Vec<String> {
+        match &self.certificate {
+            Some(folder) => vec!["--tls-dir".to_owned(), folder.display().to_string()],
+            None => vec!["--insecure".to_owned()],
+        }
     }
 
     /// Starts `ferry migrate --cancel` here.

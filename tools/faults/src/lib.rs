@@ -13,6 +13,7 @@
 //! lose power. A record's durability is the file system's promise, and what is tested here is in which order it is asked for.
 
 pub mod campaign;
+mod certificates;
 pub mod hold;
 pub mod host;
 pub mod leaks;

@@ -13,7 +13,7 @@ const AT_ONCE: usize = 3;
 #[derive(Debug, Parser)]
 struct Cli {
     /// How many faults
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
     count: u64,
     /// The campaign's seed; without it, a new one
     #[arg(long)]

@@ -178,6 +178,8 @@ pub struct Fault {
     pub load: Load,
     /// Whether it has a disk, whose lock alone would keep it from running twice.
     pub disk: bool,
+    /// Whether the hosts have certificates, so that it happens to connections with TLS.
+    pub tls: bool,
 }
 
 impl Fault {
@@ -200,15 +202,19 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { number, seed, side, step, nth, before, effect, load, disk } = self;
+        let Self { number, seed, side, step, nth, before, effect, load, disk, tls } = self;
         write!(f, "fault {number} (seed {seed:016x}): {effect:?} at {side} {step}:{nth}, guest {load:?}")?;
         write!(f, "{}", if *disk { " with a disk" } else { "" })?;
+        write!(f, "{}", if *tls { ", with certificates" } else { "" })?;
         if *before == Before::Nothing { Ok(()) } else { write!(f, ", after {before:?}") }
     }
 }
 
 /// Shorter than any patience of ferry's.
 const SHORT_MS: std::ops::Range<u64> = 50..900;
+
+/// One fault in so many happens to hosts with certificates.
+const ONE_IN_WITH_TLS: u64 = 4;
 
 /// How many effects there are to choose from.
 const EFFECTS: u64 = 12;
@@ -254,7 +260,9 @@ pub fn fault(seed: u64, number: u64) -> Fault {
     let nth = random.random_range(nth_min..=nth_max);
     let load = if random.random_bool(0.5) { Load::Network } else { Load::Memory };
     let disk = random.random_bool(0.5);
-    Fault { number, seed: own, side, step, nth, before, effect, load, disk }
+    // By its number, so that the seed's choices are what they were without.
+    let tls = number.is_multiple_of(ONE_IN_WITH_TLS);
+    Fault { number, seed: own, side, step, nth, before, effect, load, disk, tls }
 }
 
 /// The finaliser of SplitMix64: numbers that lie close together become far apart.
@@ -282,6 +290,9 @@ mod tests {
         }
         let kinds: HashSet<_> = faults.iter().map(|fault| fault.effect.kind()).collect();
         assert_eq!(kinds.len(), 7, "{kinds:?}");
+        let with_tls: HashSet<_> =
+            faults.iter().filter(|fault| fault.tls).map(|fault| fault.effect.kind()).collect();
+        assert_eq!(with_tls.len(), 7, "with certificates: {with_tls:?}");
     }
 
     #[test]

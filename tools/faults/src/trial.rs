@@ -19,6 +19,7 @@ use ferry_migrate::protocol::{Record, VmId};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
+use crate::certificates::certify;
 use crate::hold::{Held, Hold};
 use crate::host::Host;
 use crate::leaks::Census;
@@ -82,6 +83,9 @@ impl<'a> Trial<'a> {
         let hold_for_cancel = Hold::new(folder.path().join("cancel"))?;
         let mut source = Host::new(Side::Source, &lab.host_a, program, folder.path(), &disk)?;
         let mut target = Host::new(Side::Target, &lab.host_b, program, folder.path(), &disk)?;
+        if fault.tls {
+            certify([&mut source, &mut target], folder.path())?;
+        }
         let faults = |side| faults_of(fault, side, &hold, &hold_for_cancel);
         target.receive(&faults(Side::Target))?;
         source.run(fault.load, fault.disk, &faults(Side::Source))?;

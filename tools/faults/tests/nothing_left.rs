@@ -2,6 +2,7 @@
 //! attempt after them is as good as the first.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use ferry_faults::host::{Host, NAME};
@@ -31,6 +32,9 @@ enum Fails {
     /// By what is done once pages move.
     UnderWay(UnderWay),
 }
+
+/// How long a target that was cut off may keep what has arrived: what its source asked for, and a margin.
+const KEEPS_PATIENCE: Duration = Duration::from_secs(20);
 
 enum UnderWay {
     Cancel,
@@ -210,9 +214,7 @@ impl<'a> World<'a> {
     fn nothing_lost(&mut self, migrating: &Process, word: &str) -> anyhow::Result<()> {
         let events = migrating.events();
         let error = events.last().and_then(|event| event["error"].as_str()).context("no error is told")?;
-        // A data stream that breaks may be noticed before the target's word of why it closed it has been read.
-        let named = error.contains(word) || error.contains("data stream");
-        ensure!(error.contains("goes on here") && named, "'{word}' is missing in: {error}");
+        ensure!(error.contains("goes on here") && error.contains(word), "'{word}' is missing in: {error}");
         self.source.until_state(&["running"], PATIENCE)?;
         let pid = self.source.process()?.id();
         let beats = |watch: &Watch| watch.report(pid).map_or(0, |report| report.heartbeat_count);
@@ -258,18 +260,22 @@ fn twenty_attempts(lab: &Lab, folder: &Path) -> anyhow::Result<()> {
         Ok(report.filter(|report| report["pages_checked"].as_u64() > Some(0)))
     })?;
     let source = Census::of(world.source.process()?.id())?;
+    let mut asked = 0;
     for (number, (how, word)) in ATTEMPTS.iter().enumerate() {
         world.attempt = number;
         let failed = world.fails(how).and_then(|migrating| world.nothing_lost(&migrating, word));
         failed.with_context(|| format!("attempt {number}"))?;
         println!("attempt {number} failed as it was to");
-        // The target that has gone through the most of them is asked before it is killed.
-        let next_kills = ATTEMPTS.get(number + 1).is_none_or(|(how, _)| matches!(how, TargetDies(_)));
-        if next_kills && world.target.vm_state().as_deref() == Some("waiting") {
+        // The target that has gone through most of them is asked before its process ends.
+        let ends = |how: &Fails| matches!(how, TargetDies(_) | While(UnderWay::StopTarget));
+        if ATTEMPTS.get(number + 1).is_none_or(|(how, _)| ends(how)) {
+            world.target.until_state(&["waiting"], KEEPS_PATIENCE)?;
             let kept = kept(world.target.process()?.id(), &world.fresh_target);
             ensure!(kept.is_empty(), "the target keeps {kept:?} after attempt {number}");
+            asked += 1;
         }
     }
+    ensure!(asked == 6, "the target was asked {asked} times what it keeps");
     let kept = kept(world.source.process()?.id(), &source);
     ensure!(kept.is_empty(), "the source keeps {kept:?} of {} attempts", ATTEMPTS.len());
     let records = world.source.records()?;

@@ -16,6 +16,7 @@ mod commands;
 mod cpu_profile;
 mod demo;
 mod host;
+mod permission;
 mod quantity;
 mod security;
 mod state_dir;

@@ -9,13 +9,15 @@
 //! ```
 
 use std::fs::{self, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use ferry_migrate::FileRecords;
 use ferry_migrate::protocol::VmName;
 use nix::fcntl::{Flock, FlockArg};
+
+use crate::permission;
 
 /// The folder.
 #[derive(Debug, Clone)]
@@ -65,7 +67,8 @@ impl StateDir {
             .recursive(true)
             .mode(0o700)
             .create(&self.0)
-            .with_context(|| format!("can't make the state folder {}", self.0.display()))?;
+            .map_err(|error| permission::cannot("make the state folder", &self.0, &error))?;
+        self.warn_if_open_to_others();
         let path = self.0.join(format!("{name}.lock"));
         let file = OpenOptions::new()
             .write(true)
@@ -73,7 +76,7 @@ impl StateDir {
             .truncate(false)
             .mode(0o600)
             .open(&path)
-            .with_context(|| format!("can't open {}", path.display()))?;
+            .map_err(|error| permission::cannot("open", &path, &error))?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => {
                 // A socket that is still there belongs to a process that has died.
@@ -88,6 +91,19 @@ impl StateDir {
                  choose another --name or stop that one with 'ferry stop {name}'"
             ),
             Err((_, error)) => Err(error).with_context(|| format!("can't lock {}", path.display())),
+        }
+    }
+
+    /// Whoever may write to a folder that was there already can take a VM's socket or record away.
+    fn warn_if_open_to_others(&self) {
+        let mode = fs::metadata(&self.0).map_or(0, |metadata| metadata.mode());
+        let sticky = mode & 0o1000 != 0;
+        if mode & 0o022 != 0 && !sticky {
+            let folder = self.0.display();
+            tracing::warn!(
+                "others may write to the state folder {folder} (mode {:o}): chmod 700 it",
+                mode & 0o7777
+            );
         }
     }
 

@@ -16,7 +16,7 @@ use super::Role;
 pub(super) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// For every thread: memory, locks, time, signals, and what is open already.
-const EVERY: [Sysno; 48] = [
+const EVERY: [Sysno; 47] = [
     Sysno::brk,
     // Gives up what is left; nobody can get any back.
     Sysno::capset,
@@ -62,7 +62,6 @@ const EVERY: [Sysno; 48] = [
     Sysno::set_robust_list,
     Sysno::setpriority,
     Sysno::sigaltstack,
-    Sysno::tgkill,
     Sysno::timerfd_settime,
     Sysno::write,
     Sysno::writev,
@@ -97,7 +96,7 @@ const DATA: [Sysno; 10] = [
 ];
 
 /// For control threads also: files, sockets, threads.
-const CONTROL: [Sysno; 76] = [
+const CONTROL: [Sysno; 73] = [
     Sysno::accept,
     Sysno::access,
     Sysno::arch_prctl,
@@ -139,12 +138,10 @@ const CONTROL: [Sysno; 76] = [
     Sysno::memfd_create,
     Sysno::mkdir,
     Sysno::mkdirat,
-    Sysno::move_pages,
     Sysno::newfstatat,
     Sysno::open,
     Sysno::openat,
     Sysno::pipe2,
-    Sysno::prlimit64,
     Sysno::process_madvise,
     Sysno::readlink,
     Sysno::readlinkat,
@@ -156,7 +153,6 @@ const CONTROL: [Sysno; 76] = [
     Sysno::rt_sigtimedwait,
     Sysno::sched_getparam,
     Sysno::sched_getscheduler,
-    Sysno::sched_setaffinity,
     Sysno::sendmmsg,
     Sysno::set_mempolicy,
     Sysno::set_tid_address,
@@ -179,13 +175,51 @@ const CONTROL: [Sysno; 76] = [
 /// Calls that make threads and processes. [`refused_quietly`] says which of them fail.
 const CLONES: [Sysno; 2] = [Sysno::clone, Sysno::clone3];
 
-/// The kinds of ioctl, by the second byte of their number: that which finds pages that were never touched, KVM's, those of terminals and taps, of block devices, and of
-/// network interfaces.
-const PAGE_MAP: u64 = 0x6600;
-const KVM: u64 = 0xAE00;
-const TERMINAL_AND_TAP: u64 = 0x5400;
-const BLOCK_DEVICE: u64 = 0x1200;
-const INTERFACE: u64 = 0x8900;
+/// ioctls whose numbers have these bits in common. One that is not listed is refused: among those of terminals is one that types
+/// into what the operator reads.
+#[derive(Debug, Clone, Copy)]
+struct Ioctls {
+    mask: u64,
+    bits: u64,
+}
+
+impl Ioctls {
+    const fn one(number: u64) -> Self {
+        Self { mask: 0xFFFF_FFFF, bits: number }
+    }
+
+    /// All of the kind whose letter is the second byte.
+    const fn kind(letter: u8) -> Self {
+        Self { mask: 0xFF00, bits: (letter as u64) << 8 }
+    }
+}
+
+/// KVM's.
+const KVM: Ioctls = Ioctls::kind(0xAE);
+/// That which finds pages that were never touched.
+const PAGE_MAP: Ioctls = Ioctls::kind(0x66);
+/// Those of taps, which have the upper quarter of the terminals' numbers for themselves.
+const TAP: Ioctls = Ioctls { mask: 0xFFC0, bits: 0x54C0 };
+/// Whether reading and writing wait.
+const NON_BLOCKING: Ioctls = Ioctls::one(libc::FIONBIO);
+/// Those of block devices.
+const BLOCK_DEVICE: Ioctls = Ioctls::kind(0x12);
+/// Those of network interfaces; what changes one needs a capability.
+const INTERFACE: Ioctls = Ioctls::kind(0x89);
+/// Whether a descriptor is a terminal, its mode and size, how much is there to be read, and that it is closed on exec.
+const TERMINAL: [Ioctls; 7] = [
+    Ioctls::one(libc::TCGETS),
+    Ioctls::one(libc::TCSETS),
+    Ioctls::one(libc::TCSETSW),
+    Ioctls::one(libc::TCSETSF),
+    Ioctls::one(libc::TIOCGWINSZ),
+    Ioctls::one(libc::FIONREAD),
+    Ioctls::one(libc::FIOCLEX),
+];
+
+/// Calls whose first argument names a process or a thread, 0 being the caller: of another process, even one of the same user, nothing
+/// is sent to, moved or limited.
+const OF_ITSELF: [Sysno; 3] = [Sysno::move_pages, Sysno::prlimit64, Sysno::sched_setaffinity];
 
 /// The kinds of socket that a control thread may make. Name resolution uses netlink.
 const SOCKETS: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
@@ -193,18 +227,18 @@ const SOCKETS: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::A
 /// What `role` may do.
 pub(super) fn of(role: Role) -> Result<Rules, BackendError> {
     let mut rules = Rules::new();
-    let (calls, ioctls): (&[&[Sysno]], &[u64]) = match role {
+    let (calls, ioctls): (&[&[Sysno]], &[Ioctls]) = match role {
         Role::Vcpu => (&[], &[KVM]),
-        Role::Device => (&[&DEVICE], &[KVM, TERMINAL_AND_TAP, BLOCK_DEVICE]),
-        Role::Data => (&[&DATA], &[PAGE_MAP]),
+        Role::Device => (&[&DEVICE], &[KVM, TAP, NON_BLOCKING, BLOCK_DEVICE]),
+        Role::Data => (&[&DATA], &[PAGE_MAP, NON_BLOCKING]),
         Role::Control | Role::Opener => {
-            (&[&DEVICE, &DATA, &CONTROL], &[KVM, PAGE_MAP, TERMINAL_AND_TAP, BLOCK_DEVICE, INTERFACE])
+            (&[&DEVICE, &DATA, &CONTROL], &[KVM, PAGE_MAP, TAP, NON_BLOCKING, BLOCK_DEVICE, INTERFACE])
         }
     };
+    let is_control = matches!(role, Role::Control | Role::Opener);
     for call in EVERY.iter().chain(&CLONES).chain(calls.iter().copied().flatten()) {
         rules.insert(i64::from(call.id()), Vec::new());
     }
-    let is_control = matches!(role, Role::Control | Role::Opener);
     let executable =
         if is_control { vec![is_not(2, WRITE)?, is_not(2, EXECUTE)?] } else { vec![is_not(2, EXECUTE)?] };
     rules.insert(i64::from(Sysno::mmap.id()), executable.clone());
@@ -213,9 +247,16 @@ pub(super) fn of(role: Role) -> Result<Rules, BackendError> {
     let itself = [libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS]
         .map(|what| with(0, Eq, u64::from(what.unsigned_abs())));
     rules.insert(i64::from(Sysno::prctl.id()), itself.into_iter().collect::<Result<_, _>>()?);
-    let kinds = ioctls.iter().map(|&kind| with(1, MaskedEq(0xFF00), kind)).collect::<Result<_, _>>()?;
-    rules.insert(i64::from(Sysno::ioctl.id()), kinds);
+    let terminal: &[Ioctls] = if is_control { &TERMINAL } else { &[] };
+    let ioctls = ioctls.iter().chain(terminal).map(|ioctl| with(1, MaskedEq(ioctl.mask), ioctl.bits));
+    rules.insert(i64::from(Sysno::ioctl.id()), ioctls.collect::<Result<_, _>>()?);
+    // A vCPU's thread is kicked by a signal.
+    let own = u64::from(std::process::id());
+    rules.insert(i64::from(Sysno::tgkill.id()), vec![with(0, Eq, own)?]);
     if is_control {
+        for call in OF_ITSELF {
+            rules.insert(i64::from(call.id()), vec![with(0, Eq, 0)?, with(0, Eq, own)?]);
+        }
         rules.insert(i64::from(Sysno::prctl.id()), Vec::new());
         let families = SOCKETS.map(|family| with(0, Eq, u64::from(family.unsigned_abs())));
         rules.insert(i64::from(Sysno::socket.id()), families.into_iter().collect::<Result<_, _>>()?);

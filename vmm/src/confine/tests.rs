@@ -151,3 +151,49 @@ fn memory_that_is_written_and_executed_is_refused() {
     assert_eq!((map(all), map(executed)), (refused, None));
     assert_eq!(on_thread(Role::Data, move || (map(executed), map(ProtFlags::PROT_READ))), (refused, None));
 }
+
+#[test]
+fn other_processes_of_the_same_user_are_out_of_reach() {
+    if !in_own_process("confine::tests::other_processes_of_the_same_user_are_out_of_reach") {
+        return;
+    }
+    // It ends with this process, which holds the other end of what it reads.
+    let mut other = Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+    let victim = i32::try_from(other.id()).unwrap();
+    begin(Seccomp::On, Role::Control).unwrap();
+    for role in [Role::Vcpu, Role::Device, Role::Data, Role::Control] {
+        let (foreign, own) = on_thread(role, move || {
+            let send = |process: i32, thread: i32| {
+                // SAFETY: tgkill takes numbers only; signal 0 is none.
+                unsafe { libc::syscall(libc::SYS_tgkill, process, thread, 0) }
+            };
+            let pid = i32::try_from(std::process::id()).unwrap();
+            (send(victim, victim), send(pid, pid))
+        });
+        assert_eq!((foreign, own), (-1, 0), "{role:?}");
+        assert_eq!(count(role, "tgkill"), 1, "{role:?}");
+    }
+    // Which is refused, too.
+    assert!(other.wait().is_err());
+}
+
+/// One that could would have its words taken for the operator's.
+#[test]
+fn no_thread_types_into_the_operators_terminal() {
+    if !in_own_process("confine::tests::no_thread_types_into_the_operators_terminal") {
+        return;
+    }
+    let terminal = nix::pty::openpty(None, None).unwrap();
+    let descriptor = std::os::fd::AsRawFd::as_raw_fd(&terminal.slave);
+    begin(Seccomp::On, Role::Control).unwrap();
+    for role in [Role::Vcpu, Role::Device, Role::Data, Role::Control] {
+        let typed = on_thread(role, move || {
+            let letter = b'x';
+            // SAFETY: TIOCSTI reads one byte, which lives until it returns.
+            unsafe { libc::ioctl(descriptor, libc::TIOCSTI, &raw const letter) }
+        });
+        assert_eq!((typed, count(role, "ioctl")), (-1, 1), "{role:?}");
+    }
+    // What a control thread does ask a terminal.
+    assert!(std::io::IsTerminal::is_terminal(&terminal.slave));
+}

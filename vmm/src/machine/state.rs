@@ -5,6 +5,9 @@
 //! as they are set; the devices, which may raise an interrupt; and last the timer, which starts to count.
 
 mod devices;
+mod saved;
+
+pub use saved::SavedState;
 
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
 
@@ -19,18 +22,6 @@ use crate::saved::sections::{
 };
 use crate::saved::{Announced, Reader, StateError, Writer, check_announced, from_abi_bytes, to_abi_bytes};
 use crate::vcpu::{self, StateContext};
-
-/// A whole saved state, decoded.
-#[derive(Debug)]
-struct Saved {
-    irqchip: Irqchip,
-    pit: Pit,
-    clock: Clock,
-    vcpus: Vec<SavedVcpu>,
-    serial: SavedSerial,
-    power: Option<SavedPower>,
-    virtio: Vec<SavedVirtio>,
-}
 
 impl Machine {
     /// What a target must build before it can take this machine's memory and state.
@@ -164,7 +155,8 @@ impl Machine {
             let action = "restore a state";
             return Err(StateError::WrongStatus { action, status: phase.name(), needed: "never run" });
         }
-        let Saved { irqchip, pit, clock, vcpus, serial, power, virtio } = self.decode(bytes)?;
+        let SavedState { shape: _, irqchip, pit, clock, vcpus, serial, power, virtio, devices: _ } =
+            self.decode(bytes)?;
         let Pit { state } = pit;
         let pit = from_abi_bytes("pit", &state)?;
         self.check_cpu(&vcpus[0])?;
@@ -188,39 +180,21 @@ impl Machine {
     }
 
     /// Decodes a state and checks that it is of a machine like this one.
-    fn decode(&self, bytes: &[u8]) -> Result<Saved, StateError> {
-        let reader = Reader::new(bytes)?;
+    fn decode(&self, bytes: &[u8]) -> Result<SavedState, StateError> {
+        let saved = SavedState::decode(bytes)?;
         let ours = self.shape();
         // What holds the memory is each host's own business.
-        let shape = MachineShape { shared_memory: ours.shared_memory, ..reader.one()? };
+        let shape = MachineShape { shared_memory: ours.shared_memory, ..saved.shape.clone() };
         if shape != ours {
             let what = format!("it has {shape:?}, and this one has {ours:?}");
             return Err(StateError::OtherMachine { what });
         }
-        let vcpus: Vec<SavedVcpu> = reader.all()?;
-        if vcpus.len() != self.vcpus.len() {
-            let (found, expected) = (vcpus.len(), self.vcpus.len());
-            return Err(StateError::SectionCount { section: "vcpu", found, expected });
-        }
-        if let Some(strange) = vcpus.iter().zip(0_u8..).find(|(saved, index)| saved.index != *index) {
-            let what = format!("vCPU {} comes where {} belongs", strange.0.index, strange.1);
-            return Err(StateError::Invalid { section: "vcpu", what });
-        }
-        let virtio: Vec<SavedVirtio> = reader.all()?;
-        if virtio.len() != self.bus.virtio.len() {
-            let (found, expected) = (virtio.len(), self.bus.virtio.len());
+        if saved.virtio.len() != self.bus.virtio.len() {
+            let (found, expected) = (saved.virtio.len(), self.bus.virtio.len());
             return Err(StateError::SectionCount { section: "virtio-mmio", found, expected });
         }
-        devices::check(self, &reader)?;
-        Ok(Saved {
-            irqchip: reader.one()?,
-            pit: reader.one()?,
-            clock: reader.one()?,
-            vcpus,
-            serial: reader.one()?,
-            power: reader.one_at_most()?,
-            virtio,
-        })
+        devices::check(self, &saved.devices)?;
+        Ok(saved)
     }
 
     /// Every kind of section that [`Machine::save_state`] writes for this machine. One that it writes and that is not here
@@ -294,6 +268,8 @@ impl Machine {
     }
 }
 
+#[cfg(test)]
+mod foreign;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]

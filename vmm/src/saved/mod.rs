@@ -18,6 +18,7 @@
 
 mod abi;
 mod announced;
+mod bounded;
 mod previous;
 pub(crate) mod sections;
 
@@ -350,6 +351,16 @@ impl<'a> Reader<'a> {
         of_kind.map(RawSection::decode).collect()
     }
 
+    /// The same, if there are no more than `most` of them: found out before any is decoded.
+    pub(crate) fn at_most<S: Section>(&self, most: usize) -> Result<Vec<S>, StateError> {
+        let found = self.sections.iter().filter(|section| section.kind == S::KIND).count();
+        if found > most {
+            let what = format!("there are {found} of it, and no machine has more than {most}");
+            return Err(StateError::Invalid { section: S::NAME, what });
+        }
+        self.all()
+    }
+
     /// The first section of an optional type, if there is one in a version that is known here.
     pub(crate) fn optional<S: Section>(&self) -> Result<Option<S>, StateError> {
         const { assert!(S::KIND & OPTIONAL != 0) };
@@ -363,24 +374,16 @@ impl<'a> Reader<'a> {
 
     /// The section of a type that not every state has.
     pub(crate) fn one_at_most<S: Section>(&self) -> Result<Option<S>, StateError> {
-        let mut all = self.all::<S>()?;
-        match (all.pop(), all.len()) {
-            (last, 0) => Ok(last),
+        let mut of_kind = self.sections.iter().filter(|section| section.kind == S::KIND);
+        match (of_kind.next(), of_kind.count()) {
+            (first, 0) => first.map(RawSection::decode).transpose(),
             (_, others) => Err(StateError::SectionCount { section: S::NAME, found: others + 1, expected: 1 }),
         }
     }
 
     /// The one section of a type.
     pub(crate) fn one<S: Section>(&self) -> Result<S, StateError> {
-        let mut all = self.all::<S>()?;
-        match (all.pop(), all.len()) {
-            (Some(section), 0) => Ok(section),
-            (last, others) => Err(StateError::SectionCount {
-                section: S::NAME,
-                found: others + usize::from(last.is_some()),
-                expected: 1,
-            }),
-        }
+        self.one_at_most()?.ok_or(StateError::SectionCount { section: S::NAME, found: 0, expected: 1 })
     }
 }
 

@@ -3,8 +3,18 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::bounded::at_most;
 use super::previous::ClockV2;
 use super::{OPTIONAL, Section};
+
+/// As many as KVM takes.
+const CPUID_LEAVES_MAX: usize = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+
+/// More than any KVM lists.
+const MSRS_MAX: usize = 4096;
+
+/// More than any device has.
+const QUEUES_MAX: usize = 64;
 
 /// What a target must build.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +89,7 @@ pub(crate) struct CpuidLeaf {
 pub(crate) struct Vcpu {
     pub(crate) index: u8,
     /// kvm_cpuid_entry2, in order.
+    #[serde(deserialize_with = "at_most::<CPUID_LEAVES_MAX, _, _>")]
     pub(crate) cpuid: Vec<Vec<u8>>,
     pub(crate) mp_state: u32,
     pub(crate) regs: Vec<u8>,
@@ -90,6 +101,7 @@ pub(crate) struct Vcpu {
     pub(crate) lapic: Vec<u8>,
     pub(crate) events: Vec<u8>,
     /// Index and value.
+    #[serde(deserialize_with = "at_most::<MSRS_MAX, _, _>")]
     pub(crate) msrs: Vec<(u32, u64)>,
     pub(crate) tsc_khz: Option<u32>,
     /// What KVM adds to the host's TSC, where KVM tells.
@@ -182,6 +194,7 @@ pub(crate) struct VirtioMmio {
     pub(crate) driver_features: u64,
     pub(crate) queue_select: u32,
     pub(crate) config_generation: u32,
+    #[serde(deserialize_with = "at_most::<QUEUES_MAX, _, _>")]
     pub(crate) queues: Vec<Virtqueue>,
 }
 

@@ -182,3 +182,32 @@ proptest! {
         let _ = Reader::new(&with_header);
     }
 }
+
+/// A vCPU's section whose sequence of CPUID leaves says to have so many, each of which takes a byte here and 24 once it is read.
+fn vcpu_with_leaves(count: usize) -> Vec<u8> {
+    let golden =
+        std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/state-vcpu-v1.bin")).unwrap();
+    let mut vcpu: sections::Vcpu = Reader::new(&golden).unwrap().one().unwrap();
+    vcpu.cpuid = vec![Vec::new(); count];
+    let mut writer = Writer::new();
+    writer.add(&vcpu).unwrap();
+    writer.finish().unwrap()
+}
+
+#[test]
+fn what_a_peer_counts_is_bounded_before_it_takes_memory() {
+    let whole = vcpu_with_leaves(256);
+    assert_eq!(Reader::new(&whole).unwrap().one::<sections::Vcpu>().unwrap().cpuid.len(), 256);
+    for count in [257, 1 << 20] {
+        let bytes = vcpu_with_leaves(count);
+        let error = Reader::new(&bytes).unwrap().one::<sections::Vcpu>().unwrap_err();
+        assert!(matches!(error, StateError::Decode { section: "vcpu", .. }), "{error}");
+    }
+    let mut writer = Writer::new();
+    (0..9).for_each(|_| writer.add(&Pit { state: Vec::new() }).unwrap());
+    let bytes = writer.finish().unwrap();
+    let reader = Reader::new(&bytes).unwrap();
+    assert_eq!(reader.at_most::<Pit>(9).unwrap().len(), 9);
+    let error = reader.at_most::<Pit>(8).unwrap_err().to_string();
+    assert!(error.contains("there are 9 of it, and no machine has more than 8"), "{error}");
+}

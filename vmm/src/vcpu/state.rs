@@ -24,14 +24,13 @@ use crate::saved::{StateError, from_abi_bytes, to_abi_bytes};
 
 const SECTION: &str = "vcpu";
 
-/// Setting one of these has KVM write the wall clock into guest memory at once (Documentation/virt/kvm/x86/msr.rst).
-const MSRS_OF_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+/// Setting one of these has KVM write into guest memory at once: the wall clock (Documentation/virt/kvm/x86/msr.rst), and Hyper-V's
+/// hypercall page and page for each vCPU (arch/x86/kvm/hyperv.c). No guest of ferry's is told of the latter, but a state that
+/// a peer made up may name them, and KVM does not ask what the guest was told.
+const MSRS_THAT_WRITE_MEMORY: [u32; 4] = [0x11, 0x4b56_4d00, 0x4000_0001, 0x4000_0073];
 
 const MSR_MACHINE_CHECK_CAPABILITY: u32 = 0x179;
 const MSR_MACHINE_CHECK_FIRST: u32 = 0x400;
-
-/// More than any KVM lists; bounds what saved state may ask for.
-const MSRS_MAX: usize = 4096;
 
 const XSAVE_BYTES_MAX: usize = 64 << 10;
 
@@ -122,7 +121,7 @@ pub(crate) fn restore(
     fd.set_debug_regs(&debugregs).map_err(call("set a vCPU's debug registers"))?;
     let lapic = from_abi_bytes(SECTION, lapic)?;
     fd.set_lapic(&lapic).map_err(call("set a vCPU's local APIC"))?;
-    let writes_memory = |msr: &(u32, u64)| MSRS_OF_WALL_CLOCK.contains(&msr.0);
+    let writes_memory = |msr: &(u32, u64)| MSRS_THAT_WRITE_MEMORY.contains(&msr.0);
     let (deferred, msrs): (Vec<_>, Vec<_>) = msrs.iter().copied().partition(writes_memory);
     set_msrs_and_time(fd, *index, &msrs, &TimedState::of(saved), tsc)?;
     let events = from_abi_bytes(SECTION, events)?;
@@ -132,7 +131,7 @@ pub(crate) fn restore(
 
 /// Sets what [`restore`] left for the moment in which the guest runs here.
 pub(crate) fn set_before_run(fd: &VcpuFd, vcpu: u8, deferred: &[(u32, u64)]) -> Result<(), StateError> {
-    // Zero is what they are, and means that the guest never asked for the wall clock.
+    // Zero is what they are, and means that the guest never asked for it.
     let asked: Vec<_> = deferred.iter().copied().filter(|(_, address)| *address != 0).collect();
     set_msrs(fd, vcpu, &asked)
 }
@@ -145,9 +144,6 @@ fn set_msrs_and_time(
     timed: &TimedState,
     tsc: TscPlan,
 ) -> Result<(), StateError> {
-    if msrs.len() > MSRS_MAX {
-        return Err(invalid(format!("{} MSRs", msrs.len())));
-    }
     let plain: Vec<_> = msrs.iter().copied().filter(|(index, _)| !time::is_timed(*index)).collect();
     set_msrs(fd, vcpu, &plain)?;
     time::set_time(fd, timed, tsc)

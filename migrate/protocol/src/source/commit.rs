@@ -164,6 +164,10 @@ impl Recording {
 }
 
 impl Committed {
+    pub(super) const fn is_doubted(&self) -> bool {
+        self.doubted
+    }
+
     pub(super) const fn deadline(&self) -> Option<Timestamp> {
         match self.connection {
             Connection::Up { answer_by } => Some(answer_by),
@@ -188,6 +192,8 @@ impl Committed {
                 context.report(Progress::InDoubt { reason });
                 Phase::Committed(self)
             }
+            // Nothing is in doubt yet: the target is about to answer.
+            Event::Resolve(_) if !self.doubted => Phase::Committed(self),
             Event::Resolve(Resolution::Resume) => {
                 let epoch = self.epoch;
                 self.take_back(epoch, Failure::Link(RESOLVED.to_owned()), context)

@@ -107,6 +107,11 @@ impl Context {
         !self.features.contains(Features::UNVERIFIED)
     }
 
+    /// Whether all of memory is read once more while the guest stands still.
+    fn verifies_whole(&self) -> bool {
+        self.config.verify_whole && self.verifies() && self.config.memory == MemoryPath::Streams
+    }
+
     fn next_fence(&mut self) -> u32 {
         self.fence += 1;
         self.fence
@@ -253,6 +258,12 @@ impl Source {
             | Phase::Undoing(_)
             | Phase::Finished => false,
         }
+    }
+
+    /// Whether it is not known here who runs the guest, so that the operator may decide it.
+    #[must_use]
+    pub const fn is_in_doubt(&self) -> bool {
+        matches!(&self.phase, Phase::Committed(phase) if phase.is_doubted())
     }
 
     /// What the target lets the data streams of `session` in with; `None` if it has not said.

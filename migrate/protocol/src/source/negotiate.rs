@@ -92,7 +92,9 @@ impl Greeting {
                 }
                 if !welcome.features.contains(features_wanted(&context.config)) {
                     let text = match context.config.memory {
-                        MemoryPath::Streams => "it can't unpack lz4 pages; migrate with --compress none",
+                        MemoryPath::Streams => {
+                            "it can't unpack pages that are packed like this; migrate with --compress none"
+                        }
                         MemoryPath::HandedOver => {
                             "it can't take memory over by descriptor; start a newer ferry there, or use TCP"
                         }

@@ -11,6 +11,8 @@
 //! names that is still being read. What the target may lack is forgotten by the encoders too ([`Action::ReopenStreams`]), so
 //! that nothing is left out as known, or sent as a delta against it.
 //!
+//! Where links are not made again (`--reconnect 0s`), only the first step remains if a data stream broke: the target may say why.
+//!
 //! It ends with the guest going on here if the target is not reached in the time allowed, or has nothing of the migration
 //! any more. A target that had restored the guest's state forgets it and restores what comes later.
 
@@ -77,7 +79,8 @@ pub(super) struct Reconnecting {
     /// Whether the guest is being resumed.
     resuming: bool,
     since: Timestamp,
-    deadline: Timestamp,
+    /// Set where the link is made again.
+    deadline: Option<Timestamp>,
     next_delay: Duration,
     /// Why the last attempt failed.
     reason: String,
@@ -118,17 +121,20 @@ pub(super) fn begin(
     now: Timestamp,
     context: &mut Context,
 ) -> Phase {
+    let control_stands = matches!(event, Event::StreamFailed(_));
+    let reconnects = may_reconnect(context);
     let reason = match failure {
-        Failure::Link(reason) if may_reconnect(context) => reason,
+        Failure::Link(reason) if reconnects || control_stands => reason,
         failure => return undo(failure, context),
     };
-    let control_stands = matches!(event, Event::StreamFailed(_));
     context.act(Action::CloseStreams);
     let resuming = left.paused;
     if resuming {
         context.act(Action::ResumeVm);
     }
-    context.report(Progress::Reconnecting { reason: reason.clone() });
+    if reconnects {
+        context.report(Progress::Reconnecting { reason: reason.clone() });
+    }
     let step = if control_stands {
         Step::Listening { until: now + LAST_WORD_MAX }
     } else {
@@ -140,7 +146,7 @@ pub(super) fn begin(
         left,
         resuming,
         since: now,
-        deadline: now + context.config.reconnect,
+        deadline: reconnects.then(|| now + context.config.reconnect),
         next_delay: RETRY_DELAY_FIRST,
         reason,
         arrived_pages: 0,
@@ -150,16 +156,18 @@ pub(super) fn begin(
 impl Reconnecting {
     /// When this phase wants to be woken.
     pub(super) fn wake(&self, context: &Context) -> Timestamp {
-        let deadline = match context.config.on_timeout {
-            OnTimeout::Cancel => self.deadline.min(context.deadline()),
-            OnTimeout::Stop => self.deadline,
-        };
-        match self.step {
-            Step::Connecting | Step::Open => deadline,
+        let step = match self.step {
+            Step::Connecting | Step::Open => None,
             Step::Listening { until: by }
             | Step::Asking { answer_by: by, .. }
-            | Step::Opening { open_by: by } => deadline.min(by),
-        }
+            | Step::Opening { open_by: by } => Some(by),
+        };
+        let timeout = match context.config.on_timeout {
+            OnTimeout::Cancel => Some(context.deadline()),
+            OnTimeout::Stop => None,
+        };
+        let due = [step, self.deadline, timeout].into_iter().flatten().min();
+        due.expect("where there is no deadline there is a step that has one")
     }
 
     pub(super) fn on(mut self: Box<Self>, now: Timestamp, event: Event, context: &mut Context) -> Phase {
@@ -216,6 +224,9 @@ impl Reconnecting {
 
     /// The old control connection has nothing more to say.
     fn connect(mut self: Box<Self>, context: &mut Context) -> Phase {
+        if self.deadline.is_none() {
+            return undo(Failure::Link(self.reason), context);
+        }
         self.step = Step::Connecting;
         context.act(Action::Connect { delay: Duration::ZERO });
         Phase::Reconnecting(self)
@@ -233,7 +244,9 @@ impl Reconnecting {
     }
 
     fn timed_out(self: Box<Self>, now: Timestamp, context: &mut Context) -> Phase {
-        if now >= self.deadline || now >= context.deadline() {
+        let forced = context.config.on_timeout == OnTimeout::Stop;
+        let over = self.deadline.is_some_and(|deadline| now >= deadline);
+        if over || (now >= context.deadline() && !forced) {
             let text = format!(
                 "{}; and the migration could not be taken up again within {:.0} s (--reconnect)",
                 self.reason,

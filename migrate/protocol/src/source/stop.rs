@@ -152,7 +152,7 @@ impl Stopping {
                     fence,
                     paused: true,
                     first: context.reached == 0,
-                    whole: context.verifies() && context.config.verify_whole,
+                    whole: context.verifies_whole(),
                 });
                 context.act(Action::SaveState);
                 self.step =
@@ -187,8 +187,12 @@ impl Stopping {
         let Step::Copying(Copying { started, pages, sent: Some(sent), state_sent: true }) = self.step else {
             return Phase::Stopping(self);
         };
-        if let Some(whole) = sent.whole_digest.filter(|whole| *whole != sent.digest) {
-            return undo(log_broken(whole, sent.digest), context);
+        if context.verifies_whole() {
+            match sent.whole_digest {
+                Some(whole) if whole == sent.digest => {}
+                Some(whole) => return undo(log_broken(whole, sent.digest), context),
+                None => return undo(Failure::Local(NOT_CHECKED.to_owned()), context),
+            }
         }
         let dirty_pages = pages.count();
         self.standstill.downtime.copy = self.standstill.lap(now);
@@ -289,6 +293,9 @@ impl Preparing {
         Ok(())
     }
 }
+
+const NOT_CHECKED: &str =
+    "all of memory was to be read once more (--verify full), and that could not be done; the log says why";
 
 /// Memory is not what was sent of it: a page was written that no log has named.
 fn log_broken(whole: MemoryDigest, sent: MemoryDigest) -> Failure {

@@ -20,6 +20,10 @@ use super::{
 };
 use super::{interrupted, witness};
 
+/// How long a source that is connected may leave a guest that is prepared: longer than any of its own standstills. One that
+/// hangs would keep the memory for ever.
+const PREPARED_MAX: Duration = Duration::from_secs(15 * 60);
+
 /// A guest that could run here.
 #[derive(Debug, Clone)]
 pub(super) struct ReadyGuest {
@@ -37,12 +41,20 @@ pub(super) struct Prepared {
     runs: bool,
     /// What the streams brought since the source was last told, once they have ended, and the digest of memory then.
     ended: Option<(PageBitmap, MemoryDigest)>,
-    /// Set while the connection is lost.
-    pub(super) discard_at: Option<Timestamp>,
+    /// Sooner while the connection is lost.
+    pub(super) discard_at: Timestamp,
+    /// The connection is lost.
+    lost: bool,
 }
 
-pub(super) const fn prepared(receiving: Box<Receiving>, network: NetworkIdentity, runs: bool) -> Phase {
-    Phase::Prepared(Prepared { receiving, network, runs, ended: None, discard_at: None })
+pub(super) fn prepared(
+    receiving: Box<Receiving>,
+    network: NetworkIdentity,
+    runs: bool,
+    now: Timestamp,
+) -> Phase {
+    let discard_at = now + PREPARED_MAX;
+    Phase::Prepared(Prepared { receiving, network, runs, ended: None, discard_at, lost: false })
 }
 
 impl Prepared {
@@ -70,19 +82,23 @@ impl Prepared {
             // It may have committed. Waiting a while costs nothing; discarding afterwards is safe, because a
             // source that did commit is answered `Discarded` and takes the guest back.
             Event::Disconnected(_) => {
-                if self.discard_at.is_none() {
+                if !std::mem::replace(&mut self.lost, true) {
                     context.act(Action::Report(Progress::InDoubt));
-                    self.discard_at = Some(now + PREPARED_WAIT_MAX);
+                    self.discard_at = now + PREPARED_WAIT_MAX;
                 }
                 Phase::Prepared(self)
             }
             Event::Reconnected => {
-                self.discard_at = None;
+                (self.lost, self.discard_at) = (false, now + PREPARED_MAX);
                 Phase::Prepared(self)
             }
-            Event::Timeout if self.discard_at.is_some_and(|at| now >= at) => {
-                let text = "the source did not come back after the guest was prepared";
-                discard(self.receiving.guest, None, text, context)
+            Event::Timeout if now >= self.discard_at => {
+                let (code, text) = if self.lost {
+                    (None, "the source did not come back after the guest was prepared")
+                } else {
+                    (Some(AbortCode::Timeout), "the source has not said what becomes of the prepared guest")
+                };
+                discard(self.receiving.guest, code, text, context)
             }
             Event::Cancel => {
                 let text = "the target was told to give up";
@@ -98,7 +114,7 @@ impl Prepared {
         let next = if asks { standing.ask(epoch) } else { standing.commit(epoch) };
         // A commit for another epoch is a peer's error and changes nothing.
         let Ok(standing) = next else { return Phase::Prepared(self) };
-        let Self { receiving, network, runs, ended: _, discard_at: _ } = self;
+        let Self { receiving, network, runs, ended: _, discard_at: _, lost: _ } = self;
         let digest = receiving.digest();
         let ready = ReadyGuest { guest: Guest { standing, ..receiving.guest }, network, runs, digest };
         if asks { witness::ask(ready, now, context) } else { record(ready, Duration::ZERO, context) }
@@ -127,11 +143,12 @@ impl Recording {
                 start::begin(self.ready, self.asked + took, context)
             }
             Event::RecordFailed(reason) => {
-                guest.standing = guest.standing.failed().expect("it was being recorded");
                 let text = format!("the target could not record that it runs the guest: {reason}");
                 if context.config.witness.is_some() {
-                    return witness::give_up(self.ready, text, now, context);
+                    guest.standing = guest.standing.withheld().expect("it was being recorded");
+                    return witness::not_recorded(self.ready, text, now, context);
                 }
+                guest.standing = guest.standing.failed().expect("it was being recorded");
                 discard_over(OnDisk::PerhapsRunning, self.ready.guest, None, &text, context)
             }
             // Until the disk has answered nothing else can be decided. A repeated `Commit` is answered by

@@ -64,6 +64,19 @@ pub(super) enum Loss {
     Replaced,
 }
 
+/// Whether the event is a loss of the link, which need not be the end; gives the event back if not.
+pub(super) fn loss(event: Event) -> Result<(Loss, String), Event> {
+    match event {
+        Event::Disconnected(reason) => {
+            Ok((Loss::Control, format!("the connection to the source was lost: {reason}")))
+        }
+        Event::Reconnected => Ok((Loss::Replaced, "the source has connected anew".to_owned())),
+        // Only the connection: a stream that sent what it must not says so by another code.
+        Event::StreamFailed { code: AbortCode::Internal, sentence } => Ok((Loss::Stream, sentence)),
+        other => Err(other),
+    }
+}
+
 /// Keeps what has arrived, or discards it where it can't be taken up.
 pub(super) fn begin(
     mut receiving: Box<Receiving>,
@@ -178,7 +191,7 @@ impl Interrupted {
             Event::Message(Message::Abort(abort)) => self.give_up(None, &abort.sentence, context),
             // What the source had sent before it noticed.
             Event::Message(_) => Phase::Interrupted(self),
-            Event::RecordRehearsed { .. } => {
+            Event::RecordRehearsed { .. } | Event::WitnessProbed { .. } | Event::WitnessSilent(_) => {
                 self.receiving.rehearsed();
                 Phase::Interrupted(self)
             }

@@ -1,7 +1,7 @@
 //! The target's side of a migration, one file a phase:
 //!
 //! ```text
-//!  receive.rs   Greeting -> Building -> Receiving (pages, fences, state, Prepare)
+//!  receive.rs   Greeting (known.rs: may it be taken in?) -> Building -> Receiving (pages, fences, state, Prepare)
 //!  interrupted.rs  Interrupted: the link broke; back to Receiving when the source takes it up
 //!  handover.rs  Prepared -> Recording -> Starting (start.rs) -> Running
 //!               Discarding
@@ -14,6 +14,7 @@
 
 mod handover;
 mod interrupted;
+mod known;
 mod receive;
 mod start;
 mod witness;
@@ -456,7 +457,7 @@ impl Target {
     fn phase_timeout(&self) -> Option<Timestamp> {
         match &self.phase {
             Phase::Greeting(phase) => Some(phase.deadline),
-            Phase::Prepared(phase) => phase.discard_at,
+            Phase::Prepared(phase) => Some(phase.discard_at),
             Phase::Building(phase) => phase.wake(),
             Phase::Asking(phase) => phase.retry_at,
             Phase::GivingUp(phase) => phase.retry_at,
@@ -538,7 +539,7 @@ impl Target {
             Phase::Prepared(_) => "prepared",
             Phase::Asking(_) => "asking the witness",
             Phase::Recording(_) => "recording that it runs",
-            Phase::GivingUp(_) => "giving up at the witness",
+            Phase::GivingUp(ref phase) => phase.word(),
             Phase::Starting(ref phase) => phase.word(),
             Phase::Running(_) => "running",
             Phase::Discarding(_) => "discarding",

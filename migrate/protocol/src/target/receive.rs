@@ -23,7 +23,8 @@ use crate::record::{Record, Standing};
 use crate::time::Timestamp;
 
 use super::handover::{self, discard, refuse};
-use super::interrupted::{self, KEEP_MARGIN, KEEP_MAX, Loss};
+use super::interrupted::{self, KEEP_MARGIN, KEEP_MAX, loss};
+use super::known;
 use super::witness::{Rehearsing, features, has_witness_as, is_same, no_witness};
 use super::{Action, Context, Event, Guest, Phase, Progress};
 
@@ -72,25 +73,8 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
         let text = format!("this target waits for VM '{wanted}', not for '{}'", hello.name);
         return refuse(Some(AbortCode::CannotBuild), &text, context);
     }
-    let known = context.config.record.as_ref().filter(|record| record.vm == hello.vm);
-    let outdated = |record: &Record| match record.standing {
-        // An attempt that was given up leaves the source in the epoch before.
-        Standing::Receiving { .. } | Standing::Discarded => record.epoch > hello.epoch.next(),
-        // What this host gave away may come back from whoever runs it now.
-        Standing::Committed { .. } | Standing::Released { .. } => record.epoch > hello.epoch,
-        // An epoch has one owner: what ran here in it can't run at the source.
-        Standing::Running | Standing::Stopped => record.epoch >= hello.epoch,
-    };
-    if let Some(known) = known.filter(|record| outdated(record)) {
-        let text = format!(
-            "this host's record says that VM '{}' is {} here in epoch {}: what the source runs as epoch {} is \
-             outdated or a second copy",
-            hello.name,
-            known.standing.word(),
-            known.epoch,
-            hello.epoch
-        );
-        return refuse(Some(AbortCode::Epoch), &text, context);
+    if let Err(refusal) = known::check(context.config.record.as_ref(), hello) {
+        return refuse(Some(refusal.code()), &refusal.to_string(), context);
     }
     if let Err(text) = has_witness_as(hello, context) {
         return refuse(Some(AbortCode::Witness), &text, context);
@@ -125,7 +109,9 @@ fn greet(hello: &Hello, now: Timestamp, context: &mut Context) -> Phase {
 /// another attempt says nothing of what became of this one, so the source stays in doubt.
 fn answer_from_record(hello: &Hello, context: &mut Context) -> Phase {
     let epoch = hello.epoch.next();
-    let record = context.config.record.take().filter(|record| record.vm == hello.vm);
+    // A record speaks of a VM under the name that it came by, which its source keeps for as long as it asks.
+    let of_it = |record: &Record| record.vm == hello.vm && record.name == hello.name;
+    let record = context.config.record.take().filter(of_it);
     if record.as_ref().is_some_and(|record| record.never_ran(hello.migration, epoch)) {
         let standing = TargetStanding::Receiving(epoch);
         let guest = Guest { vm: hello.vm, name: hello.name.clone(), migration: hello.migration, standing };
@@ -373,19 +359,6 @@ pub(super) struct Receiving {
     pub(super) told: Option<(u32, PageBitmap)>,
 }
 
-/// Whether the event is a loss of the link, which need not be the end; gives the event back if not.
-fn loss(event: Event) -> Result<(Loss, String), Event> {
-    match event {
-        Event::Disconnected(reason) => {
-            Ok((Loss::Control, format!("the connection to the source was lost: {reason}")))
-        }
-        Event::Reconnected => Ok((Loss::Replaced, "the source has connected anew".to_owned())),
-        // Only the connection: a stream that sent what it must not says so by another code.
-        Event::StreamFailed { code: AbortCode::Internal, sentence } => Ok((Loss::Stream, sentence)),
-        other => Err(other),
-    }
-}
-
 /// The state is restored only once memory is complete and equal: restoring reads guest memory (page tables), which must
 /// not be done to pages that are still arriving. It must not write to it: memory that was handed over is the source's.
 #[derive(Debug, Clone)]
@@ -438,7 +411,9 @@ impl Receiving {
             }
             (Event::Message(Message::Stopping(_)), _) => context.act(Action::DropStaleFrames),
             (Event::Message(Message::Ping(token)), _) => context.send(Message::Pong(token)),
-            (Event::Message(Message::Rehearse(Rehearse)), None) if self.rehearsing.is_none() => {
+            // That which was begun before the link broke answers this one too.
+            (Event::Message(Message::Rehearse(Rehearse)), None) if self.rehearsing.is_some() => {}
+            (Event::Message(Message::Rehearse(Rehearse)), None) => {
                 self.rehearsing = Some(Rehearsing::Record);
                 let standing = Standing::Receiving { source: context.config.source.clone() };
                 context.act(Action::RehearseRecord(self.guest.record(standing)));
@@ -451,7 +426,7 @@ impl Receiving {
             }
             (Event::Message(Message::State(state)), None) => self.state = Some(StateStep::Arrived(state)),
             (Event::StateRestored { took }, Some(StateStep::Restoring { .. })) => {
-                return self.prepared(took, context);
+                return self.prepared(took, now, context);
             }
             (Event::Message(Message::Prepare(prepare)), _)
                 if self.prepare.is_none() && self.has_place_for(&prepare) =>
@@ -571,7 +546,7 @@ impl Receiving {
     }
 
     /// Everything is here, equal and restored.
-    fn prepared(mut self: Box<Self>, restore: Duration, context: &mut Context) -> Phase {
+    fn prepared(mut self: Box<Self>, restore: Duration, now: Timestamp, context: &mut Context) -> Phase {
         let (Some((prepare, asked_at)), Some(StateStep::Restoring { network, runs })) =
             (self.prepare.take(), self.state.take())
         else {
@@ -593,7 +568,7 @@ impl Receiving {
             context.act(Action::EndStreams);
         }
         context.act(Action::Report(Progress::Prepared));
-        handover::prepared(self, network, runs)
+        handover::prepared(self, network, runs, now)
     }
 }
 

@@ -3,9 +3,10 @@
 //! ```text
 //!  Begun --VmRunning--> Running
 //!    |  ^
-//!    |  | again in a while       .---- the witness: the source has let go ----.
-//!    v  |                        v                                            |
-//!  Waiting -- the source lives --+--> [witness: Asking] --given up--> Recording --durable--> Discarded
+//!    |  | again in a while
+//!    v  |
+//!  Waiting -- the source lives --> Recording --durable--> Discarded
+//!                '-- with a witness: GivingUp (witness.rs)
 //! ```
 //!
 //! No instruction of the guest has run, and the source still has all of it, so it can go back; but only to a source that has
@@ -22,10 +23,9 @@ use std::time::Duration;
 use crate::message::{AtEpoch, Message};
 use crate::record::Standing;
 use crate::time::Timestamp;
-use crate::witness::{Ruling, Wish};
 
 use super::handover::{ReadyGuest, tell};
-use super::{Action, Context, Event, Outcome, Phase, Progress, RECORD_RETRY, RUN_RETRY, WITNESS_RETRY};
+use super::{Action, Context, Event, Outcome, Phase, Progress, RECORD_RETRY, RUN_RETRY, witness};
 
 /// What the source is asked with whether it is there.
 const LIFE_TOKEN: u64 = 0;
@@ -56,8 +56,6 @@ enum Step {
     Begun,
     /// It could not be started. The source is asked whether it is there.
     Waiting { reason: String, retry_at: Timestamp },
-    /// It could not be started, and the witness is asked to take its leave back.
-    Asking { reason: String, retry_at: Option<Timestamp> },
     /// It is being recorded that it never runs here.
     Recording { reason: String, retry_at: Option<Timestamp> },
 }
@@ -73,7 +71,7 @@ impl Starting {
         match &self.step {
             Step::Begun => None,
             Step::Waiting { retry_at, .. } => Some(*retry_at),
-            Step::Asking { retry_at, .. } | Step::Recording { retry_at, .. } => *retry_at,
+            Step::Recording { retry_at, .. } => *retry_at,
         }
     }
 
@@ -82,7 +80,7 @@ impl Starting {
         match &self.step {
             Step::Begun => "starting",
             Step::Waiting { .. } => "waiting to start again",
-            Step::Asking { .. } | Step::Recording { .. } => "giving the guest back",
+            Step::Recording { .. } => "giving the guest back",
         }
     }
 
@@ -101,10 +99,6 @@ impl Starting {
                 }
                 _ => Phase::Starting(self),
             },
-            Step::Asking { ref reason, retry_at } => {
-                let reason = reason.clone();
-                self.on_asking(reason, retry_at, now, event, context)
-            }
             Step::Recording { ref reason, retry_at } => {
                 let reason = reason.clone();
                 self.on_recording(reason, retry_at, now, event, context)
@@ -143,44 +137,15 @@ impl Starting {
     fn give_up(mut self, reason: String, context: &mut Context) -> Phase {
         let guest = &mut self.ready.guest;
         guest.standing = guest.standing.not_started().expect("it was to run");
-        if context.config.witness.is_none() {
-            return self.give_back(reason, context);
+        if context.config.witness.is_some() {
+            return witness::not_started(self.ready, reason, context);
         }
-        context.ask_witness(&self.ready.guest, Wish::GiveUp);
-        self.step = Step::Asking { reason, retry_at: None };
-        Phase::Starting(self)
+        self.give_back(reason, context)
     }
 
     fn give_back(mut self, reason: String, context: &mut Context) -> Phase {
         context.act(Action::WriteRecord(self.ready.guest.record(Standing::Discarded)));
         self.step = Step::Recording { reason, retry_at: None };
-        Phase::Starting(self)
-    }
-
-    fn on_asking(
-        mut self,
-        reason: String,
-        retry_at: Option<Timestamp>,
-        now: Timestamp,
-        event: Event,
-        context: &mut Context,
-    ) -> Phase {
-        let retry_at = match event {
-            Event::WitnessSays(Ruling::Source) => return self.give_back(reason, context),
-            // The source has let go already: there is nobody to give it back to.
-            Event::WitnessSays(Ruling::Target) => {
-                let guest = &mut self.ready.guest;
-                guest.standing = guest.standing.kept().expect("it was to go back");
-                return self.wait(reason, now, context);
-            }
-            Event::WitnessSilent(_) => Some(now + WITNESS_RETRY),
-            Event::Timeout if retry_at.is_some_and(|at| now >= at) => {
-                context.ask_witness(&self.ready.guest, Wish::GiveUp);
-                None
-            }
-            _ => retry_at,
-        };
-        self.step = Step::Asking { reason, retry_at };
         Phase::Starting(self)
     }
 

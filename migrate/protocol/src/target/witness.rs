@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::message::{AtEpoch, Hello, Message, Rehearsed};
 use crate::negotiation::Features;
+use crate::record::Standing;
 use crate::time::Timestamp;
 use crate::witness::{Ruling, Wish, WitnessId};
 
@@ -71,62 +72,125 @@ impl Asking {
     }
 }
 
-/// The witness has given leave, but the record can't be written. The leave is given back if the source is there to take the
-/// guest; writing is tried again, for without the source this is the only copy there may be.
+/// The witness has given leave, but the guest can't be recorded or started here. The leave is given back if the source is
+/// there to take the guest; otherwise it is tried again, for without the source this is the only copy there may be.
+///
+/// ```text
+///  Again --the source lives--> Withdrawing: the disk must not say any more that the guest may be started here
+///    ^                              |
+///    |                              v
+///    '-- the source has let go -- Asking --> Discarding
+/// ```
 #[derive(Debug, Clone)]
 pub(super) struct GivingUp {
     pub(super) ready: ReadyGuest,
     reason: String,
-    /// Whether the witness has been asked to take its leave back.
-    asking: bool,
+    step: Step,
     /// When something is tried again.
     pub(super) retry_at: Option<Timestamp>,
 }
 
-pub(super) fn give_up(ready: ReadyGuest, reason: String, now: Timestamp, context: &mut Context) -> Phase {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// It is waited to write the record again.
+    Again,
+    /// It is being recorded that the guest does not run here. A host that was started anew would go by its disk, whatever
+    /// the witness says. If the source has let go meanwhile, the guest is this host's all the same.
+    Withdrawing { released: bool },
+    /// The witness is asked to take its leave back.
+    Asking,
+}
+
+/// The record that the guest runs here could not be written.
+pub(super) fn not_recorded(
+    ready: ReadyGuest,
+    reason: String,
+    now: Timestamp,
+    context: &mut Context,
+) -> Phase {
     ask_for_life(context);
-    Phase::GivingUp(GivingUp { ready, reason, asking: false, retry_at: Some(now + RECORD_RETRY) })
+    Phase::GivingUp(GivingUp { ready, reason, step: Step::Again, retry_at: Some(now + RECORD_RETRY) })
+}
+
+/// It could not be started, and the source has shown that it is there to take it.
+pub(super) fn not_started(ready: ReadyGuest, reason: String, context: &mut Context) -> Phase {
+    GivingUp { ready, reason, step: Step::Again, retry_at: None }.withdraw(context)
 }
 
 impl GivingUp {
+    /// The step in words.
+    pub(super) const fn word(&self) -> &'static str {
+        match self.step {
+            Step::Again => "waiting to record again",
+            Step::Withdrawing { .. } => "recording that it does not run",
+            Step::Asking => "giving up at the witness",
+        }
+    }
+
     pub(super) fn on(mut self, now: Timestamp, event: Event, context: &mut Context) -> Phase {
-        match event {
-            Event::WitnessSays(Ruling::Source) if self.asking => {
-                discard_over(OnDisk::PerhapsRunning, self.ready.guest, None, &self.reason, context)
-            }
-            // The source has let go already.
-            Event::WitnessSays(Ruling::Target) => {
-                self.asking = false;
-                self.retry_at = Some(now + RECORD_RETRY);
-                Phase::GivingUp(self)
-            }
-            Event::WitnessSilent(_) => {
-                self.retry_at = Some(now + WITNESS_RETRY);
-                Phase::GivingUp(self)
-            }
-            Event::Timeout if self.retry_at.is_some_and(|at| now >= at) => self.again(context),
-            Event::Reconnected if !self.asking => {
+        let released = matches!(&event, Event::Message(Message::Released(AtEpoch { epoch }))
+            if *epoch == self.ready.guest.standing.epoch());
+        let due = event == Event::Timeout && self.retry_at.is_some_and(|at| now >= at);
+        match (self.step, event) {
+            (Step::Again, Event::Timeout) if due => self.keep(context),
+            (Step::Again, Event::Reconnected) => {
                 ask_for_life(context);
                 Phase::GivingUp(self)
             }
-            event if !self.asking && shows_life(&event) => {
-                self.asking = true;
-                self.again(context)
+            (Step::Again, event) if shows_life(&event) => self.withdraw(context),
+            // One that is being written must not be taken for the next.
+            (Step::Withdrawing { .. }, _) if released => {
+                self.step = Step::Withdrawing { released };
+                Phase::GivingUp(self)
             }
+            (Step::Withdrawing { released: true }, Event::RecordWritten { .. } | Event::RecordFailed(_)) => {
+                self.keep(context)
+            }
+            (Step::Withdrawing { released: true }, Event::Timeout) if due => self.keep(context),
+            (Step::Withdrawing { released: false }, Event::Timeout) if due => self.withdraw(context),
+            (Step::Withdrawing { .. }, Event::RecordWritten { .. }) => self.ask(context),
+            (Step::Withdrawing { .. }, Event::RecordFailed(_)) => {
+                self.retry_at = Some(now + RECORD_RETRY);
+                Phase::GivingUp(self)
+            }
+            (Step::Asking, Event::WitnessSays(Ruling::Source)) => self.discard(context),
+            // The source has let go already: there is nobody to give it back to.
+            (Step::Asking, Event::WitnessSays(Ruling::Target)) => self.keep(context),
+            (Step::Asking | Step::Again, _) if released => self.keep(context),
+            (Step::Asking, Event::WitnessSilent(reason)) => {
+                context.act(Action::Report(Progress::WitnessSilent { reason }));
+                self.retry_at = Some(now + WITNESS_RETRY);
+                Phase::GivingUp(self)
+            }
+            (Step::Asking, Event::Timeout) if due => self.ask(context),
             _ => Phase::GivingUp(self),
         }
     }
 
-    fn again(mut self, context: &mut Context) -> Phase {
+    fn withdraw(mut self, context: &mut Context) -> Phase {
+        let standing = Standing::Receiving { source: context.config.source.clone() };
+        context.act(Action::WriteRecord(self.ready.guest.record(standing)));
+        (self.step, self.retry_at) = (Step::Withdrawing { released: false }, None);
+        Phase::GivingUp(self)
+    }
+
+    fn ask(mut self, context: &mut Context) -> Phase {
+        context.ask_witness(&self.ready.guest, Wish::GiveUp);
+        (self.step, self.retry_at) = (Step::Asking, None);
+        Phase::GivingUp(self)
+    }
+
+    /// Records once more that the guest runs here, to start it then.
+    fn keep(mut self, context: &mut Context) -> Phase {
         let guest = &mut self.ready.guest;
-        if self.asking {
-            self.retry_at = None;
-            context.ask_witness(guest, Wish::GiveUp);
-            return Phase::GivingUp(self);
-        }
-        let epoch = guest.standing.epoch();
-        guest.standing = guest.standing.commit(epoch).expect("it could not be recorded");
+        guest.standing = guest.standing.keep().expect("it was to go back");
         record(self.ready, Duration::ZERO, context)
+    }
+
+    fn discard(mut self, context: &mut Context) -> Phase {
+        let guest = &mut self.ready.guest;
+        guest.standing = guest.standing.returned().expect("it was to go back");
+        discard_over(OnDisk::PerhapsRunning, self.ready.guest, None, &self.reason, context)
     }
 }
 

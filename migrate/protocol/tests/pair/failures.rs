@@ -263,3 +263,24 @@ fn a_guest_that_can_not_be_resumed_is_reported() {
     let Some(Outcome::Stayed { failure, .. }) = &pair.source_outcome else { panic!("it ends") };
     assert!(failure.to_string().contains("KVM said no"), "{failure}");
 }
+
+/// The operator has asked for more than the digest of what was sent: without it nothing moves.
+#[test]
+fn a_check_of_all_memory_that_was_not_made_is_no_check() {
+    let mut pair = Pair::new(source::Config { verify_whole: true, ..config() });
+    pair.run_to_end();
+    let Failure::Local(reason) = stayed(&pair, 1) else { panic!("{:?}", pair.source_outcome) };
+    assert!(reason.contains("--verify full"), "{reason}");
+}
+
+#[test]
+fn a_source_that_hangs_does_not_keep_a_prepared_guests_memory_for_ever() {
+    let mut pair = Pair::new(config());
+    assert!(pair.run_until(|pair| pair.target.as_ref().is_some_and(|target| target.phase() == "prepared")));
+    // The connection stands; neither side hears anything.
+    let mut target = pair.target.clone().unwrap();
+    let due = target.poll_timeout().expect("it does not wait for ever");
+    target.handle(due, target::Event::Timeout);
+    assert_eq!(target.phase(), "discarding");
+    assert!(due.since(pair.now) > source::STANDSTILL_FORCED_MAX, "no source stands still for longer");
+}

@@ -216,6 +216,30 @@ fn an_epoch_that_ran_here_is_not_taken_from_another_host() {
 }
 
 #[test]
+fn a_record_is_not_taken_over_under_another_name() {
+    for (name, comes) in [("web", true), ("db", false)] {
+        let mut pair = Pair::new(config());
+        let record = Record {
+            name: name.parse().unwrap(),
+            standing: Standing::Released { target: "b:1".to_owned() },
+            ..pair.source_disk.record.clone().unwrap()
+        };
+        pair.target_disk.record = Some(record.clone());
+        pair.run_to_end();
+        assert_eq!(moved(&pair), comes, "known here as '{name}'");
+        if !comes {
+            assert_eq!(pair.target_disk.record, Some(record));
+            assert!(pair.source_guest.runs);
+            let said = format!("{:?}", pair.target_outcomes);
+            assert!(
+                said.contains("knows this VM as 'db'") && said.contains("ferry receive --name"),
+                "{said}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_prepared_target_does_not_discard_before_its_time() {
     let mut pair = Pair::new(config());
     pair.run_to_target_phase("prepared");

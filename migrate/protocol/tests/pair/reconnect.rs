@@ -199,6 +199,23 @@ fn without_reconnecting_a_broken_link_ends_the_attempt_at_once() {
 }
 
 #[test]
+fn a_target_that_breaks_a_stream_and_says_why_is_heard_though_links_are_not_made_again() {
+    let mut pair = Pair::new(source::Config { reconnect: Duration::ZERO, ..config() });
+    pair.run_to_source_phase("pre-copy");
+    pair.tell_source(source::Event::StreamFailed("reset".to_owned()));
+    let sentence = "its disk is full".to_owned();
+    pair.tell_target(target::Event::RehearsalFailed(sentence));
+    pair.run_to_end();
+    let Some(Outcome::Stayed { failure: Failure::Refused(abort), .. }) = &pair.source_outcome else {
+        panic!("{:?}", pair.source_outcome);
+    };
+    assert!(abort.sentence.contains("its disk is full"), "{abort:?}");
+    assert!(pair.source_guest.runs && !pair.source_guest.dirty_log);
+    let told = |p: &Progress| matches!(p, Progress::Reconnecting { .. });
+    assert!(!pair.source_progress.iter().any(told), "it is not tried");
+}
+
+#[test]
 fn a_cancellation_while_reconnecting_is_heeded_at_once() {
     let mut pair = Pair::new(config());
     pair.run_to_source_phase("pre-copy");
@@ -241,4 +258,16 @@ fn progress_tells_of_the_break_and_of_going_on() {
     assert_eq!(told(|p| matches!(p, Progress::Reconnected(_))), 1);
     let interrupted = |p: &target::Progress| matches!(p, target::Progress::Interrupted { .. });
     assert_eq!(pair.target_progress.iter().filter(|p| interrupted(p)).count(), 1);
+}
+
+#[test]
+fn a_link_is_made_again_after_the_time_is_over_where_the_guest_is_to_be_stopped_then() {
+    let timeout = Duration::from_secs(2);
+    let mut pair = Pair::new(source::Config { timeout, on_timeout: source::OnTimeout::Stop, ..config() });
+    // It never converges, and its last round takes long.
+    pair.dirty_pages = vec![PAGES];
+    assert!(pair.run_until(|pair| pair.now.since(Default::default()) > timeout));
+    pair.tell_source(source::Event::StreamFailed("reset".to_owned()));
+    pair.run_to_end();
+    assert_eq!(moved(&pair).reconnections.len(), 1);
 }

@@ -8,6 +8,9 @@
 //! | `ferry-role:source`, `ferry-role:target` | it may send VMs, it may take them in |
 //! | `ferry-vm:PATTERN` | which VMs, by name, `*` standing for any characters; without any such URI all of them |
 //!
+//! Any other URI whose scheme begins with `ferry` makes the certificate useless, for it may be a limit: a misspelt `ferry-vms:web`
+//! must not mean all VMs.
+//!
 //! Whether the certificate can be trusted, and belongs to the address that was asked for, is found out before
 //! ([`super`]); nothing here looks at keys or signatures.
 
@@ -148,6 +151,12 @@ pub enum IdentityError {
     /// A role that this ferry does not know.
     #[error("its certificate has the unknown role '{0}'")]
     Role(String),
+    /// Something for ferry that this ferry does not know, and that may be a limit.
+    #[error(
+        "its certificate says '{0}', which this ferry does not understand; it knows {HOST}NAME, {ROLE}source, {ROLE}target and \
+         {VM}PATTERN ('ferry cert issue' writes them)"
+    )]
+    Unknown(String),
     /// A pattern that is none.
     #[error("its certificate has an unusable pattern: {0}")]
     Pattern(#[from] VmPatternError),
@@ -179,6 +188,12 @@ pub enum Forbidden {
         /// The patterns that it has.
         covered: String,
     },
+}
+
+/// Whether a URI is meant for ferry, which then has to understand it: a limit that is not understood is none that is kept.
+fn is_ours(uri: &str) -> bool {
+    let scheme = uri.split(':').next().unwrap_or_default();
+    scheme.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("ferry"))
 }
 
 /// A host as its certificate has it.
@@ -213,6 +228,8 @@ impl HostIdentity {
                 }
             } else if let Some(pattern) = uri.strip_prefix(VM) {
                 vms.push(pattern.parse()?);
+            } else if is_ours(uri) {
+                return Err(IdentityError::Unknown(uri.chars().take(64).collect()));
             }
             if vms.len() > PATTERNS_MAX {
                 return Err(IdentityError::Patterns);

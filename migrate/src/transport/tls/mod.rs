@@ -13,6 +13,7 @@
 
 pub mod identity;
 mod load;
+mod renewal;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -33,6 +34,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use identity::{Forbidden, HostIdentity, IdentityError, Role};
+pub use renewal::Credentials;
 
 /// The files in a host's folder.
 pub const CA_FILE: &str = "ca.pem";
@@ -275,6 +277,12 @@ pub(crate) fn server_name(target: &str) -> Result<ServerName<'static>, Handshake
     let host = target.rsplit_once(':').map_or(target, |(host, _)| host);
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     ServerName::try_from(host.to_owned()).map_err(|_| HandshakeError::ServerName(host.to_owned()))
+}
+
+/// Whether a certificate can be for this address: one of IP, or a name as in DNS without a final dot.
+#[must_use]
+pub fn is_address(text: &str) -> bool {
+    ServerName::try_from(text).is_ok() && !text.ends_with('.')
 }
 
 /// The receiving end of a stream after its handshake: what of it is decrypted already comes out of here.

@@ -171,10 +171,17 @@ fn certificates_that_were_not_made_for_ferry_are_refused() {
         ("4", &["ferry://host/a", "ferry-role:root"], "unknown role 'root'"),
         ("5", &["ferry://host/a", "ferry-role:source", "ferry-vm:a/b"], "'a/b' is no pattern"),
         ("6", &["ferry://host/a"], "names no role"),
+        // A limit with a slip in it must not be none.
+        ("7", &["ferry://host/a", "ferry-role:source", "ferry-vms:web"], "'ferry-vms:web', which"),
+        ("8", &["ferry://host/a", "ferry-role:source", "Ferry-VM:web"], "'Ferry-VM:web', which"),
+        ("9", &["ferry://host/a", "ferry-role:source", "ferry:vm:web"], "'ferry:vm:web', which"),
     ] {
         let text = bad(name, uris);
         assert!(text.contains(words) && text.contains(CERTIFICATE_FILE), "{text}");
     }
+    let foreign = ["ferry://host/a", "ferry-role:source", "https://example.org/ferry", "urn:x"];
+    let plan = HostPlan { uris: foreign.map(str::to_owned).into(), ..HostPlan::new("a") };
+    Tls::load(&site.folder_of("foreign", &plan)).unwrap();
 }
 
 #[test]

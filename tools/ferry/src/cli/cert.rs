@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use ferry_migrate::tls::identity::{Role, VmPattern, is_host_name};
+use ferry_migrate::tls::identity::{Role, VmPattern};
+use ferry_migrate::tls::is_address;
 
 use super::Output;
 
@@ -38,10 +39,10 @@ pub(crate) struct CertInitArgs {
 #[derive(Debug, Args)]
 pub(crate) struct CertIssueArgs {
     /// The host's name; sources may connect to it by this name
-    #[arg(value_name = "HOST", value_parser = host_name)]
+    #[arg(value_name = "HOST", value_parser = address)]
     pub(crate) host: String,
     /// What else sources may connect to it by: its addresses and other names
-    #[arg(long = "address", value_name = "IP|NAME")]
+    #[arg(long = "address", value_name = "IP|NAME", value_parser = address)]
     pub(crate) addresses: Vec<String>,
     /// What the host may do with VMs
     #[arg(long, value_enum, default_value_t = RolesArg::Both)]
@@ -101,12 +102,13 @@ impl CertCommand {
     }
 }
 
-fn host_name(text: &str) -> Result<String, String> {
-    // It also names a folder.
-    if is_host_name(text) && !text.starts_with('.') {
+/// What a source can connect to; the host's name also names a folder, and stands in commands.
+fn address(text: &str) -> Result<String, String> {
+    if is_address(text) {
         Ok(text.to_owned())
     } else {
-        Err("take 1 to 256 printable characters without spaces and slashes, not beginning with a dot"
+        Err("take an IP address, or a name as in DNS: letters, digits, hyphens and dots, no '*'. Sources connect to it, and it \
+             stands in the certificate"
             .to_owned())
     }
 }

@@ -36,6 +36,9 @@ use crate::security;
 /// The authority's key.
 const CA_KEY_FILE: &str = "ca.key";
 
+/// Where hosts look for their files.
+const HOST_FOLDER: &str = security::FOLDER;
+
 /// Certificates are valid from a little before they are made: hosts' clocks differ.
 const BACKDATED: Duration = Duration::hours(1);
 
@@ -122,12 +125,28 @@ fn issue(args: &CertIssueArgs) -> anyhow::Result<()> {
     ));
     out(facts.lines());
     out(format_args!(
-        "\ncopy the folder to the host as /etc/ferry/tls ({KEY_FILE} stays readable by its owner alone):\n  \
-         scp -pr {} root@{}:/etc/ferry/tls",
-        target.display(),
-        args.host
+        "\nbring its files to the host, the first time or as a renewal ({KEY_FILE} stays readable by its owner alone):\n{}",
+        copying(&target, &args.host)
     ));
     Ok(())
+}
+
+/// The commands that bring the files of `folder` to `host`, where the folder may be there already or not.
+fn copying(folder: &Path, host: &str) -> String {
+    let files = [CA_FILE, CERTIFICATE_FILE, KEY_FILE].map(|name| quoted(&folder.join(name)));
+    // For scp the first colon ends the host.
+    let bracketed = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+    format!(
+        "  ssh root@{host} mkdir -p -m 700 {HOST_FOLDER}\n  scp -p {} root@{bracketed}:{HOST_FOLDER}/",
+        files.join(" ")
+    )
+}
+
+/// A path as a shell takes it for one word.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/._-:+@%,=".contains(&byte);
+    if text.bytes().all(plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
 fn show(args: CertShowArgs) -> anyhow::Result<()> {

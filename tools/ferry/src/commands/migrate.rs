@@ -51,7 +51,7 @@ fn request(args: &MigrateArgs) -> anyhow::Result<MigrationRequest> {
             OnTimeoutArg::Stop => OnTimeoutWord::Stop,
         },
         // The process that hosts the VM may stand in another folder, and know another default.
-        tls_dir: security::said(args.security.tls.tls_dir.clone()).map(std::path::absolute).transpose()?,
+        tls_dir: security::said(args.security.tls.tls_dir.clone())?,
         insecure: args.security.insecure,
     })
 }

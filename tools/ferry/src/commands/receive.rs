@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -20,7 +21,8 @@ use tokio::sync::mpsc;
 use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
 use crate::cli::{DiskArg, ReceiveArgs, serial_target};
 use crate::host::opener::Opener;
-use crate::host::{Here, Life, VmHost, console, server};
+use crate::host::{Here, Life, VmHost, console, server, witness};
+use crate::permission;
 use crate::security;
 use crate::state_dir::StateDir;
 
@@ -29,16 +31,13 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         exit_with_stdin();
     }
     let json = args.output.json;
-    let security = security_for(&args)?;
+    let (tls_folder, security) = security_for(&args)?;
     let state = StateDir::from_environment()?;
     let _lock = state.claim(&args.name)?;
     let tap = args.net.as_ref().map(|net| net.tap.clone());
     let opener = Arc::new(opener);
     if let Some(tap) = tap.clone() {
-        // Found out now rather than when a VM comes; it is let go of again until then.
-        let opener = Arc::clone(&opener);
-        let attach = move || ferry_vmm::tap::Tap::attach(&tap).map(drop);
-        tokio::task::spawn_blocking(move || opener.open(attach)).await???;
+        try_tap(tap, &opener).await?;
     }
     let records = state.records(&args.name);
     records.all().with_context(|| {
@@ -46,8 +45,9 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
     })?;
     let life = Life::Waiting { listen: args.listen.to_string(), note: None };
     let host = VmHost::new(args.name, records, args.witness.open(), life);
-    if let Some(tls) = security.tls() {
-        let _ = host.tls_folder.set(tls.folder().to_owned());
+    witness::try_out(host.witness.as_ref()).await?;
+    if let Some(folder) = tls_folder {
+        let _ = host.tls_folder.set(folder);
     }
     let console = Arc::new(console::bind(&state, &host.name)?);
     let local = LocalChoices {
@@ -79,7 +79,7 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
         Arc::clone(&host.clock),
         updates,
     )
-    .with_context(|| format!("can't listen on {}", args.listen))?;
+    .map_err(|error| permission::no_listener(&args.listen, &error))?;
     let _ = host.turned_away.set(receiver.turned_away());
     let listen = receiver.local_address()?.to_string();
     host.set_life(Life::Waiting { listen: listen.clone(), note: None });
@@ -95,6 +95,13 @@ pub(crate) async fn run(args: ReceiveArgs, opener: Opener) -> anyhow::Result<Exi
     follower.abort();
     server.await??;
     Ok(code)
+}
+
+/// Finds out now rather than when a VM comes whether there is such a tap; it is let go of again until then.
+async fn try_tap(tap: String, opener: &Arc<Opener>) -> anyhow::Result<()> {
+    let opener = Arc::clone(opener);
+    let attach = move || ferry_vmm::tap::Tap::attach(&tap).map(drop);
+    Ok(tokio::task::spawn_blocking(move || opener.open(attach)).await???)
 }
 
 /// Waits for a VM beside everything else; `host` hears if none comes any more.
@@ -114,8 +121,8 @@ fn receive(mut receiver: Receiver, host: &Arc<VmHost>) {
     });
 }
 
-/// Who is let in. A host that must not be a target is told so now.
-fn security_for(args: &ReceiveArgs) -> anyhow::Result<Security> {
+/// Where this host's certificate is, and who is let in. A host that must not be a target is told so now.
+fn security_for(args: &ReceiveArgs) -> anyhow::Result<(Option<PathBuf>, Security)> {
     let folder = security::folder(args.security.tls.tls_dir.clone()).map(std::path::absolute).transpose()?;
     let security = match &args.listen {
         ListenAddress::Tcp(_) => security::security(folder.as_deref(), args.security.insecure)?,
@@ -123,9 +130,9 @@ fn security_for(args: &ReceiveArgs) -> anyhow::Result<Security> {
         ListenAddress::Unix(_) => Security::LoopbackOnly,
     };
     if let Some(tls) = security.tls() {
-        tls.check_own_role(Role::Target)?;
+        tls.current().check_own_role(Role::Target)?;
     }
-    Ok(security)
+    Ok((folder.filter(|_| !args.security.insecure), security))
 }
 
 fn host_name() -> String {

@@ -6,18 +6,18 @@ use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
 use ferry_guest_abi::Workload;
+use ferry_migrate::FileRecords;
 use ferry_migrate::machine::MigratableMachine;
 use ferry_migrate::ports::RecordStore;
 use ferry_migrate::protocol::record::{Record, Standing};
 use ferry_migrate::protocol::{Epoch, VmId};
-use ferry_migrate::{FileRecords, Tls};
 use ferry_vmm::{BootSource, ClockMode, CpuModel, Kernel, Machine, MachineConfig, NetConfig, SerialTarget};
 
 use super::{Signals, err, exit_with_stdin, out, say_leaks, stay};
 use crate::cli::{ClockArg, DiskArg, NetArg, RunArgs, SwitchArg, serial_target};
 use crate::host::migration::random_id;
 use crate::host::opener::Opener;
-use crate::host::{Here, Life, VmHost, console, server};
+use crate::host::{Here, Life, VmHost, console, server, witness};
 use crate::quantity::show_bytes;
 use crate::security;
 use crate::state_dir::StateDir;
@@ -50,21 +50,31 @@ pub(crate) async fn run(args: RunArgs, opener: Opener) -> anyhow::Result<ExitCod
     let machine = MigratableMachine::new(Arc::new(machine), ipv4, ipv6);
     let epoch = Epoch::FIRST;
     let record = Record::of_own(vm, args.name.clone(), epoch, Standing::Running);
-    records.store(&record).map_err(|error| anyhow!(error))?;
 
     let tap = args.net.as_ref().map(|net| net.tap.clone());
     let here = Here { machine: machine.clone(), vm, epoch, tap, migration: None };
     let host = VmHost::new(args.name, records, args.witness.open(), Life::Here(Box::new(here)));
     if let Some(folder) = security::folder(args.tls.tls_dir) {
         // Told now rather than when the VM is to move.
-        Tls::load(&folder)?;
+        security::load(&folder)?;
         let _ = host.tls_folder.set(std::path::absolute(folder)?);
+    }
+    if let Err(error) = witness::try_out(host.witness.as_ref()).await {
+        // The guest can do without it until it is to move.
+        tracing::warn!("{error:#}");
     }
     let signals = Signals::watch()?;
     let listener = server::bind(&state, &host)?;
+    // Last of all that may fail before the guest runs: whoever finds the record takes it for one that did.
+    host.records.store(&record).map_err(|error| anyhow!(error))?;
     let server = tokio::spawn(server::serve(Arc::clone(&host), listener));
     let runner = Arc::clone(machine.machine());
-    tokio::task::spawn_blocking(move || runner.run()).await??;
+    if let Err(error) = tokio::task::spawn_blocking(move || runner.run()).await? {
+        host.records
+            .store(&Record { standing: Standing::Stopped, ..record })
+            .map_err(|error| anyhow!(error))?;
+        return Err(error.into());
+    }
     host.watch(&machine);
     say_leaks(&machine);
     say_running(&host, args.output.json)?;

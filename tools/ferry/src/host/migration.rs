@@ -272,14 +272,15 @@ fn options(
 
 /// How to speak to `target`. What this host's certificate does not allow is refused before anything is tried.
 fn security_for(target: &Endpoint, host: &VmHost, request: &MigrationRequest) -> Result<Security, Refused> {
-    let folder = request.tls_dir.as_deref().or(host.tls_folder.get().map(PathBuf::as_path));
+    let own = host.tls_folder.get().map(PathBuf::as_path);
+    let folder = crate::security::asked_for(request.tls_dir.as_deref(), own);
     let security = match target {
-        Endpoint::Tcp(_) => crate::security::security(folder, request.insecure),
+        Endpoint::Tcp(_) => crate::security::security(folder.as_deref(), request.insecure),
         // The kernel says who is at the other end.
         Endpoint::Unix(_) => Ok(Security::LoopbackOnly),
     };
-    let security = security.map_err(|error| Refused(error.to_string()))?;
-    let allowed = security.tls().map_or(Ok(()), |tls| tls.own().check(Role::Source, &host.name));
+    let security = security.map_err(|error| Refused(format!("{error:#}")))?;
+    let allowed = security.tls().map_or(Ok(()), |tls| tls.current().own().check(Role::Source, &host.name));
     allowed.map_err(|forbidden| Refused(forbidden.to_string()))?;
     Ok(security)
 }

@@ -13,6 +13,7 @@ pub(crate) mod console;
 pub(crate) mod migration;
 pub(crate) mod opener;
 pub(crate) mod server;
+pub(crate) mod witness;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -71,7 +72,7 @@ pub(crate) struct VmHost {
     pub(crate) name: VmName,
     pub(crate) records: Arc<FileRecords>,
     pub(crate) clock: Arc<dyn Clock>,
-    /// The folder with this host's certificate, read anew for each migration so that it can be renewed.
+    /// The folder with this host's certificate, if one was said or there was one when this process began.
     pub(crate) tls_folder: OnceLock<PathBuf>,
     /// Whom the receiver has turned away, in a process that has one.
     pub(crate) turned_away: OnceLock<Arc<TurnedAway>>,

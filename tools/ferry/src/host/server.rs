@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, put};
 use axum::{Json, Router};
 use bytes::Bytes;
+use ferry_vmm::unix_listener::{self, SocketFile};
 use tokio::net::UnixListener;
 
 use super::migration::{self, MigrationTask};
@@ -26,9 +27,16 @@ impl IntoResponse for Refused {
     }
 }
 
+/// The socket, and its file, which goes with it. Only the user who hosts the VM reaches it, whatever the umask is.
+pub(crate) struct ControlSocket {
+    listener: UnixListener,
+    _file: SocketFile,
+}
+
 /// Serves `host`'s socket until the process is to end and every answer under way is given.
-pub(crate) async fn serve(host: Arc<VmHost>, listener: UnixListener) -> anyhow::Result<()> {
+pub(crate) async fn serve(host: Arc<VmHost>, socket: ControlSocket) -> anyhow::Result<()> {
     let ended = Arc::clone(&host);
+    let ControlSocket { listener, _file } = socket;
     axum::serve(listener, routes(host))
         .with_graceful_shutdown(async move { ended.until_ended().await })
         .await
@@ -36,9 +44,12 @@ pub(crate) async fn serve(host: Arc<VmHost>, listener: UnixListener) -> anyhow::
 }
 
 /// Binds `host`'s control socket.
-pub(crate) fn bind(state: &StateDir, host: &VmHost) -> anyhow::Result<UnixListener> {
+pub(crate) fn bind(state: &StateDir, host: &VmHost) -> anyhow::Result<ControlSocket> {
     let path = state.socket(&host.name);
-    UnixListener::bind(&path).with_context(|| format!("can't make the control socket {}", path.display()))
+    let listening = unix_listener::listen_at(&path).and_then(|(listener, file)| {
+        Ok(ControlSocket { listener: UnixListener::from_std(listener)?, _file: file })
+    });
+    listening.with_context(|| format!("can't make the control socket {}", path.display()))
 }
 
 fn routes(host: Arc<VmHost>) -> Router {

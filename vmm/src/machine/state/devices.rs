@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use super::super::Machine;
-use crate::config::{DiskChoice, DiskConfig, MachineConfig, SourceDisk};
+use crate::config::{DISK_SERIAL_BYTES_MAX, DISKS_MAX, DiskChoice, DiskConfig, MachineConfig, SourceDisk};
 use crate::saved::sections::{DescribedDisk, VirtioBlock, VirtioRng};
 use crate::saved::{Announced, Reader, StateError, Writer};
 
@@ -34,7 +34,7 @@ pub(super) fn from_description(
     reader: &Reader<'_>,
     choices: Vec<DiskChoice>,
 ) -> Result<(Vec<DiskConfig>, bool), StateError> {
-    let described: Vec<DescribedDisk> = reader.all()?;
+    let described: Vec<DescribedDisk> = reader.at_most(DISKS_MAX)?;
     if !choices.is_empty() && choices.len() != described.len() {
         return Err(StateError::DiskChoices { given: choices.len(), disks: described.len() });
     }
@@ -61,11 +61,7 @@ fn access(read_only: bool) -> &'static str {
 }
 
 fn has_rng(reader: &Reader<'_>) -> Result<bool, StateError> {
-    match reader.all::<VirtioRng>()?.len() {
-        0 => Ok(false),
-        1 => Ok(true),
-        found => Err(StateError::SectionCount { section: "virtio-rng", found, expected: 1 }),
-    }
+    Ok(reader.one_at_most::<VirtioRng>()?.is_some())
 }
 
 /// The kinds of sections that [`save`] writes for this machine.
@@ -86,20 +82,43 @@ pub(super) fn save(machine: &Machine, writer: &mut Writer) -> Result<(), StateEr
     Ok(())
 }
 
+/// What a saved state says of them.
+#[derive(Debug)]
+pub(super) struct SavedDevices {
+    disks: Vec<VirtioBlock>,
+    rng: bool,
+}
+
+/// Reads what [`save`] has written.
+pub(super) fn read(reader: &Reader<'_>) -> Result<SavedDevices, StateError> {
+    Ok(SavedDevices { disks: reader.at_most(DISKS_MAX)?, rng: has_rng(reader)? })
+}
+
 /// Checks that a saved state is of a machine with the same devices.
-pub(super) fn check(machine: &Machine, reader: &Reader<'_>) -> Result<(), StateError> {
-    let MachineConfig { memory: _, cpus: _, cpu: _, net: _, disks: _, rng, serial: _, clock: _ } =
+pub(super) fn check(machine: &Machine, saved: &SavedDevices) -> Result<(), StateError> {
+    let MachineConfig { memory: _, cpus: _, cpu: _, net: _, disks: _, rng: our_rng, serial: _, clock: _ } =
         &machine.config;
-    let (saved, ours) = (reader.all::<VirtioBlock>()?, saved_disks(machine));
-    if saved != ours {
-        let what = format!("it has the disks {saved:?}, and this one has {ours:?}");
+    let SavedDevices { disks, rng } = saved;
+    let ours = saved_disks(machine);
+    if *disks != ours {
+        let what = format!("it has {}, and this one has {}", in_words(disks), in_words(&ours));
         return Err(StateError::OtherMachine { what });
     }
-    if has_rng(reader)? != *rng {
+    if rng != our_rng {
         let what = "only one of the two has an entropy device".to_owned();
         return Err(StateError::OtherMachine { what });
     }
     Ok(())
+}
+
+/// Disks in an error: a peer may have said that their serial numbers are as long as it likes.
+fn in_words(disks: &[VirtioBlock]) -> String {
+    let disks = disks.iter().map(|VirtioBlock { size_bytes, read_only, serial }| {
+        let serial: String = serial.iter().flat_map(|it| it.chars()).take(DISK_SERIAL_BYTES_MAX).collect();
+        format!("{size_bytes} bytes, {}, serial number {serial:?}", access(*read_only))
+    });
+    let disks: Vec<_> = disks.collect();
+    if disks.is_empty() { "no disks".to_owned() } else { format!("the disks [{}]", disks.join("; ")) }
 }
 
 fn saved_disks(machine: &Machine) -> Vec<VirtioBlock> {

@@ -46,7 +46,7 @@ fn moved(source: &Machine, stands: Duration) -> Machine {
 }
 
 /// The state of a running machine, which is paused for it.
-fn state_of(machine: &Machine) -> Saved {
+fn state_of(machine: &Machine) -> SavedState {
     machine.pause().unwrap();
     let saved = machine.decode(&machine.save_state().unwrap()).unwrap();
     machine.run().unwrap();
@@ -54,7 +54,7 @@ fn state_of(machine: &Machine) -> Saved {
 }
 
 /// The TSC at the moment of the clock, where KVM tells the host's at that moment; otherwise as it was read a little later.
-fn tsc_ns(saved: &Saved) -> i128 {
+fn tsc_ns(saved: &SavedState) -> i128 {
     let vcpu = &saved.vcpus[0];
     let (_, value) = vcpu.msrs.iter().find(|(index, _)| *index == 0x10).unwrap();
     let exact = saved.clock.host.zip(vcpu.tsc_offset).map(|(host, offset)| host.tsc.wrapping_add(offset));
@@ -161,7 +161,7 @@ fn vcpus_stay_in_step_and_know_their_place() {
 }
 
 /// All vCPUs have the same offset, where KVM tells.
-fn in_step(saved: &Saved) {
+fn in_step(saved: &SavedState) {
     let offsets: Vec<_> = saved.vcpus.iter().map(|vcpu| vcpu.tsc_offset).collect();
     assert!(offsets.iter().all(|offset| *offset == offsets[0]), "out of step: {offsets:x?}");
 }

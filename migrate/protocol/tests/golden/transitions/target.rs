@@ -166,14 +166,34 @@ fn witnessed_way() -> Vec<(&'static str, Event)> {
         ("the witness is silent", Event::WitnessSays(Ruling::Target)),
         ("it has leave, which is being recorded", Event::RecordFailed(no())),
         ("that can't be recorded, the source is asked whether it lives", Event::Message(Message::Pong(0))),
-        ("it lives, the witness is asked to take its leave back", Event::WitnessSays(Ruling::Target)),
-        ("the source has let go, it is recorded again", Event::Timeout),
-        ("", record()),
+        (WITHDRAWING, record()),
+        ("the witness is asked to take its leave back", Event::WitnessSays(Ruling::Target)),
+        ("the source has let go, it is recorded again", record()),
         ("it is being started", Event::RunFailed(no())),
         ("it could not be started, the source is asked whether it lives", Event::Message(Message::Pong(0))),
-        ("the source lives, the witness is asked to take its leave back", Event::WitnessSays(Ruling::Source)),
+        ("the source lives, that it does not run here is being recorded", record()),
+        ("the witness is asked to take the leave to start it back", Event::WitnessSays(Ruling::Source)),
         ("that it never runs here is being recorded", record()),
     ]
+}
+
+const WITHDRAWING: &str = "the source lives, that it does not run here is being recorded";
+
+/// The target has not been heard by the witness yet, which has told the source that the guest is the target's.
+#[test]
+fn a_source_that_lets_go_while_the_target_gives_up_leaves_it_the_guest() {
+    let released = || Event::Message(Message::Released(at(2)));
+    let again = "WriteRecord running 2";
+    let withdrawing = witnessed_way().iter().position(|(name, _)| *name == WITHDRAWING).unwrap();
+    // What is being written must not be taken for what comes after it.
+    for end in [Event::RecordWritten { took: MS }, Event::RecordFailed("full".to_owned())] {
+        let mut target = witnessed(withdrawing);
+        assert_eq!(target.take(released()), Vec::<String>::new());
+        assert_eq!(target.take(end), [again]);
+    }
+    let mut asking = witnessed(withdrawing + 1);
+    assert_eq!(asking.take(released()), [again]);
+    assert_eq!(asking.take(Event::RecordWritten { took: MS }), ["RunVm(runs: true)"]);
 }
 
 fn witnessed(steps: usize) -> Stepped {
