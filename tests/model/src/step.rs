@@ -180,8 +180,8 @@ impl World {
     /// Whether the target on `host` would give up if its time was over.
     fn gives_up_waiting(&self, host: HostIndex) -> bool {
         self.receiving(host).is_some_and(|receiving| {
-            let late = receiving.core.poll_timeout() >= Some(Timestamp::from_origin(source_side::RECONNECT));
-            receiving.core.phase() == "interrupted" && late
+            let late = receiving.core.poll_timeout() > Some(Timestamp::from_origin(source_side::RECONNECT));
+            ["interrupted", "prepared"].contains(&receiving.core.phase()) && late
         })
     }
 
