@@ -42,9 +42,12 @@ pub(crate) fn runs_by_record(world: &World) -> bool {
         let untouched = world.sending(host).is_none();
         // A commit that was recorded and then not sent: if that it is void could not be written, the disk says less than
         // is known, and a host that is started anew is in doubt.
-        let never_sent = |epoch| matches!(&world.hosts[host].disk, Some(record)
-            if matches!(record.standing, Standing::Committed { .. }) && record.epoch < epoch);
-        let says_so = world.hosts[host].disk.as_ref().is_some_and(|record| record.standing == Standing::Running);
+        let never_sent = |epoch| {
+            matches!(&world.hosts[host].disk, Some(record)
+            if matches!(record.standing, Standing::Committed { .. }) && record.epoch < epoch)
+        };
+        let says_so =
+            world.hosts[host].disk.as_ref().is_some_and(|record| record.standing == Standing::Running);
         !untouched || arrived.is_none_or(|guest| says_so || never_sent(guest.epoch))
     })
 }

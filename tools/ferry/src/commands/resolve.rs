@@ -67,7 +67,9 @@ async fn at_process(
             }
         }
     };
-    let Ok(last) = tokio::time::timeout(DECISION_PATIENCE, last).await else { bail!("{}", undecided(args, info)) };
+    let Ok(last) = tokio::time::timeout(DECISION_PATIENCE, last).await else {
+        bail!("{}", undecided(args, info))
+    };
     let last = last?;
     let (state, text, decided) = match (last, decision) {
         (MigrationEvent::LetGo { reason }, Decision::Discard) => ("let-go", reason, true),
