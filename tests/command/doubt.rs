@@ -21,12 +21,13 @@ enum Cut {
     AfterCommit,
 }
 
-/// Forwards connections to `target` until the commit comes by.
-fn link_to(target: &str, cut: Cut) -> String {
+/// Forwards connections to `target` until the commit comes by; then `also` happens.
+fn link_to(target: &str, cut: Cut, also: impl Fn() + Send + Sync + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let (target, sockets) = (target.to_owned(), Arc::<Mutex<Vec<TcpStream>>>::default());
     let broken = Arc::new(AtomicBool::new(false));
+    let also = Arc::new(also);
     std::thread::spawn(move || {
         for near in listener.incoming().map_while(Result::ok) {
             if broken.load(Ordering::SeqCst) {
@@ -40,8 +41,10 @@ fn link_to(target: &str, cut: Cut) -> String {
                 let _ = into.shutdown(Shutdown::Write);
             });
             let (sockets, broken) = (Arc::clone(&sockets), Arc::clone(&broken));
+            let also = Arc::clone(&also);
             std::thread::spawn(move || {
                 if forward(near, far, cut) {
+                    also();
                     broken.store(true, Ordering::SeqCst);
                     for socket in sockets.lock().unwrap().drain(..) {
                         let _ = socket.shutdown(Shutdown::Both);
@@ -99,13 +102,24 @@ struct Doubt<'a> {
 
 impl<'a> Doubt<'a> {
     fn make(a: &'a Host<'a>, b: &'a Host<'a>, cut: Cut, witness: &str) -> Self {
+        Self::make_with(a, b, cut, witness, || ())
+    }
+
+    /// The same, and `also` happens as the link breaks.
+    fn make_with(
+        a: &'a Host<'a>,
+        b: &'a Host<'a>,
+        cut: Cut,
+        witness: &str,
+        also: impl Fn() + Send + Sync + 'static,
+    ) -> Self {
         let witness = ["--witness", witness];
         let run = ["run", "--name", "web", "--guest", "dirty rate=20 set=8", "--memory", "64M"];
         let source = a.hosts(&[&run[..], &["--serial", "null"], &witness].concat());
         a.until_ready("web");
         let target =
             b.hosts(&[&["receive", "--name", "web", "--listen", "127.0.0.1:0"], &witness[..]].concat());
-        let address = link_to(target.first["address"].as_str().unwrap(), cut);
+        let address = link_to(target.first["address"].as_str().unwrap(), cut, also);
         let migrate = ["migrate", "web", "--to", &address, "--downtime", "2s", "--json"];
         let migrating = a.start(a.command(&migrate));
         Self { source, target, migrating, a, b }
@@ -173,6 +187,44 @@ fn a_witness_decides_by_itself() {
         }
         drop(doubt.target);
     }
+}
+
+#[test]
+fn a_person_who_takes_a_vm_back_is_not_overruled_by_a_witness_that_comes_back() {
+    let Some(_turn) = turn() else { return };
+    let shared = tempfile::tempdir().unwrap();
+    let (folder, away) = (shared.path().join("witness"), shared.path().join("away"));
+    let (a, b) = (Host::new(FERRY), Host::new(FERRY));
+    let witness = format!("file:{}", folder.display());
+    let paths = (folder.clone(), away.clone());
+    let lose = move || std::fs::rename(&paths.0, &paths.1).unwrap();
+    let doubt = Doubt::make_with(&a, &b, Cut::BeforeCommit, &witness, lose);
+    a.until_state("web", "in-doubt");
+    let refused = ["does not answer", "--without-witness"];
+    a.refuses(&["resolve", "web", "--resume", "--yes"], &refused);
+    a.until_state("web", "in-doubt");
+    // Asked once more by a person, it decides as soon as it is there.
+    std::fs::rename(&away, &folder).unwrap();
+    let taken_back = a.ferry(&["resolve", "web", "--resume", "--yes", "--json"]);
+    assert!(taken_back.code == Some(0) || a.vm("web")["state"] == "running", "{taken_back:?}");
+    a.goes_on("web");
+    drop((doubt.migrating, doubt.target));
+}
+
+#[test]
+fn a_person_takes_a_vm_back_without_a_witness_that_is_lost() {
+    let Some(_turn) = turn() else { return };
+    let shared = tempfile::tempdir().unwrap();
+    let folder = shared.path().join("witness");
+    let (a, b) = (Host::new(FERRY), Host::new(FERRY));
+    let witness = format!("file:{}", folder.display());
+    let lose = move || std::fs::remove_dir_all(&folder).unwrap();
+    let doubt = Doubt::make_with(&a, &b, Cut::BeforeCommit, &witness, lose);
+    a.until_state("web", "in-doubt");
+    doubt.target.kill();
+    a.ferry(&["resolve", "web", "--resume", "--without-witness", "--yes", "--json"]).well();
+    a.goes_on("web");
+    drop(doubt.migrating);
 }
 
 #[test]

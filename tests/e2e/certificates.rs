@@ -11,7 +11,7 @@ use ferry_migrate::protocol::negotiation::Features;
 use ferry_migrate::protocol::source::{Outcome, Summary};
 use ferry_migrate::protocol::wire::{self, Decoder};
 use ferry_migrate::protocol::{Message, MigrationId};
-use ferry_migrate::{BandwidthCap, MigrateOptions};
+use ferry_migrate::{BandwidthCap, MigrateOptions, Security};
 use ferry_vmm::Backing;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf, split};
 use tokio::net::{TcpListener, TcpStream};
@@ -217,7 +217,7 @@ fn a_link_that_breaks_is_made_again_with_certificates_even_with_renewed_ones() {
         "dirty rate=100 set=16 fill=100 random=100 verify=500",
         &config(192, 1, Backing::PrivateAnonymous),
     );
-    let over = AtomicBool::new(false);
+    let (over, securities) = (AtomicBool::new(false), [a.security(), b.security()]);
     let (guest, summary) = std::thread::scope(|scope| {
         scope.spawn(|| {
             // So that new ones come between any two connections, and in the middle of one's handshake.
@@ -227,9 +227,8 @@ fn a_link_that_breaks_is_made_again_with_certificates_even_with_renewed_ones() {
                 std::thread::sleep(Duration::from_millis(50));
             }
         });
-        let moved = runtime().block_on(move_over_a_bad_link(guest, &a, &b));
-        over.store(true, Ordering::SeqCst);
-        moved
+        let _over = Over(&over);
+        runtime().block_on(move_over_a_bad_link(guest, securities))
     });
     guest.goes_on();
     let reconnections = &summary.reconnections;
@@ -239,10 +238,19 @@ fn a_link_that_breaks_is_made_again_with_certificates_even_with_renewed_ones() {
     );
 }
 
-async fn move_over_a_bad_link(guest: Guest, a: &SiteHost, b: &SiteHost) -> (Guest, Summary) {
-    let mut target = secured_target_for(&guest, b.security());
+/// Ends what runs beside, however this ends.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+async fn move_over_a_bad_link(guest: Guest, [from, to]: [Security; 2]) -> (Guest, Summary) {
+    let mut target = secured_target_for(&guest, to);
     let cuts = Cuts { bytes_max: 20 << 20, count: 2, outage: Some(Duration::from_millis(300)) };
     target.address = CuttingProxy::cutting(&target.address, cuts).address;
-    let change = |options: &mut MigrateOptions| (options.streams, options.security) = (2, a.security());
+    let change = |options: &mut MigrateOptions| (options.streams, options.security) = (2, from);
     move_to(guest, target, change).await
 }

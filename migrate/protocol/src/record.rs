@@ -175,23 +175,23 @@ impl Record {
                 Standing::Released { target: target.clone() }
             }
             (Standing::Receiving { .. }, Resolution::Discard) => Standing::Discarded,
-            (Standing::Committed { .. }, Resolution::Resume) => {
+            (Standing::Committed { .. }, Resolution::Resume | Resolution::ResumeAlone) => {
                 return refuse(
                     "it was given away, and the memory that was kept here was lost with its process; if no other host runs \
                      it, --discard lets it be started anew",
                 );
             }
-            (Standing::Receiving { .. } | Standing::Discarded, Resolution::Resume) => {
+            (Standing::Receiving { .. } | Standing::Discarded, Resolution::Resume | Resolution::ResumeAlone) => {
                 return refuse("it has never run here, and what had arrived is gone; its source has it");
             }
-            (Standing::Released { .. }, Resolution::Resume) => {
+            (Standing::Released { .. }, Resolution::Resume | Resolution::ResumeAlone) => {
                 return refuse("its target has said that it runs there, so here it would be a second one");
             }
             (Standing::Released { .. } | Standing::Discarded | Standing::Stopped, Resolution::Discard)
-            | (Standing::Stopped, Resolution::Resume) => {
+            | (Standing::Stopped, Resolution::Resume | Resolution::ResumeAlone) => {
                 return refuse("nothing is in doubt, and this host has let go of it already");
             }
-            (Standing::Running, Resolution::Resume | Resolution::Discard) => {
+            (Standing::Running, Resolution::Resume | Resolution::ResumeAlone | Resolution::Discard) => {
                 return refuse(
                     "this host owns it, so nothing is in doubt; its process is gone, and it may be started anew",
                 );

@@ -35,7 +35,7 @@ async fn sleep_until(clock: &dyn Clock, until: Option<Timestamp>) {
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What a failure is called whose details are in the log.
-const PANICKED: &str = "ferry failed within itself (a panic; its message is in the log)";
+pub(crate) const PANICKED: &str = "ferry failed within itself (a panic; its message is in the log)";
 
 /// Does a job that ends with a durable record, in its turn among the jobs on the VM, and reports how long it took or why it
 /// failed.

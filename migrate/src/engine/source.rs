@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use super::begin::begin;
 use super::resolver::Resolver;
 use super::vm_worker::VmWorker;
-use super::witness::{self, MaybeWitness};
+use super::witness::{self, Agreed};
 use super::{CLOSE_TIMEOUT, PANICKED, cancelled, sleep_until, store_record};
 use crate::bandwidth::{Bandwidth, BandwidthCap};
 use crate::fault;
@@ -119,7 +119,7 @@ pub async fn migrate(
     records: Arc<dyn RecordStore>,
     clock: Arc<dyn Clock>,
     options: MigrateOptions,
-    cancel: watch::Receiver<bool>,
+    mut cancel: watch::Receiver<bool>,
     updates: mpsc::UnboundedSender<Update>,
 ) -> std::io::Result<Outcome> {
     let memory = match &options.target {
@@ -149,16 +149,16 @@ pub async fn migrate(
     };
     let sender_options =
         Arc::new(SenderOptions::new(settings, pages, bandwidth, Arc::clone(&counters), Arc::clone(&clock)));
-    let (witness, resolver) = (options.witness.clone(), options.resolver.clone());
-    let epoch = options.epoch;
-    let stayed = |reason| Ok(Outcome::Stayed { failure: Failure::Local(reason), epoch });
-    let witness_id = match witness::identify(&witness).await {
-        Ok(id) => id,
-        Err(reason) => return stayed(reason),
+    let (resolver, epoch) = (options.resolver.clone(), options.epoch);
+    let stayed = |failure| Ok(Outcome::Stayed { failure, epoch });
+    let witness = match witness::of_source(&options, &mut cancel).await {
+        Ok(witness) => witness,
+        Err(failure) => return stayed(failure),
     };
+    let witness_id = witness.as_ref().map(|agreed| agreed.id);
     let core = match begin(&*vm, &*records, options, layout, witness_id, &*clock) {
         Ok(core) => core,
-        Err(error) => return stayed(in_words(&*error)),
+        Err(error) => return stayed(Failure::Local(in_words(&*error))),
     };
     let worker = VmWorker::start()?;
     let engine = Engine {
@@ -223,7 +223,7 @@ struct Engine {
     session: u32,
     /// The end of the streams that were closed last.
     closing: Option<JoinHandle<()>>,
-    witness: MaybeWitness,
+    witness: Option<Agreed>,
     outcome: Option<Outcome>,
 }
 
@@ -505,7 +505,7 @@ impl Engine {
 
     fn ask_witness(&self, claim: Claim) {
         let events = self.events.clone();
-        witness::ask(&self.witness, claim, move |ruled| {
+        witness::ask(self.witness.as_ref(), claim, move |ruled| {
             let _ = events.send(Happened::Core(ruled.map_or_else(Event::WitnessSilent, Event::WitnessSays)));
         });
     }

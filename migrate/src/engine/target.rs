@@ -20,7 +20,7 @@ use super::incoming::{Admission, Streams};
 use super::lobby::{STRANGERS_MAX, TurnedAway};
 use super::origin::Origin;
 use super::vm_worker::VmWorker;
-use super::witness::{self, Known, MaybeWitness, known_of};
+use super::witness::{self, Agreed, Known, known_of};
 use super::{CLOSE_TIMEOUT, PANICKED, cancelled, sleep_until, store_record};
 use crate::announce;
 use crate::fault;
@@ -136,7 +136,8 @@ impl Receiver {
                     }
                 },
             };
-            let known = match known_of(&hello, &*self.records, &self.options.witness).await {
+            let witness = self.options.witness.as_ref();
+            let known = match known_of(&hello, &*self.records, witness, &mut cancel).await {
                 Ok(known) => known,
                 Err(abort) => {
                     connection.refuse(abort).await;
@@ -200,7 +201,7 @@ struct Attempt {
     memory: Option<OwnedFd>,
     streams: Option<Streams>,
     newer: Option<Newer>,
-    witness: MaybeWitness,
+    witness: Option<Agreed>,
     outcome: Option<Outcome>,
 }
 
@@ -212,7 +213,7 @@ impl Attempt {
             carries_descriptors: link.reader.carries_descriptors(),
             name: receiver.options.name.clone(),
             record: known.record,
-            witness: known.witness,
+            witness: known.witness.as_ref().map(|agreed| agreed.id),
         };
         let now = receiver.clock.now();
         let vm = hello.vm;
@@ -242,7 +243,7 @@ impl Attempt {
             memory: None,
             streams: None,
             newer: None,
-            witness: receiver.options.witness.clone(),
+            witness: known.witness,
             outcome: None,
         })
     }
@@ -464,7 +465,7 @@ impl Attempt {
 
     fn probe_witness(&self) {
         let events = self.events.clone();
-        witness::probe(&self.witness, &self.clock, move |probed| {
+        witness::probe(self.witness.as_ref(), &self.clock, move |probed| {
             let event = probed.map_or_else(Event::WitnessSilent, |took| Event::WitnessProbed { took });
             let _ = events.send(Happened::Core(event));
         });
@@ -472,7 +473,7 @@ impl Attempt {
 
     fn ask_witness(&self, claim: Claim) {
         let events = self.events.clone();
-        witness::ask(&self.witness, claim, move |ruled| {
+        witness::ask(self.witness.as_ref(), claim, move |ruled| {
             let _ = events.send(Happened::Core(ruled.map_or_else(Event::WitnessSilent, Event::WitnessSays)));
         });
     }

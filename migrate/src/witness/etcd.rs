@@ -6,13 +6,21 @@
 //!  /ferry/witness/v1/probe/N     what a probe has written, under a lease: it vanishes by itself
 //! ```
 //!
+//! Everything is read and written in transactions that compare the identity: with the one that both hosts have agreed on, or not at
+//! all. A cluster whose revision has gone back since it was asked for its identity was restored from a backup, which may lack
+//! decisions, and is believed nothing either.
+//!
 //! Only probes are under a lease. A decision must outlive everything that happens to those who asked for it: one that
 //! expired could be taken a second time, and that is how two hosts would run a VM.
 
 use std::fmt;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use etcd_client::{Client, Compare, CompareOp, ConnectOptions, GetOptions, PutOptions, Txn, TxnOp};
+use etcd_client::{
+    Client, Compare, CompareOp, ConnectOptions, GetOptions, GetResponse, PutOptions, ResponseHeader, Txn,
+    TxnOp, TxnOpResponse, TxnResponse,
+};
 use ferry_protocol::record::RecordError;
 use ferry_protocol::witness::{Claim, Entry, Ruling, judge};
 use ferry_protocol::{VmId, WitnessId};
@@ -64,6 +72,32 @@ pub enum EtcdWitnessError {
     /// The identity can't be read.
     #[error("etcd's {IDENTITY} does not hold the identity of a witness")]
     Identity,
+    /// It is not the cluster that was agreed on, or not its data.
+    #[error(
+        "etcd at {members} holds {found}, but both hosts have agreed on witness {agreed}, so nothing is decided by it; was its data \
+         replaced? Bring back what was there, or decide with 'ferry resolve'"
+    )]
+    Exchanged {
+        /// Who was asked.
+        members: String,
+        /// What it should hold.
+        agreed: WitnessId,
+        /// What it holds, in words.
+        found: String,
+    },
+    /// Its data is older than what it had when it was agreed on.
+    #[error(
+        "etcd at {members} is at revision {now} after it was at {before}: it was restored from a backup that may lack decisions, so \
+         nothing is decided by it; decide with 'ferry resolve'"
+    )]
+    WentBack {
+        /// Who was asked.
+        members: String,
+        /// The highest revision that it was seen at.
+        before: i64,
+        /// Its revision.
+        now: i64,
+    },
     /// Others were always faster.
     #[error("etcd's {0} was replaced {SWAPS_MAX} times while it was being replaced here")]
     Contended(String),
@@ -74,6 +108,8 @@ pub struct EtcdWitness {
     members: Vec<String>,
     runtime: Handle,
     client: Mutex<Option<Client>>,
+    /// The highest revision that was seen since the identity was asked for.
+    revision: AtomicI64,
 }
 
 type Asked<T> = Result<T, EtcdWitnessError>;
@@ -91,7 +127,7 @@ impl EtcdWitness {
     /// Outside a tokio runtime.
     #[must_use]
     pub fn new(members: Vec<String>) -> Self {
-        Self { members, runtime: Handle::current(), client: Mutex::default() }
+        Self { members, runtime: Handle::current(), client: Mutex::default(), revision: AtomicI64::new(0) }
     }
 
     /// Does `work` with a connected client, within [`PATIENCE`].
@@ -127,53 +163,124 @@ impl EtcdWitness {
         self.members.join(",")
     }
 
-    /// A linearizable read.
-    async fn get(&self, client: &mut Client, key: &str) -> Asked<Held> {
-        let options = None::<GetOptions>;
-        let mut answer = client.get(key, options).await.map_err(self.failed("be read"))?;
-        Ok(match answer.take_kvs().into_iter().next() {
-            Some(pair) => Held { revision: pair.mod_revision(), value: Some(pair.into_key_value().1.into()) },
-            None => Held { value: None, revision: 0 },
-        })
-    }
-
-    /// Replaces `key`, unless it is not any more what was `held`.
-    async fn swap(&self, client: &mut Client, key: &str, held: &Held, value: Vec<u8>) -> Asked<bool> {
-        let unchanged = Compare::mod_revision(key, CompareOp::Equal, held.revision);
-        let swap = Txn::new().when([unchanged]).and_then([TxnOp::put(key, value, None)]);
-        let answer = client.txn(swap).await.map_err(self.failed("be written"))?;
-        Ok(answer.succeeded())
+    /// Does `put` if everything is the `same` still; if not, the answer holds the identity.
+    async fn swap(&self, client: &mut Client, same: Vec<Compare>, put: TxnOp) -> Asked<TxnResponse> {
+        let swap = Txn::new().when(same).and_then([put]).or_else([TxnOp::get(IDENTITY, None)]);
+        client.txn(swap).await.map_err(self.failed("be written"))
     }
 
     async fn identify(&self, client: &mut Client) -> Asked<WitnessId> {
         for _ in 0..SWAPS_MAX {
-            let held = self.get(client, IDENTITY).await?;
+            let options = None::<GetOptions>;
+            let answer = client.get(IDENTITY, options).await.map_err(self.failed("be read"))?;
+            // From here on it must not go back. What it was at before is of no account: nothing is in doubt yet.
+            self.revision.store(answer.header().map_or(0, ResponseHeader::revision), Ordering::Relaxed);
+            let held = Held::of(answer);
             if let Some(value) = held.value {
                 return value.try_into().map(WitnessId).map_err(|_| EtcdWitnessError::Identity);
             }
             let id = random_identity().map_err(|_| EtcdWitnessError::Identity)?;
-            if self.swap(client, IDENTITY, &held, id.0.to_vec()).await? {
+            let put = TxnOp::put(IDENTITY, id.0.to_vec(), None);
+            if self.swap(client, vec![held.unchanged(IDENTITY)], put).await?.succeeded() {
                 return Ok(id);
             }
         }
         Err(EtcdWitnessError::Contended(IDENTITY.to_owned()))
     }
 
+    /// What `key` holds in the `agreed` witness: a linearizable read.
+    async fn read(&self, client: &mut Client, agreed: WitnessId, key: &str) -> Asked<Held> {
+        let reads = [TxnOp::get(key, None)];
+        let read = Txn::new().when([is_still(agreed)]).and_then(reads).or_else([TxnOp::get(IDENTITY, None)]);
+        let answer = client.txn(read).await.map_err(self.failed("be read"))?;
+        let held = got(&answer);
+        if !answer.succeeded() {
+            return Err(self.exchanged(agreed, &held));
+        }
+        self.goes_on(&answer)?;
+        Ok(held)
+    }
+
+    /// What an answer that is not of the `agreed` witness means; it holds this one's identity.
+    fn exchanged(&self, agreed: WitnessId, identity: &Held) -> EtcdWitnessError {
+        let other = identity.value.clone().and_then(|value| value.try_into().ok()).map(WitnessId);
+        let found = other.map_or_else(|| "no witness".to_owned(), |other| format!("witness {other}"));
+        EtcdWitnessError::Exchanged { members: self.name(), agreed, found }
+    }
+
+    /// Whether the cluster's history goes on from what was seen of it.
+    fn goes_on(&self, answer: &TxnResponse) -> Asked<()> {
+        let now = answer.header().map_or(0, ResponseHeader::revision);
+        // Questions follow each other: the client is locked.
+        let before = self.revision.fetch_max(now, Ordering::Relaxed);
+        if now < before {
+            return Err(EtcdWitnessError::WentBack { members: self.name(), before, now });
+        }
+        Ok(())
+    }
+
     /// Reads, judges and replaces the entry of the claim's VM.
-    async fn judge(&self, client: &mut Client, claim: &Claim) -> Result<Ruling, PortError> {
+    async fn judge(
+        &self,
+        client: &mut Client,
+        agreed: WitnessId,
+        claim: &Claim,
+    ) -> Result<Ruling, PortError> {
         let key = entry_key(claim.vm);
         for _ in 0..SWAPS_MAX {
-            let held = self.get(client, &key).await?;
+            let held = self.read(client, agreed, &key).await?;
             let damaged = |source| EtcdWitnessError::Damaged { key: key.clone(), source };
             let entry = held.value.as_deref().map(Entry::decode).transpose().map_err(damaged)?;
             let judgement = judge(claim, entry.as_ref())?;
             let Some(entry) = judgement.entry else { return Ok(judgement.ruling) };
-            if self.swap(client, &key, &held, entry.encode()).await? {
+            let same = vec![is_still(agreed), held.unchanged(&key)];
+            let answer = self.swap(client, same, TxnOp::put(key.as_str(), entry.encode(), None)).await?;
+            // If not, the next read says why.
+            if answer.succeeded() {
+                self.goes_on(&answer)?;
                 return Ok(judgement.ruling);
             }
         }
         Err(EtcdWitnessError::Contended(key).into())
     }
+
+    /// Writes something under a lease.
+    async fn rehearse(&self, client: &mut Client, agreed: WitnessId) -> Asked<()> {
+        let lease = client.lease_grant(PROBE_LEASE_S, None).await.map_err(self.failed("grant a lease"))?;
+        let key = format!("{PROBES}{:x}", lease.id());
+        self.read(client, agreed, &key).await?;
+        let put = TxnOp::put(key, Vec::new(), Some(PutOptions::new().with_lease(lease.id())));
+        let answer = self.swap(client, vec![is_still(agreed)], put).await?;
+        if answer.succeeded() { Ok(()) } else { Err(self.exchanged(agreed, &got(&answer))) }
+    }
+}
+
+impl Held {
+    fn of(mut answer: GetResponse) -> Self {
+        match answer.take_kvs().into_iter().next() {
+            Some(pair) => Self { revision: pair.mod_revision(), value: Some(pair.into_key_value().1) },
+            None => Self { value: None, revision: 0 },
+        }
+    }
+
+    /// That `key`, which held this, still does.
+    fn unchanged(&self, key: &str) -> Compare {
+        Compare::mod_revision(key, CompareOp::Equal, self.revision)
+    }
+}
+
+/// What a transaction has read.
+fn got(answer: &TxnResponse) -> Held {
+    let read = answer.op_responses().into_iter().find_map(|answer| match answer {
+        TxnOpResponse::Get(read) => Some(Held::of(read)),
+        TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
+    });
+    read.unwrap_or(Held { value: None, revision: 0 })
+}
+
+/// That the witness is the `agreed` one; not so if it has no identity.
+fn is_still(agreed: WitnessId) -> Compare {
+    Compare::value(IDENTITY, CompareOp::Equal, agreed.0.to_vec())
 }
 
 fn entry_key(vm: VmId) -> String {
@@ -185,19 +292,12 @@ impl Witness for EtcdWitness {
         Ok(self.ask(async |client| self.identify(client).await)?)
     }
 
-    fn probe(&self) -> Result<(), PortError> {
-        Ok(self.ask(async |client| {
-            let lease =
-                client.lease_grant(PROBE_LEASE_S, None).await.map_err(self.failed("grant a lease"))?;
-            let options = PutOptions::new().with_lease(lease.id());
-            let key = format!("{PROBES}{:x}", lease.id());
-            client.put(key, Vec::new(), Some(options)).await.map_err(self.failed("be written"))?;
-            Ok(())
-        })?)
+    fn probe(&self, agreed: WitnessId) -> Result<(), PortError> {
+        Ok(self.ask(async |client| self.rehearse(client, agreed).await)?)
     }
 
-    fn claim(&self, claim: &Claim) -> Result<Ruling, PortError> {
-        self.ask(async |client| Ok(self.judge(client, claim).await))?
+    fn claim(&self, agreed: WitnessId, claim: &Claim) -> Result<Ruling, PortError> {
+        self.ask(async |client| Ok(self.judge(client, agreed, claim).await))?
     }
 }
 

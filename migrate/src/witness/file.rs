@@ -1,35 +1,44 @@
 //! A witness in a folder on storage that both hosts mount.
 //!
 //! ```text
-//!  FOLDER/identity     which witness this is: 16 bytes in hex
-//!  FOLDER/lock         locked (open file description lock) for as long as an entry is read and replaced
-//!  FOLDER/VM.entry     one entry a VM, written to a temporary file, fsynced and renamed, the folder fsynced
+//!  FOLDER/identity          which witness this is: 16 bytes in hex
+//!  FOLDER/lock              locked (open file description lock) for as long as an entry is read and followed by another
+//!  FOLDER/VM.N.entry        what was decided of a VM, numbered from 1: the highest number counts
+//!  FOLDER/new-..            on its way to one of these
 //! ```
 //!
-//! The lock makes reading, judging and writing one step; the checksum in an entry finds what is torn. It needs a file system
-//! that carries locks between hosts and keeps its promises about fsync and rename (NFS version 4, OCFS2, GFS2). A host that
-//! dies with the lock loses it by the file system's own rules, so the next claim may wait until then.
+//! The lock only keeps claims from working in vain. A network file system withdraws it from a host that is cut off, which may act
+//! all the same when it is back. So an entry is never replaced: whoever decides writes down the *next* one, by a link that fails
+//! if there is one of that number already, and the one who made it has decided. The checksum in an entry finds what is torn.
+//!
+//! All of a claim happens in the folder whose identity was read for it ([`super::folder`]). What is needed of the file system:
+//! that hosts can see each other's links at once and only one can make each, and that what was fsynced lasts
+//! (docs/handover.md, "What can't be promised").
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::fd::AsFd as _;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::io;
+use std::path::PathBuf;
 
 use ferry_protocol::record::RecordError;
 use ferry_protocol::witness::{Claim, Entry, Ruling, judge};
 use ferry_protocol::{VmId, WitnessId};
-use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
 
+use super::folder::{Folder, LOCK_PATIENCE, Lock, is_left_over};
 use super::{Witness, random_identity};
 use crate::ports::PortError;
 
-/// How long a claim waits for others to give the lock back.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const IDENTITY: &str = "identity";
 
-const LOCK_STEP: Duration = Duration::from_millis(5);
+/// As many bytes as a probe writes, about what an entry has.
+const PROBE_BYTES: usize = 64;
+
+/// Others may decide between reading and writing; each time means that somebody else got on.
+const TRIES_MAX: u32 = 16;
+
+/// So many entries of a VM are kept below the one that counts. A link by somebody who was cut off may take effect late and
+/// under a number that has been removed again. That is noticed by the higher ones that are there when it is done, however many
+/// of them come and go while the folder is being listed: two migrations' worth.
+const KEPT: u64 = 4;
 
 /// Why a folder can't witness at this moment.
 #[derive(Debug, thiserror::Error)]
@@ -57,9 +66,32 @@ pub enum FileWitnessError {
         #[source]
         source: RecordError,
     },
+    /// A file with the name of an entry is none of that VM and number.
+    #[error(
+        "{0} is not what its name says, so nothing is decided here; who put it there? Decide with 'ferry resolve'"
+    )]
+    Misplaced(PathBuf),
     /// The identity can't be read.
-    #[error("{0} does not hold the identity of a witness")]
+    #[error(
+        "{0} does not hold the identity of a witness; restore that file, or give both hosts an empty folder"
+    )]
     Identity(PathBuf),
+    /// The folder is not the one that was agreed on.
+    #[error(
+        "{folder} holds {found}, but both hosts have agreed on witness {agreed}, so nothing is decided here; was the shared storage \
+         unmounted? Mount it there again, or decide with 'ferry resolve'"
+    )]
+    Exchanged {
+        /// The folder.
+        folder: PathBuf,
+        /// What it should hold.
+        agreed: WitnessId,
+        /// What it holds, in words.
+        found: String,
+    },
+    /// Others were always faster.
+    #[error("others have decided {TRIES_MAX} times in {0} while it was being decided here")]
+    Contended(PathBuf),
 }
 
 /// A witness in a folder.
@@ -68,123 +100,152 @@ pub struct FileWitness {
     folder: PathBuf,
 }
 
-/// What is held while an entry is read and replaced; closing the file gives it back.
-struct Lock {
-    _file: File,
+/// What was decided last of a VM: its entry and that one's number, 0 if there is none.
+#[derive(Debug)]
+struct Held {
+    number: u64,
+    entry: Option<Entry>,
 }
 
 impl FileWitness {
-    /// The witness in `folder`, which is made when it is first needed; what it is in must exist.
+    /// The witness in `folder`, which is made when its identity is asked for; what it is in must exist.
     #[must_use]
     pub const fn new(folder: PathBuf) -> Self {
         Self { folder }
     }
 
-    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FileWitnessError {
-        let path = path.to_owned();
-        move |source| FileWitnessError::Io { action, path, source }
-    }
-
-    fn lock(&self) -> Result<Lock, FileWitnessError> {
-        match fs::create_dir(&self.folder) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(Self::io("make the folder", &self.folder)(error));
-            }
-            Ok(()) | Err(_) => {}
+    /// Opens and locks the folder, if it is still the `agreed` one.
+    fn open(&self, agreed: WitnessId) -> Result<(Folder, Lock), FileWitnessError> {
+        let exchanged = |found| FileWitnessError::Exchanged { folder: self.folder.clone(), agreed, found };
+        let folder = Folder::open(&self.folder)?;
+        let lock = folder.lock()?.ok_or_else(|| exchanged("no witness".to_owned()))?;
+        match identity_of(&folder)? {
+            Some(id) if id == agreed => Ok((folder, lock)),
+            Some(other) => Err(exchanged(format!("witness {other}"))),
+            None => Err(exchanged("no witness".to_owned())),
         }
-        let path = self.folder.join("lock");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(Self::io("open", &path))?;
-        let mut waited = Duration::ZERO;
-        loop {
-            match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&whole_file())) {
-                Ok(_) => return Ok(Lock { _file: file }),
-                Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) if waited < LOCK_PATIENCE => {
-                    std::thread::sleep(LOCK_STEP);
-                    waited += LOCK_STEP;
-                }
-                Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => {
-                    return Err(FileWitnessError::Locked(path));
-                }
-                Err(error) => return Err(Self::io("lock", &path)(error.into())),
-            }
-        }
-    }
-
-    /// Replaces `name` durably; only with the lock.
-    fn write(&self, _lock: &Lock, name: &str, bytes: &[u8]) -> Result<(), FileWitnessError> {
-        let (path, temporary) = (self.folder.join(name), self.folder.join(format!("{name}-new")));
-        let mut file = File::create(&temporary).map_err(Self::io("create", &temporary))?;
-        file.write_all(bytes).map_err(Self::io("write", &temporary))?;
-        file.sync_all().map_err(Self::io("sync", &temporary))?;
-        fs::rename(&temporary, &path).map_err(Self::io("replace", &path))?;
-        let folder = File::open(&self.folder).and_then(|folder| folder.sync_all());
-        folder.map_err(Self::io("sync the folder", &self.folder))
-    }
-
-    fn read(&self, name: &str) -> Result<Option<Vec<u8>>, FileWitnessError> {
-        let path = self.folder.join(name);
-        match fs::read(&path) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Self::io("read", &path)(error)),
-        }
-    }
-
-    fn entry(&self, vm: VmId) -> Result<Option<Entry>, FileWitnessError> {
-        let name = entry_name(vm);
-        let Some(bytes) = self.read(&name)? else { return Ok(None) };
-        let damaged = |source| FileWitnessError::Damaged { path: self.folder.join(&name), source };
-        Entry::decode(&bytes).map(Some).map_err(damaged)
     }
 }
 
-fn entry_name(vm: VmId) -> String {
-    format!("{vm}.entry")
+fn identity_of(folder: &Folder) -> Result<Option<WitnessId>, FileWitnessError> {
+    let Some(bytes) = folder.read(IDENTITY)? else { return Ok(None) };
+    let text = String::from_utf8_lossy(&bytes);
+    // A VM's identity has the same form.
+    let id = VmId::from_hex(text.trim()).map(|id| WitnessId(id.0));
+    id.map(Some).ok_or_else(|| FileWitnessError::Identity(folder.path_of(IDENTITY)))
 }
 
-fn whole_file() -> libc::flock {
-    libc::flock {
-        l_type: i16::try_from(libc::F_WRLCK).unwrap_or_default(),
-        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or_default(),
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
+fn entry_name(vm: VmId, number: u64) -> String {
+    format!("{vm}.{number}.entry")
+}
+
+/// The numbers of a VM's entries, ascending.
+fn numbers(folder: &Folder, vm: VmId) -> Result<Vec<u64>, FileWitnessError> {
+    let prefix = format!("{vm}.");
+    let mut numbers = Vec::new();
+    for name in folder.names()? {
+        let Some(number) = name.strip_prefix(&prefix).and_then(|rest| rest.strip_suffix(".entry")) else {
+            continue;
+        };
+        // The same number must not stand there in two forms.
+        let read = number.parse().ok().filter(|&number| number > 0 && entry_name(vm, number) == name);
+        numbers.push(read.ok_or_else(|| FileWitnessError::Misplaced(folder.path_of(&name)))?);
     }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// What was decided last of `vm`. An entry that can't be read decides nothing; nor does then an older one.
+fn held(folder: &Folder, vm: VmId) -> Result<Held, FileWitnessError> {
+    let Some(number) = numbers(folder, vm)?.pop() else { return Ok(Held { number: 0, entry: None }) };
+    let name = entry_name(vm, number);
+    // Gone since: others have decided as often as entries are kept.
+    let bytes = folder.read(&name)?.ok_or_else(|| FileWitnessError::Contended(folder.path_of(&name)))?;
+    let damaged = |source| FileWitnessError::Damaged { path: folder.path_of(&name), source };
+    let entry = Entry::decode(&bytes).map_err(damaged)?;
+    if entry.vm != vm {
+        return Err(FileWitnessError::Misplaced(folder.path_of(&name)));
+    }
+    Ok(Held { number, entry: Some(entry) })
+}
+
+/// Has `entry` follow what is `held`, unless somebody else has been faster: says whether it is what was decided, durably.
+fn decide(folder: &Folder, held: &Held, entry: &Entry) -> Result<bool, FileWitnessError> {
+    let name = |number| entry_name(entry.vm, number);
+    // No number of a migration comes near that; a name that somebody made up may.
+    let misplaced = || FileWitnessError::Misplaced(folder.path_of(&name(held.number)));
+    let number = held.number.checked_add(1).ok_or_else(misplaced)?;
+    if !folder.put_new(&name(number), &entry.encode())? {
+        return Ok(false);
+    }
+    folder.sync()?;
+    let all = numbers(folder, entry.vm)?;
+    if all.last().is_some_and(|&last| last > number) {
+        return Ok(false);
+    }
+    // From the lowest on, so that what is left has no gap.
+    let old = all.into_iter().filter(|&old| old < number.saturating_sub(KEPT));
+    for name in old.map(name) {
+        folder.remove(&name)?;
+    }
+    Ok(true)
+}
+
+/// Judges `claim` and decides what is to be decided.
+fn rule(folder: &Folder, claim: &Claim) -> Result<Ruling, PortError> {
+    for _ in 0..TRIES_MAX {
+        let held = held(folder, claim.vm)?;
+        let judgement = judge(claim, held.entry.as_ref())?;
+        let decided = match judgement.entry {
+            Some(entry) => decide(folder, &held, &entry)?,
+            None => {
+                // Who has decided it may have been lost before it was durable. The claimant will act on it.
+                folder.sync_file(&entry_name(claim.vm, held.number))?;
+                folder.sync()?;
+                true
+            }
+        };
+        // Where it was not this one that counts, what does is judged. It may be the claimant's own: the same claim gets the same
+        // ruling again.
+        if decided {
+            return Ok(judgement.ruling);
+        }
+    }
+    Err(FileWitnessError::Contended(folder.path_of("")).into())
+}
+
+/// Removes what others have left. Only with the lock.
+fn tidy(folder: &Folder, _lock: &Lock) -> Result<(), FileWitnessError> {
+    let names = folder.names()?;
+    names.iter().filter(|name| is_left_over(name)).try_for_each(|name| folder.remove(name))
 }
 
 impl Witness for FileWitness {
     fn id(&self) -> Result<WitnessId, PortError> {
-        const NAME: &str = "identity";
-        let lock = self.lock()?;
-        if let Some(bytes) = self.read(NAME)? {
-            let text = String::from_utf8_lossy(&bytes);
-            // A VM's identity has the same form.
-            let id = VmId::from_hex(text.trim()).map(|id| WitnessId(id.0));
-            return Ok(id.ok_or_else(|| FileWitnessError::Identity(self.folder.join(NAME)))?);
+        let folder = Folder::make(&self.folder)?;
+        let lock = folder.lock()?.ok_or_else(|| FileWitnessError::Contended(self.folder.clone()))?;
+        tidy(&folder, &lock)?;
+        if identity_of(&folder)?.is_none() {
+            // If somebody else was faster after all, theirs is read.
+            folder.put_new(IDENTITY, random_identity()?.to_string().as_bytes())?;
         }
-        let id = random_identity()?;
-        self.write(&lock, NAME, id.to_string().as_bytes())?;
-        Ok(id)
+        folder.sync_file(IDENTITY)?;
+        folder.sync()?;
+        let id = identity_of(&folder)?;
+        Ok(id.ok_or_else(|| FileWitnessError::Identity(folder.path_of(IDENTITY)))?)
     }
 
-    fn probe(&self) -> Result<(), PortError> {
-        let lock = self.lock()?;
-        Ok(self.write(&lock, "probe", &[0; 64])?)
+    fn probe(&self, agreed: WitnessId) -> Result<(), PortError> {
+        let (folder, _lock) = self.open(agreed)?;
+        folder.names()?;
+        folder.rehearse(&[0; PROBE_BYTES])?;
+        folder.names()?;
+        Ok(())
     }
 
-    fn claim(&self, claim: &Claim) -> Result<Ruling, PortError> {
-        let lock = self.lock()?;
-        let judgement = judge(claim, self.entry(claim.vm)?.as_ref())?;
-        if let Some(entry) = judgement.entry {
-            self.write(&lock, &entry_name(claim.vm), &entry.encode())?;
-        }
-        Ok(judgement.ruling)
+    fn claim(&self, agreed: WitnessId, claim: &Claim) -> Result<Ruling, PortError> {
+        let (folder, _lock) = self.open(agreed)?;
+        rule(&folder, claim)
     }
 }
 
@@ -195,71 +256,4 @@ impl fmt::Display for FileWitness {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use ferry_protocol::witness::Wish;
-    use ferry_protocol::{Epoch, MigrationId};
-
-    fn claim(wish: Wish) -> Claim {
-        Claim { vm: VmId([1; 16]), epoch: Epoch::new(2), migration: MigrationId([3; 16]), wish }
-    }
-
-    #[test]
-    fn two_hosts_that_ask_at_once_are_told_the_same() {
-        for _ in 0..20 {
-            let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("witness");
-            let ask = |wish| {
-                let witness = FileWitness::new(path.clone());
-                std::thread::spawn(move || witness.claim(&claim(wish)).unwrap())
-            };
-            let (target, source) = (ask(Wish::Run), ask(Wish::TakeBack));
-            assert_eq!(target.join().unwrap(), source.join().unwrap());
-        }
-    }
-
-    #[test]
-    fn a_witness_is_known_by_what_is_in_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let (one, other) = (folder.path().join("one"), folder.path().join("other"));
-        let id = |path: &Path| FileWitness::new(path.to_owned()).id().unwrap();
-        assert_eq!(id(&one), id(&one));
-        assert_ne!(id(&one), id(&other));
-        FileWitness::new(one).probe().unwrap();
-    }
-
-    #[test]
-    fn a_torn_entry_decides_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let witness = FileWitness::new(folder.path().to_owned());
-        assert_eq!(witness.claim(&claim(Wish::Run)).unwrap(), Ruling::Target);
-        let path = folder.path().join(entry_name(VmId([1; 16])));
-        let bytes = fs::read(&path).unwrap();
-        for torn in [&bytes[..0], &bytes[..bytes.len() - 1]] {
-            fs::write(&path, torn).unwrap();
-            for wish in [Wish::Run, Wish::GiveUp, Wish::TakeBack] {
-                let error = witness.claim(&claim(wish)).unwrap_err().to_string();
-                assert!(error.contains("can't be trusted"), "{error}");
-            }
-        }
-        assert_eq!(fs::read(&path).unwrap().len(), bytes.len() - 1, "it is left as it was");
-    }
-
-    #[test]
-    fn a_folder_that_is_not_there_is_named() {
-        let witness = FileWitness::new("/nonexistent/shared/witness".into());
-        let error = witness.claim(&claim(Wish::Run)).unwrap_err().to_string();
-        assert!(error.contains("/nonexistent/shared/witness") && error.contains("mounted"), "{error}");
-    }
-
-    #[test]
-    fn a_lock_that_somebody_holds_is_waited_for_and_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let witness = FileWitness::new(folder.path().to_owned());
-        let lock = witness.lock().unwrap();
-        let error = witness.claim(&claim(Wish::Run)).unwrap_err().to_string();
-        assert!(error.contains("locked"), "{error}");
-        drop(lock);
-        assert_eq!(witness.claim(&claim(Wish::Run)).unwrap(), Ruling::Target);
-    }
-}
+mod tests;

@@ -8,11 +8,14 @@
 #[cfg(feature = "etcd")]
 pub mod etcd;
 pub mod file;
+mod folder;
+pub(crate) mod patience;
 
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ferry_protocol::WitnessId;
 use ferry_protocol::witness::{Claim, Ruling};
@@ -21,10 +24,16 @@ use crate::ports::PortError;
 #[cfg(feature = "etcd")]
 use etcd::EtcdWitness;
 use file::FileWitness;
+pub use patience::try_out;
+
+/// How long is waited for an answer of a witness before it counts as silent. Longer than what a witness that is within reach takes at
+/// its worst: the lock of [`mod@file`] and the cluster of `etcd` may take 2 s.
+pub const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A place that both sides of a migration reach, and that decides each claim once. Its name is what it displays.
 ///
-/// All methods may block, for a few seconds at most.
+/// All methods may block. Whoever asks waits for [`ANSWER_PATIENCE`] and drops what comes later, so a claim may be heard of which
+/// nobody hears the ruling.
 pub trait Witness: fmt::Debug + fmt::Display + Send + Sync + 'static {
     /// Which witness this is. The first that asks gives it its identity.
     ///
@@ -37,14 +46,16 @@ pub trait Witness: fmt::Debug + fmt::Display + Send + Sync + 'static {
     ///
     /// # Errors
     /// As a claim's.
-    fn probe(&self) -> Result<(), PortError>;
+    fn probe(&self, agreed: WitnessId) -> Result<(), PortError>;
 
-    /// Has `claim` judged, and returns once what was decided would survive a crash.
+    /// Has `claim` judged, and returns once what was decided would survive a crash: also what others had decided before.
+    /// `agreed` is the witness that both sides have found to be the same; what stands in its place by now, as the empty folder
+    /// under a file system that was unmounted, has decided nothing and must not decide now.
     ///
     /// # Errors
-    /// If it can't be reached or can't decide. The claim may have been heard all the same: it is made again until it is
-    /// answered.
-    fn claim(&self, claim: &Claim) -> Result<Ruling, PortError>;
+    /// If it can't be reached, is not `agreed`, or can't decide. The claim may have been heard all the same: it is made again
+    /// until it is answered.
+    fn claim(&self, agreed: WitnessId, claim: &Claim) -> Result<Ruling, PortError>;
 }
 
 /// Where a witness is: `none`, `file:/FOLDER` or `etcd:http://HOST:PORT[,http://HOST:PORT..]`.

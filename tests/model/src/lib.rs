@@ -5,19 +5,31 @@
 //!  world.rs        two hosts, their disks and processes, the connections
 //!  source_side.rs  carries out the source's actions, as the engine does
 //!  target_side.rs  carries out the target's
+//!  streams.rs      data streams, both ends
 //!  step.rs         what can happen next
 //!  properties.rs   what must be true everywhere
 //! ```
 //!
-//! Time is not modelled: a timeout may come at any moment at which one is waited for. Memory is handed over, so that there
-//! are no pages to send; from the pause on both paths are the same code. What is left out: damaged records, which no crash
-//! of a file system that keeps its promises leaves (their own tests are beside the code that reads them), and pages.
+//! Memory goes one of two ways ([`Settings::streams`]). Handed over, there are no pages to send and a broken link ends the
+//! attempt; from the pause on both paths are the same code. Over a data stream, a page travels that the guest writes meanwhile,
+//! and links that break before the commit are made again.
+//!
+//! Time is not modelled: a timeout may come at any moment at which one is waited for. With streams there are two exceptions, or the
+//! search would have no end. A side that would only give up waits as long as anything else can happen: giving up has the
+//! consequences of a cancellation, which may come at any moment. And that the target takes too long to answer a source that
+//! has reached it again is a fault, so that it happens as often as faults are allowed.
+//!
+//! What is left out: damaged records, which no crash of a file system that keeps its promises leaves (their own tests are beside
+//! the code that reads them); pings that only ask for a sign, for a side that takes the other for silent is the same as a connection
+//! that breaks; more than one stream and one page, packing and deltas (`tests/sim.rs` has real pages); records that are measured
+//! anew in a round.
 
 mod keyed;
 mod properties;
 mod settings;
 mod source_side;
 mod step;
+mod streams;
 mod target_side;
 mod world;
 
@@ -51,7 +63,8 @@ impl Model for Handover {
     }
 
     fn actions(&self, world: &World, actions: &mut Vec<Step>) {
-        actions.extend(world.ordinary_steps());
+        let patient = self.settings.streams;
+        actions.extend(if patient { world.patient_steps() } else { world.ordinary_steps() });
         actions.extend(world.peoples_steps(&self.settings));
         actions.extend(world.faults(&self.settings).into_iter().map(Step::Fault));
     }
@@ -66,6 +79,10 @@ impl Model for Handover {
             Property::always("no overtaken copy runs", |_, world| properties::no_old_copy_runs(world)),
             Property::always("some side always owns the VM", |_, world| properties::never_none(world)),
             Property::always("runs only by its record", |_, world| properties::runs_by_record(world)),
+            Property::always("runs on what the guest last wrote", |_, world| {
+                properties::is_up_to_date(world)
+            }),
+            Property::always("neither side finds fault with the other", |_, world: &World| !world.blamed),
             Property::always("every failure leads back to a running guest", |model: &Self, world| {
                 properties::heals(world, &model.settings, &model.healed)
             }),

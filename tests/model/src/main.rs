@@ -17,6 +17,12 @@ struct Arguments {
     /// With a witness
     #[arg(long, requires = "attempts")]
     witness: bool,
+    /// With data streams, and links that are made again
+    #[arg(long, requires = "attempts")]
+    streams: bool,
+    /// How often the guest writes its memory meanwhile
+    #[arg(long, requires = "streams", default_value_t = 0)]
+    writes: u8,
     /// Stop after so many steps
     #[arg(long, requires = "attempts")]
     steps: Option<usize>,
@@ -26,9 +32,11 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let Arguments { attempts, faults, witness, steps, mistake } = Arguments::parse();
+    let Arguments { attempts, faults, witness, streams, writes, steps, mistake } = Arguments::parse();
     let searches = match (attempts, faults) {
-        (Some(attempts), Some(faults)) => vec![Settings { attempts, faults, witness, steps, mistake }],
+        (Some(attempts), Some(faults)) => {
+            vec![Settings { attempts, faults, witness, streams, writes, steps, mistake }]
+        }
         (_, None) | (None, _) => ferry_model::SEARCHES.to_vec(),
     };
     let summaries: Vec<Summary> = searches.into_iter().map(search_and_show).collect();
@@ -51,8 +59,9 @@ fn search_and_show(settings: Settings) -> Summary {
         breach.then.iter().for_each(|step| println!("  {step:?}"));
         println!("{}", breach.world);
     }
-    let Settings { attempts, faults, witness, .. } = settings;
+    let Settings { attempts, faults, witness, streams, writes, .. } = settings;
     let witness = if witness { "a witness" } else { "no witness" };
-    println!("{attempts} migrations, {faults} faults, {witness}: {summary}");
+    let memory = if streams { format!("streams, {writes} writes") } else { "memory handed over".to_owned() };
+    println!("{attempts} migrations, {faults} faults, {witness}, {memory}: {summary}");
     summary
 }

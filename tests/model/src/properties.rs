@@ -40,10 +40,20 @@ pub(crate) fn runs_by_record(world: &World) -> bool {
     (0..2).all(|host| {
         let arrived = world.guest(host).filter(|guest| guest.runs && guest.arrived_by.is_some());
         let untouched = world.sending(host).is_none();
-        arrived.is_none()
-            || !untouched
-            || world.hosts[host].disk.as_ref().is_some_and(|record| record.standing == Standing::Running)
+        // A commit that was recorded and then not sent: if that it is void could not be written, the disk says less than
+        // is known, and a host that is started anew is in doubt.
+        let never_sent = |epoch| matches!(&world.hosts[host].disk, Some(record)
+            if matches!(record.standing, Standing::Committed { .. }) && record.epoch < epoch);
+        let says_so = world.hosts[host].disk.as_ref().is_some_and(|record| record.standing == Standing::Running);
+        !untouched || arrived.is_none_or(|guest| says_so || never_sent(guest.epoch))
     })
+}
+
+/// Memory and state of a copy that runs are what the guest has left last.
+pub(crate) fn is_up_to_date(world: &World) -> bool {
+    (0..2)
+        .filter_map(|host| world.guest(host))
+        .all(|guest| !guest.runs || (guest.memory, guest.state) == (world.written, world.state))
 }
 
 /// Remembers the worlds that are known to come to a good end.

@@ -17,6 +17,16 @@ pub enum Mistake {
     RunWithoutWitness,
     /// The source takes a witness that it can't reach for leave to take the guest back.
     TakeBackWithoutWitness,
+    /// The target lets data streams in that were under way when the link broke.
+    LetOldStreamsIn,
+    /// The source does not send again what had not arrived of a round when the link broke.
+    ForgetTheRound,
+    /// The source takes what was lost of a round for what the target has.
+    TakeLostForKnown,
+    /// The source loses what a dirty log names that was being read when the link broke.
+    ForgetTheLog,
+    /// The target keeps the state that it restored before the source took the migration up again.
+    KeepTheFirstState,
 }
 
 /// The bounds of the search.
@@ -28,6 +38,11 @@ pub struct Settings {
     pub faults: u8,
     /// Whether there is a witness, which any of the hosts may or may not reach.
     pub witness: bool,
+    /// Whether memory goes over a data stream, and links that break before the commit are made again. Otherwise it is
+    /// handed over, and a broken link ends the attempt.
+    pub streams: bool,
+    /// How often the guest writes its memory meanwhile, with streams.
+    pub writes: u8,
     /// How many steps are taken at most.
     pub steps: Option<usize>,
     /// The mistake that is built in.
@@ -36,13 +51,19 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { attempts: 2, faults: 2, witness: false, steps: None, mistake: None }
+        bounds(2, 2, false)
     }
 }
 
 const fn bounds(attempts: u8, faults: u8, witness: bool) -> Settings {
-    Settings { attempts, faults, witness, steps: None, mistake: None }
+    Settings { attempts, faults, witness, streams: false, writes: 0, steps: None, mistake: None }
 }
 
-/// What is searched in full in continuous integration.
-pub const SEARCHES: [Settings; 3] = [bounds(1, 2, false), bounds(1, 2, true), bounds(2, 1, false)];
+const fn with_streams(faults: u8, witness: bool, writes: u8) -> Settings {
+    Settings { streams: true, writes, ..bounds(1, faults, witness) }
+}
+
+/// What is searched in full in continuous integration. With streams there are more worlds for each fault: two of them are beyond
+/// what can be searched there.
+pub const SEARCHES: [Settings; 4] =
+    [bounds(1, 2, false), bounds(1, 2, true), bounds(2, 1, false), with_streams(1, false, 1)];

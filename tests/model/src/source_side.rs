@@ -3,23 +3,36 @@
 use ferry_protocol::record::Standing;
 use ferry_protocol::source::{Action, Config, Event, MemoryPath, OnTimeout, Outcome, Source};
 use ferry_protocol::witness::Ruling;
-use ferry_protocol::{MemoryLayout, MigrationId, Region, Timestamp};
+use ferry_protocol::{MemoryLayout, Message, MigrationId, PageBitmap, Region, Timestamp};
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use ferry_protocol::message::NetworkIdentity;
+use ferry_protocol::message::{Abort, AbortCode, NetworkIdentity};
 use ferry_protocol::page::Compression;
 
 use crate::keyed::Keyed;
 use crate::settings::{Mistake, Settings};
+use crate::streams::{self, Senders};
 use crate::world::{HostIndex, Link, Question, Sending, VM, WITNESS, World, vm_name};
+
+/// How long a lost link is made again.
+pub(crate) const RECONNECT: Duration = Duration::from_secs(30);
+
+/// What writing a record takes: long enough not to be measured again in every round, of which there would be no end.
+pub(crate) const RECORD_TOOK: Duration = Duration::from_millis(10);
 
 /// Begins to migrate the guest of `host` to the other one.
 pub(crate) fn begin(world: &mut World, host: HostIndex, settings: &Settings) {
     let Some(guest) = world.guest(host).cloned() else { return };
     world.attempts_left -= 1;
+    let migration = MigrationId([10 + world.attempts_left; 16]);
+    let (memory, reconnect) = if settings.streams {
+        (MemoryPath::Streams, RECONNECT)
+    } else {
+        (MemoryPath::HandedOver, Duration::ZERO)
+    };
     let config = Config {
-        migration: MigrationId([10 + world.attempts_left; 16]),
+        migration,
         vm: VM,
         name: vm_name(),
         epoch: guest.epoch,
@@ -27,8 +40,7 @@ pub(crate) fn begin(world: &mut World, host: HostIndex, settings: &Settings) {
         target: "peer".to_owned(),
         witness: settings.witness.then_some(WITNESS),
         description: Vec::new(),
-        // The handover is the same on both paths, and this one has no pages to send before it.
-        memory: MemoryPath::HandedOver,
+        memory,
         streams: 1,
         compression: Compression::None,
         verify: true,
@@ -36,12 +48,14 @@ pub(crate) fn begin(world: &mut World, host: HostIndex, settings: &Settings) {
         downtime_budget: Duration::from_secs(1),
         timeout: Duration::from_secs(300),
         on_timeout: OnTimeout::Cancel,
-        reconnect: Duration::ZERO,
+        reconnect,
     };
     let layout = MemoryLayout::new(vec![Region { gpa: 0, bytes: 4096 }]).expect("a page of memory");
     let core = Keyed::new(Source::new(config, layout, Timestamp::default()));
     let sending = Sending {
         core,
+        migration,
+        senders: Senders::default(),
         jobs: VecDeque::new(),
         inbox: VecDeque::new(),
         link: None,
@@ -85,6 +99,7 @@ fn perform(world: &mut World, host: HostIndex, action: Action, settings: &Settin
         }
         Action::Send(message) | Action::SendMemory(message) => {
             let number = sending.link;
+            world.blamed |= blames(&message);
             if let Some(link) = number.and_then(|number| world.link_mut(number))
                 && link.at_target
                 && !link.cut
@@ -108,17 +123,26 @@ fn perform(world: &mut World, host: HostIndex, action: Action, settings: &Settin
         | Action::ReleaseVm
         | Action::WriteRecord(_)
         | Action::RehearseRecord(_) => sending.jobs.push_back(Keyed::new(action)),
-        Action::OpenStreams { .. } | Action::ReopenStreams { .. } | Action::SendPages { .. } => {
-            unreachable!("memory is handed over")
+        Action::OpenStreams { .. } => streams::open(world, host, 0, None, settings),
+        Action::ReopenStreams { session, lacking, .. } => {
+            streams::open(world, host, session, Some(lacking), settings);
         }
+        Action::SendPages { pages, fence, .. } => streams::send(world, host, &pages, fence),
+        Action::CloseStreams => streams::close(world, host),
         Action::AskWitness(claim) => sending.asked = Some(Question::Claim(claim)),
-        Action::CloseStreams | Action::Report(_) => {}
+        Action::Report(_) => {}
         Action::Finish(outcome) => sending.outcome = Some(Keyed::new(outcome)),
     }
 }
 
 const fn written() -> Event {
-    Event::RecordWritten { took: Duration::ZERO }
+    Event::RecordWritten { took: RECORD_TOOK }
+}
+
+/// Whether a message says that the other side, or the memory that came, is not what it must be: no fault may lead to that.
+pub(crate) const fn blames(message: &Message) -> bool {
+    let Message::Abort(Abort { code, .. }) = message else { return false };
+    matches!(code, AbortCode::Protocol | AbortCode::DigestDiffers)
 }
 
 /// All jobs are done: the engine closes its connection, and the process draws the consequences.
@@ -141,24 +165,30 @@ pub(crate) fn close(world: &mut World, host: HostIndex) {
 }
 
 /// Does the first job in the queue.
-pub(crate) fn do_job(world: &mut World, host: HostIndex) {
+pub(crate) fn do_job(world: &mut World, host: HostIndex, settings: &Settings) {
     let Some(process) = world.process_mut(host) else { return };
     let Some(sending) = &mut process.sending else { return };
     let Some(job) = sending.jobs.pop_front() else { return };
-    let mut record_durable = None;
+    let (mut record_durable, mut newest) = (None, None);
+    let at_once = settings.streams && sending.inbox.is_empty() && changes_nothing(&job);
     let event = match &*job {
         Action::PauseVm => {
             process.guest.iter_mut().for_each(|guest| guest.runs = false);
             Some(Event::Paused)
         }
         Action::SaveState => Some(Event::StateSaved {
-            state: Vec::new(),
+            state: process.guest.iter().map(|guest| guest.state).collect(),
             network: NetworkIdentity::default(),
             runs: true,
             took: Duration::ZERO,
         }),
         Action::ResumeVm => {
-            process.guest.iter_mut().for_each(|guest| guest.runs = true);
+            if let Some(guest) = &mut process.guest {
+                // It has run on, so that what was saved of it before is of the past.
+                let stood_still = !std::mem::replace(&mut guest.runs, true);
+                guest.state += u8::from(stood_still && settings.streams);
+                newest = Some(guest.state);
+            }
             Some(Event::VmResumed)
         }
         Action::ReleaseVm => {
@@ -169,11 +199,21 @@ pub(crate) fn do_job(world: &mut World, host: HostIndex) {
             record_durable = Some(record.clone());
             Some(written())
         }
-        Action::RehearseRecord(_) => Some(Event::RecordRehearsed { took: Duration::ZERO }),
-        Action::StartDirtyLog => Some(Event::DirtyLogStarted),
-        Action::StopDirtyLog
-        | Action::ReadDirtyLog
-        | Action::Connect { .. }
+        Action::RehearseRecord(_) => Some(Event::RecordRehearsed { took: RECORD_TOOK }),
+        Action::StartDirtyLog => {
+            process.guest.iter_mut().for_each(|guest| guest.log = Some(false));
+            Some(Event::DirtyLogStarted)
+        }
+        Action::ReadDirtyLog => {
+            let dirty = process.guest.as_mut().and_then(|guest| guest.log.replace(false));
+            let pages = if dirty == Some(true) { PageBitmap::full(1) } else { PageBitmap::empty(1) };
+            Some(Event::DirtyLogRead { pages, took: Duration::ZERO })
+        }
+        Action::StopDirtyLog => {
+            process.guest.iter_mut().for_each(|guest| guest.log = None);
+            None
+        }
+        Action::Connect { .. }
         | Action::Send(_)
         | Action::SendMemory(_)
         | Action::OpenStreams { .. }
@@ -184,10 +224,28 @@ pub(crate) fn do_job(world: &mut World, host: HostIndex) {
         | Action::Report(_)
         | Action::Finish(_) => None,
     };
-    sending.inbox.extend(event.map(Keyed::new));
+    world.state = newest.unwrap_or(world.state);
+    if let Some(event) = event.clone().filter(|_| at_once) {
+        return handle(world, host, Timestamp::default(), event, settings);
+    }
+    if let Some(sending) = world.sending_mut(host) {
+        sending.inbox.extend(event.map(Keyed::new));
+    }
     if let Some(record) = record_durable {
         world.host_mut(host).disk = Some(Keyed::new(record));
     }
+}
+
+/// Whether it makes no difference to anybody else if this is done and the core has not heard of it.
+pub(crate) const fn changes_nothing(job: &Action) -> bool {
+    matches!(
+        job,
+        Action::RehearseRecord(_)
+            | Action::StartDirtyLog
+            | Action::StopDirtyLog
+            | Action::SaveState
+            | Action::PauseVm
+    )
 }
 
 /// The first job, writing a record, fails; the record may be on disk all the same.
@@ -198,6 +256,20 @@ pub(crate) fn fail_job(world: &mut World, host: HostIndex, on_disk: bool) {
     if let (Action::WriteRecord(record), true) = (&*job, on_disk) {
         world.host_mut(host).disk = Some(Keyed::new(record.clone()));
     }
+}
+
+/// The core hears of what was done.
+pub(crate) fn hears(world: &mut World, host: HostIndex, settings: &Settings) {
+    let Some(sending) = world.sending_mut(host) else { return };
+    let Some(event) = sending.inbox.pop_front() else { return };
+    let mut event = (*event).clone();
+    if let Event::DirtyLogRead { pages, .. } = &mut event
+        && settings.mistake == Some(Mistake::ForgetTheLog)
+        && sending.core.phase() == "reconnecting"
+    {
+        *pages = PageBitmap::empty(1);
+    }
+    handle(world, host, Timestamp::default(), event, settings);
 }
 
 /// An attempt to connect ends.
@@ -246,11 +318,20 @@ pub(crate) fn ask(world: &mut World, host: HostIndex, answered: bool, settings: 
     }
 }
 
+/// The target does not answer the source that has reached it again, which tries once more.
+pub(crate) fn tries_again(world: &mut World, host: HostIndex, settings: &Settings) {
+    if let Some(at) = world.sending(host).and_then(|sending| sending.core.poll_timeout()) {
+        handle(world, host, at, Event::Timeout, settings);
+    }
+}
+
 /// The core's time has come.
 pub(crate) fn timeout(world: &mut World, host: HostIndex, settings: &Settings) {
     let Some(sending) = world.sending(host) else { return };
     let Some(at) = sending.core.poll_timeout() else { return };
     let committed = sending.core.phase() == "committed";
+    let reconnecting = sending.core.phase() == "reconnecting";
+    let at = if reconnecting { Timestamp::from_origin(RECONNECT) } else { at };
     handle(world, host, at, Event::Timeout, settings);
     if committed
         && settings.mistake == Some(Mistake::ResumeOnTimeout)

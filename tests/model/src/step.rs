@@ -1,13 +1,18 @@
 //! What can happen next: the ordinary steps of hosts and connections, and as long as the bounds allow it whatever can
 //! go wrong.
 
+use std::time::Duration;
+
 use ferry_protocol::record::{Record, Standing};
 use ferry_protocol::{Timestamp, source, target};
 
 use crate::keyed::Keyed;
 use crate::settings::{Mistake, Settings};
 use crate::world::{Guest, HostIndex, Process, Receiving, World};
-use crate::{source_side, target_side};
+use crate::{source_side, streams, target_side};
+
+/// A source that is due within this only rests between two rounds.
+const RESTS_MAX: Duration = Duration::from_millis(100);
 
 /// The phases of a target that is to run the guest, can't, and may yet give it back.
 const GIVING_BACK: [&str; 5] = [
@@ -59,6 +64,18 @@ pub enum Step {
     SourceTimeout(usize),
     /// What the target's core waits for.
     TargetTimeout(usize),
+    /// The source's data stream is connected, if anybody listens.
+    StreamOpens(usize),
+    /// It sends the round that it was handed.
+    StreamSends(usize),
+    /// The next frame of this data connection reaches the target.
+    FrameArrives(u8),
+    /// The source notices that this data connection is gone.
+    StreamLostAtSource(u8),
+    /// The target does.
+    StreamLostAtTarget(u8),
+    /// The guest on this host writes its memory.
+    GuestWrites(usize),
     /// The migration is over at the source, with all its jobs.
     SourceClose(usize),
     /// And at the target.
@@ -74,6 +91,8 @@ pub enum Fault {
     ConnectFails(usize),
     /// This connection breaks.
     Cut(u8),
+    /// This data connection breaks.
+    CutStream(u8),
     /// It fails.
     SourceJobFails(usize, bool),
     /// It fails; the flag says whether the record is on disk all the same.
@@ -84,6 +103,8 @@ pub enum Fault {
     TargetAnswerLost(usize),
     /// The witness can be reached by this host from now on, or can't any more.
     Reach(usize),
+    /// The target takes too long to answer a source that has reached it again.
+    TooSlow(usize),
     /// The operator cancels the migration at the source.
     Cancel(usize),
     /// The operator stops `ferry receive`.
@@ -121,7 +142,47 @@ impl World {
                 }
             }
         }
+        self.stream_steps(&mut steps);
         steps
+    }
+
+    /// The same, but before the commit a side that would only give up waits as long as anything else can happen: giving up has
+    /// the consequences of a cancellation, which is a fault and may come at any time.
+    pub(crate) fn patient_steps(&self) -> Vec<Step> {
+        let mut steps = self.ordinary_steps();
+        let is_timeout = |step: &Step| matches!(step, Step::SourceTimeout(_) | Step::TargetTimeout(_));
+        if !steps.iter().all(is_timeout) {
+            let source = |step: &Step| matches!(*step, Step::SourceTimeout(host) if self.gives_up(host));
+            let target =
+                |step: &Step| matches!(*step, Step::TargetTimeout(host) if self.gives_up_waiting(host));
+            steps.retain(|step| !source(step) && !target(step));
+        }
+        steps
+    }
+
+    /// Whether the source on `host` would give up if its time was over.
+    fn gives_up(&self, host: HostIndex) -> bool {
+        let Some(core) = self.sending(host).map(|sending| &sending.core) else { return false };
+        let rests = core.poll_timeout().is_some_and(|at| at <= Timestamp::from_origin(RESTS_MAX));
+        let waits = [
+            "connecting",
+            "greeting",
+            "describing",
+            "opening streams",
+            "pre-copy",
+            "reconnecting",
+            "stop-and-copy",
+            "preparing",
+        ];
+        !rests && waits.contains(&core.phase())
+    }
+
+    /// Whether the target on `host` would give up if its time was over.
+    fn gives_up_waiting(&self, host: HostIndex) -> bool {
+        self.receiving(host).is_some_and(|receiving| {
+            let late = receiving.core.poll_timeout() > Some(Timestamp::from_origin(source_side::RECONNECT));
+            ["interrupted", "prepared"].contains(&receiving.core.phase()) && late
+        })
     }
 
     /// Whether `host` looks at new connections now.
@@ -138,6 +199,9 @@ impl World {
             let migrating = self.sending(host).is_some();
             if self.attempts_left > 0 && self.guest(host).is_some() && !migrating {
                 steps.push(Step::Migrate(host));
+            }
+            if self.may_write(host) {
+                steps.push(Step::GuestWrites(host));
             }
             if let Some(resume) = self.resolution(host) {
                 steps.push(Step::Resolve(host, resume));
@@ -194,6 +258,10 @@ impl World {
                 if sending.connecting {
                     steps.push(Fault::ConnectFails(host));
                 }
+                let at_last = Some(Timestamp::from_origin(source_side::RECONNECT));
+                if sending.core.phase() == "reconnecting" && sending.core.poll_timeout() < at_last {
+                    steps.push(Fault::TooSlow(host));
+                }
                 if sending.asked.is_some() && self.witness.reached_by[host] {
                     steps.push(Fault::SourceAnswerLost(host));
                 }
@@ -221,6 +289,7 @@ impl World {
             steps.extend([Fault::Reach(0), Fault::Reach(1)]);
         }
         steps.extend(self.links.iter().filter(|link| !link.cut).map(|link| Fault::Cut(link.number)));
+        steps.extend(self.data.iter().filter(|link| !link.cut).map(|link| Fault::CutStream(link.number)));
         steps
     }
 
@@ -249,17 +318,18 @@ impl World {
             }
             Step::LostAtSource(number) => self.lost_at_source(number, settings),
             Step::LostAtTarget(number) => self.lost_at_target(number, settings),
-            Step::SourceJob(host) => source_side::do_job(self, host),
-            Step::TargetJob(host) => target_side::do_job(self, host),
-            Step::SourceHears(host) => {
-                let event = self.sending_mut(host).and_then(|sending| sending.inbox.pop_front());
-                if let Some(event) = event {
-                    source_side::handle(self, host, now, (*event).clone(), settings);
-                }
-            }
-            Step::TargetHears(host) => self.target_hears(host, settings),
+            Step::SourceJob(host) => source_side::do_job(self, host, settings),
+            Step::TargetJob(host) => target_side::do_job(self, host, settings),
+            Step::SourceHears(host) => source_side::hears(self, host, settings),
+            Step::TargetHears(host) => target_side::hears(self, host, settings),
             Step::SourceTimeout(host) => source_side::timeout(self, host, settings),
             Step::TargetTimeout(host) => target_side::timeout(self, host, settings),
+            Step::StreamOpens(host) => streams::opened(self, host),
+            Step::StreamSends(host) => streams::sent(self, host),
+            Step::FrameArrives(number) => streams::arrives(self, number, settings),
+            Step::StreamLostAtSource(number) => streams::lost_at_source(self, number),
+            Step::StreamLostAtTarget(number) => streams::lost_at_target(self, number),
+            Step::GuestWrites(host) => self.write_memory(host),
             Step::SourceClose(host) => source_side::close(self, host),
             Step::TargetClose(host) => target_side::close(self, host),
             Step::SourceAsks(host) => source_side::ask(self, host, true, settings),
@@ -292,11 +362,15 @@ impl World {
         match fault {
             Fault::ConnectFails(host) => source_side::not_connected(self, host, settings),
             Fault::Cut(number) => self.link_mut(number).into_iter().for_each(|link| link.cut = true),
+            Fault::CutStream(number) => {
+                self.data_link_mut(number).into_iter().for_each(|link| link.cut = true)
+            }
             Fault::SourceAnswerLost(host) => source_side::ask(self, host, false, settings),
             Fault::TargetAnswerLost(host) => target_side::ask(self, host, false, settings),
             Fault::Reach(host) => self.witness.reached_by[host] ^= true,
             Fault::SourceJobFails(host, on_disk) => source_side::fail_job(self, host, on_disk),
             Fault::TargetJobFails(host, on_disk) => target_side::fail_job(self, host, on_disk),
+            Fault::TooSlow(host) => source_side::tries_again(self, host, settings),
             Fault::Cancel(host) => {
                 source_side::handle(self, host, Timestamp::default(), source::Event::Cancel, settings);
             }
@@ -318,7 +392,8 @@ impl World {
             return;
         };
         self.life += 1;
-        let guest = Guest { epoch, arrived_by, runs: true, life: self.life };
+        let (life, memory, state) = (self.life, self.written, self.state);
+        let guest = Guest { epoch, arrived_by, runs: true, life, memory, state, log: None };
         self.host_mut(host).process = Some(Process { guest: Some(guest), ..Process::default() });
     }
 
@@ -357,16 +432,6 @@ impl World {
             let event = target::Event::Disconnected("it broke".to_owned());
             target_side::handle(self, host, Timestamp::default(), event, settings);
         }
-    }
-
-    fn target_hears(&mut self, host: HostIndex, settings: &Settings) {
-        let Some(receiving) = self.receiving_mut(host) else { return };
-        let Some(event) = receiving.inbox.pop_front() else { return };
-        if *event == target::Event::MachineBuilt && receiving.core.is_ending() {
-            receiving.machine = false;
-            return;
-        }
-        target_side::handle(self, host, Timestamp::default(), (*event).clone(), settings);
     }
 
     /// Whether `host` owns the VM, so that losing it may cost the guest. Until the target knows that its record is durable,

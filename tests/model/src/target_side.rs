@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use ferry_protocol::admission::{JoinSecret, PROOF_BYTES};
 use ferry_protocol::message::{Abort, AbortCode, Hello};
 use ferry_protocol::negotiation::Features;
 use ferry_protocol::record::{Record, Standing};
@@ -12,6 +13,8 @@ use ferry_protocol::{Message, Timestamp};
 
 use crate::keyed::Keyed;
 use crate::settings::{Mistake, Settings};
+use crate::source_side::{RECORD_TOOK, blames};
+use crate::streams::{self, Received};
 use crate::world::{Guest, HostIndex, Question, Receiving, WITNESS, World};
 
 /// Takes the next message of connection `number` to `host`.
@@ -63,12 +66,13 @@ fn begin(world: &mut World, host: HostIndex, hello: Hello, number: u8, settings:
     let config = Config {
         host: "b".to_owned(),
         source: "peer".to_owned(),
-        carries_descriptors: true,
+        carries_descriptors: !settings.streams,
         name: None,
         record,
         witness: settings.witness.then_some(WITNESS),
     };
-    let core = Keyed::new(Target::new(config, Timestamp::default()));
+    let core = Target::new(config, Timestamp::default()).with_admission(JoinSecret([7; PROOF_BYTES]));
+    let core = Keyed::new(core);
     let migration = hello.migration;
     let receiving = Receiving {
         core,
@@ -78,6 +82,7 @@ fn begin(world: &mut World, host: HostIndex, hello: Hello, number: u8, settings:
         link: Some(number),
         newer: None,
         machine: false,
+        streams: Received::default(),
         asked: None,
         answer: None,
         outcome: None,
@@ -105,6 +110,7 @@ fn perform(world: &mut World, host: HostIndex, action: Action, settings: &Settin
     match action {
         Action::Send(message) => {
             let number = receiving.link;
+            world.blamed |= blames(&message);
             if let Some(link) = number.and_then(|number| world.link_mut(number))
                 && link.at_source
                 && !link.cut
@@ -117,9 +123,16 @@ fn perform(world: &mut World, host: HostIndex, action: Action, settings: &Settin
         | Action::BuildMachine { .. }
         | Action::AdoptMemory { .. }
         | Action::RestoreState(_)
-        | Action::RunVm { .. }
-        | Action::DiscardMachine => receiving.jobs.push_back(Keyed::new(action)),
-        Action::EndStreams | Action::ExpectStreams { .. } => unreachable!("memory is handed over"),
+        | Action::RunVm { .. } => receiving.jobs.push_back(Keyed::new(action)),
+        Action::DiscardMachine => {
+            receiving.jobs.push_back(Keyed::new(action));
+            streams::drop_all(world, host);
+        }
+        Action::EndStreams => {
+            receiving.jobs.push_back(Keyed::new(action));
+            streams::end(&mut receiving.streams);
+        }
+        Action::ExpectStreams { session, digest } => streams::expect(&mut receiving.streams, session, digest),
         Action::HangUp => {
             let number = receiving.link.take();
             if let Some(link) = number.and_then(|number| world.link_mut(number)) {
@@ -150,7 +163,7 @@ fn write(world: &mut World, host: HostIndex, record: Record, settings: &Settings
 }
 
 const fn written() -> Event {
-    Event::RecordWritten { took: Duration::ZERO }
+    Event::RecordWritten { took: RECORD_TOOK }
 }
 
 /// The guest begins to run here.
@@ -159,7 +172,9 @@ fn start(world: &mut World, host: HostIndex, record: &Record) {
     let life = world.life;
     if let Some(process) = world.process_mut(host) {
         let (epoch, arrived_by) = (record.epoch, record.arrived_by);
-        process.guest = Some(Guest { epoch, arrived_by, runs: true, life });
+        let streams = process.receiving.as_ref().map(|receiving| &receiving.streams);
+        let (memory, state) = streams.map_or((0, 0), |streams| (streams.memory, streams.state));
+        process.guest = Some(Guest { epoch, arrived_by, runs: true, life, memory, state, log: None });
     }
 }
 
@@ -171,6 +186,7 @@ pub(crate) fn close(world: &mut World, host: HostIndex) {
         Some(Outcome::Running { .. }) => process.listens = false,
         Some(Outcome::Discarded { .. }) | None => {}
     }
+    streams::drop_all(world, host);
     if let Some(link) = receiving.link.and_then(|link| world.link_mut(link)) {
         link.at_target = false;
     }
@@ -189,16 +205,26 @@ pub(crate) fn close(world: &mut World, host: HostIndex) {
 }
 
 /// Does the first job in the queue.
-pub(crate) fn do_job(world: &mut World, host: HostIndex) {
+pub(crate) fn do_job(world: &mut World, host: HostIndex, settings: &Settings) {
     let Some(receiving) = world.receiving_mut(host) else { return };
     let Some(job) = receiving.jobs.pop_front() else { return };
+    // It makes no difference to anybody else if these are done and the core has not heard of it.
+    let alone = matches!(*job, Action::BuildMachine { .. } | Action::RestoreState(_) | Action::EndStreams);
+    let at_once = settings.streams && receiving.inbox.is_empty() && alone;
     let event = match &*job {
         Action::BuildMachine { .. } | Action::AdoptMemory { .. } => {
             receiving.machine = true;
             Some(Event::MachineBuilt)
         }
-        Action::RestoreState(_) => Some(Event::StateRestored { took: Duration::ZERO }),
-        Action::RehearseRecord(_) => Some(Event::RecordRehearsed { took: Duration::ZERO }),
+        Action::RestoreState(state) => {
+            let kept = settings.mistake == Some(Mistake::KeepTheFirstState) && receiving.streams.state > 0;
+            if !kept {
+                receiving.streams.state = state.first().copied().unwrap_or_default();
+            }
+            Some(Event::StateRestored { took: Duration::ZERO })
+        }
+        Action::EndStreams => streams::ended(world, host),
+        Action::RehearseRecord(_) => Some(Event::RecordRehearsed { took: RECORD_TOOK }),
         Action::WriteRecord(record) => {
             receiving.inbox.push_back(Keyed::new(written()));
             return world.host_mut(host).disk = Some(Keyed::new(record.clone()));
@@ -210,7 +236,6 @@ pub(crate) fn do_job(world: &mut World, host: HostIndex) {
             return world.process_mut(host).into_iter().for_each(|process| process.guest = None);
         }
         Action::Send(_)
-        | Action::EndStreams
         | Action::ExpectStreams { .. }
         | Action::HangUp
         | Action::ProbeWitness
@@ -220,7 +245,23 @@ pub(crate) fn do_job(world: &mut World, host: HostIndex) {
         | Action::Report(_)
         | Action::Finish(_) => None,
     };
-    receiving.inbox.extend(event.map(Keyed::new));
+    if let Some(receiving) = world.receiving_mut(host) {
+        receiving.inbox.extend(event.map(Keyed::new));
+    }
+    while at_once && world.receiving(host).is_some_and(|receiving| !receiving.inbox.is_empty()) {
+        hears(world, host, settings);
+    }
+}
+
+/// The core hears of what was done.
+pub(crate) fn hears(world: &mut World, host: HostIndex, settings: &Settings) {
+    let Some(receiving) = world.receiving_mut(host) else { return };
+    let Some(event) = receiving.inbox.pop_front() else { return };
+    if *event == Event::MachineBuilt && receiving.core.is_ending() {
+        receiving.machine = false;
+        return;
+    }
+    handle(world, host, Timestamp::default(), (*event).clone(), settings);
 }
 
 /// As `ferry receive` does: only what the record on disk allows is started.

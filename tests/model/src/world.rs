@@ -22,6 +22,7 @@ use ferry_protocol::{Epoch, Message, MigrationId, VmId, VmName};
 
 use crate::keyed::Keyed;
 use crate::settings::Settings;
+use crate::streams::{DataLink, Received, Senders, Version};
 
 /// Which of the two.
 pub(crate) type HostIndex = usize;
@@ -45,6 +46,12 @@ pub(crate) struct Guest {
     pub(crate) runs: bool,
     /// Which life of the guest this copy holds: it grows whenever a copy begins to run somewhere else.
     pub(crate) life: u8,
+    /// What its memory holds.
+    pub(crate) memory: Version,
+    /// Of when the rest of its state is: after how many pauses.
+    pub(crate) state: Version,
+    /// Whether memory was written since the dirty log was read, while that is on.
+    pub(crate) log: Option<bool>,
 }
 
 /// What a core has asked the witness.
@@ -83,6 +90,8 @@ impl Witness {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Sending {
     pub(crate) core: Keyed<Source>,
+    pub(crate) migration: MigrationId,
+    pub(crate) senders: Senders,
     pub(crate) jobs: VecDeque<Keyed<source::Action>>,
     pub(crate) inbox: VecDeque<Keyed<source::Event>>,
     /// The connection in use.
@@ -108,6 +117,7 @@ pub(crate) struct Receiving {
     pub(crate) newer: Option<u8>,
     /// Whether there is a machine with the memory that arrived.
     pub(crate) machine: bool,
+    pub(crate) streams: Received,
     /// What it has asked the witness.
     pub(crate) asked: Option<Question>,
     /// What the witness has said, or that it says nothing.
@@ -157,11 +167,21 @@ pub(crate) struct Link {
 pub(crate) struct World {
     pub(crate) hosts: [Arc<Host>; 2],
     pub(crate) links: Vec<Link>,
+    /// The data streams' connections.
+    pub(crate) data: Vec<DataLink>,
     pub(crate) witness: Witness,
     /// How many more migrations may be begun.
     pub(crate) attempts_left: u8,
     /// How many more things may go wrong.
     pub(crate) faults_left: u8,
+    /// How often the guest may still write its memory.
+    pub(crate) writes_left: u8,
+    /// What it has written last.
+    pub(crate) written: Version,
+    /// The newest state of the guest.
+    pub(crate) state: Version,
+    /// A side has found fault with what the other sent, or the two memories to differ.
+    pub(crate) blamed: bool,
     /// The newest life of the guest.
     pub(crate) life: u8,
     /// The host that owned the VM was lost with it.
@@ -172,7 +192,17 @@ impl World {
     /// The VM runs on host 0, and host 1 waits for it.
     pub(crate) fn new(settings: &Settings, reached_by: [bool; 2]) -> Self {
         let record = Record::of_own(VM, vm_name(), Epoch::FIRST, Standing::Running);
-        let guest = Guest { epoch: Epoch::FIRST, arrived_by: None, runs: true, life: 0 };
+        // Only pages that travel need contents that can be told apart from none.
+        let written = u8::from(settings.streams);
+        let guest = Guest {
+            epoch: Epoch::FIRST,
+            arrived_by: None,
+            runs: true,
+            life: 0,
+            memory: written,
+            state: written,
+            log: None,
+        };
         let owner = Process { guest: Some(guest), ..Process::default() };
         let waiting = Process { listens: true, ..Process::default() };
         Self {
@@ -181,9 +211,14 @@ impl World {
                 Arc::new(Host { disk: None, process: Some(waiting) }),
             ],
             links: Vec::new(),
+            data: Vec::new(),
             witness: Witness { entry: None, reached_by },
             attempts_left: settings.attempts,
             faults_left: settings.faults,
+            writes_left: settings.writes,
+            written,
+            state: written,
+            blamed: false,
             life: 0,
             owner_lost: false,
         }
@@ -238,6 +273,7 @@ impl World {
     /// their history are one.
     pub(crate) fn tidy(&mut self) {
         self.links.retain(|link| link.at_source || link.at_target);
+        self.tidy_streams();
         for link in &mut self.links {
             if !link.at_target {
                 link.to_target.clear();
@@ -260,15 +296,17 @@ impl World {
         for link in &mut self.links {
             *(if link.from == host { &mut link.at_source } else { &mut link.at_target }) = false;
         }
+        for link in &mut self.data {
+            *(if link.from == host { &mut link.at_source } else { &mut link.at_target }) = false;
+        }
         self.links.retain(|link| link.at_source || link.at_target);
     }
 
     /// Kills `host`'s process; its connections break.
     pub(crate) fn crash(&mut self, host: HostIndex) {
         self.end_process(host);
-        for link in &mut self.links {
-            link.cut = true;
-        }
+        self.links.iter_mut().for_each(|link| link.cut = true);
+        self.data.iter_mut().for_each(|link| link.cut = true);
     }
 }
 

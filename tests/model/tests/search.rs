@@ -3,7 +3,12 @@
 use ferry_model::{Mistake, Settings, search};
 
 fn settings(faults: u8, witness: bool, mistake: Option<Mistake>) -> Settings {
-    Settings { attempts: 1, faults, witness, steps: None, mistake }
+    Settings { attempts: 1, faults, witness, mistake, ..Settings::default() }
+}
+
+/// With a data stream, over which the guest writes its memory once more, and links that are made again.
+fn with_streams(faults: u8, writes: u8, mistake: Option<Mistake>) -> Settings {
+    Settings { streams: true, writes, ..settings(faults, false, mistake) }
 }
 
 fn holds(settings: Settings) {
@@ -19,6 +24,49 @@ fn is_found(mistake: Mistake, faults: u8, witness: bool) {
     let summary = search(settings(faults, witness, Some(mistake)), 1);
     println!("{mistake:?}: {summary}");
     assert!(!summary.breaches.is_empty(), "{mistake:?} was not found: {summary}");
+}
+
+/// The same with a data stream, by this property.
+fn is_found_by(property: &str, mistake: Mistake, writes: u8) {
+    let summary = search(with_streams(1, writes, Some(mistake)), 1);
+    println!("{mistake:?}: {summary}");
+    let broken: Vec<&str> = summary.breaches.iter().map(|breach| breach.property).collect();
+    assert!(broken.contains(&property), "{mistake:?} was not found: {summary}, {broken:?}");
+}
+
+const UP_TO_DATE: &str = "runs on what the guest last wrote";
+
+const NO_FAULT_FOUND: &str = "neither side finds fault with the other";
+
+#[test]
+fn a_link_that_breaks_at_any_moment_before_the_commit_leaves_one_owner_with_all_that_was_written() {
+    holds(with_streams(0, 1, None));
+    holds(with_streams(1, 0, None));
+}
+
+#[test]
+fn data_streams_of_before_the_break_that_are_let_in_are_found() {
+    is_found_by(NO_FAULT_FOUND, Mistake::LetOldStreamsIn, 0);
+}
+
+#[test]
+fn pages_of_the_round_under_way_that_are_not_sent_again_are_found() {
+    is_found_by(NO_FAULT_FOUND, Mistake::ForgetTheRound, 0);
+}
+
+#[test]
+fn lost_pages_that_are_taken_for_known_are_found() {
+    is_found_by(NO_FAULT_FOUND, Mistake::TakeLostForKnown, 0);
+}
+
+#[test]
+fn a_log_that_is_lost_with_the_link_is_found() {
+    is_found_by(UP_TO_DATE, Mistake::ForgetTheLog, 1);
+}
+
+#[test]
+fn a_state_that_is_not_replaced_by_a_later_one_is_found() {
+    is_found_by(UP_TO_DATE, Mistake::KeepTheFirstState, 0);
 }
 
 #[test]

@@ -166,8 +166,10 @@ pub(crate) struct ResolveRequest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Decision {
-    /// The VM goes on here.
+    /// The VM goes on here, if the witness agrees where there is one.
     Resume,
+    /// The VM goes on here, whatever the witness may yet decide.
+    ResumeWithoutWitness,
     /// It is the target's.
     Discard,
 }
@@ -176,6 +178,7 @@ impl From<Decision> for Resolution {
     fn from(decision: Decision) -> Self {
         match decision {
             Decision::Resume => Self::Resume,
+            Decision::ResumeWithoutWitness => Self::ResumeAlone,
             Decision::Discard => Self::Discard,
         }
     }

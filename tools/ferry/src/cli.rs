@@ -91,6 +91,10 @@ pub(crate) struct ResolveArgs {
     /// The VM goes on here. If its target runs it, or ever comes to run it, there are two of it
     #[arg(long)]
     pub(crate) resume: bool,
+    /// With --resume: don't ask the witness, which is lost for good. If it comes back and has not decided yet, it may give the
+    /// target leave to run the VM too
+    #[arg(long, requires = "resume")]
+    pub(crate) without_witness: bool,
     /// The VM is its target's, and this host lets go of it. If the target does not run it, it is lost
     #[arg(long)]
     pub(crate) discard: bool,

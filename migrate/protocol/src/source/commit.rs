@@ -194,7 +194,13 @@ impl Committed {
             }
             // Nothing is in doubt yet: the target is about to answer.
             Event::Resolve(_) if !self.doubted => Phase::Committed(self),
-            Event::Resolve(Resolution::Resume) => {
+            Event::Resolve(Resolution::Resume) if context.config.witness.is_some() => {
+                self.ask_witness(context);
+                Phase::Committed(self)
+            }
+            Event::Resolve(Resolution::Resume | Resolution::ResumeAlone) => {
+                // Nobody waits for what it says, but if it hears this the target gets no leave any more.
+                self.ask_witness(context);
                 let epoch = self.epoch;
                 self.take_back(epoch, Failure::Link(RESOLVED.to_owned()), context)
             }
@@ -242,15 +248,22 @@ impl Committed {
         let delay = self.next_delay;
         self.next_delay = (delay * 2).min(RETRY_DELAY_MAX);
         // The target is given one chance to answer by itself: a connection that broke may be back at once.
-        if self.doubted && context.config.witness.is_some() && !std::mem::replace(&mut self.asking, true) {
-            let (vm, migration) = (context.config.vm, context.config.migration);
-            let claim = Claim { vm, epoch: self.epoch, migration, wish: Wish::TakeBack };
-            context.act(Action::AskWitness(claim));
+        if self.doubted {
+            self.ask_witness(context);
         }
         self.doubt(reason, context);
         context.act(Action::Connect { delay });
         self.connection = Connection::Down;
         Phase::Committed(self)
+    }
+
+    /// Asks the witness, if there is one and it is not being asked, to give the VM back.
+    fn ask_witness(&mut self, context: &mut Context) {
+        if context.config.witness.is_some() && !std::mem::replace(&mut self.asking, true) {
+            let (vm, migration) = (context.config.vm, context.config.migration);
+            let claim = Claim { vm, epoch: self.epoch, migration, wish: Wish::TakeBack };
+            context.act(Action::AskWitness(claim));
+        }
     }
 
     /// Tells the caller, once, that it is not known here who runs the guest.

@@ -15,8 +15,11 @@ use crate::witness::{Claim, Ruling, WitnessId};
 /// What the operator decides of a handover that is in doubt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Resolution {
-    /// The guest goes on at the source. If the target runs it too, there are two.
+    /// The guest goes on at the source. If the target runs it too, there are two. Where there is a witness it is asked, and
+    /// decides: it may yet give the target leave.
     Resume,
+    /// The same, whatever the witness may yet decide.
+    ResumeAlone,
     /// The VM is the target's, and the source lets go of it. If the target does not run it, it is lost.
     Discard,
 }

@@ -70,8 +70,9 @@ impl Prepared {
                 Phase::Prepared(self)
             }
             // It has lost the link before it heard that all is prepared, so it has not committed: the guest runs there, and
-            // the state that was restored here is of the past.
-            Event::Message(Message::Resume(resume)) => {
+            // the state that was restored here is of the past. One that was overtaken by a newer connection says nothing of
+            // that: by now the source may have committed.
+            Event::Message(Message::Resume(resume)) if self.receiving.is_next(&resume) => {
                 interrupted::taken_back(self.receiving, self.ended, resume, now, context)
             }
             Event::StreamsEnded { arrived, digest } => {

@@ -172,9 +172,14 @@ impl Interrupted {
                 self.answer_if_asked(now, context)
             }
             Event::Message(Message::Resume(resume)) => {
-                if resume.epoch != self.receiving.guest.standing.epoch() || !self.receiving.is_next(&resume) {
+                if resume.epoch != self.receiving.guest.standing.epoch() {
                     let text = "the source takes up another migration than the one that was interrupted";
                     return self.give_up(Some(AbortCode::Protocol), text, context);
+                }
+                // It came late, by a connection that the source has given up, and was overtaken by one that was answered
+                // already. The source finds that one closed, and asks anew.
+                if !self.receiving.is_next(&resume) {
+                    return Phase::Interrupted(self);
                 }
                 self.asked = Some(resume);
                 self.answer_if_asked(now, context)

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use ferry_protocol::PageBitmap;
+use ferry_protocol::message::Resume;
 use ferry_protocol::source::{self, Failure, Outcome, Progress};
 use ferry_protocol::target;
+use ferry_protocol::{Epoch, Message, PageBitmap};
 
 use crate::world::{MS, PAGES, Pair, config};
 
@@ -126,6 +127,47 @@ fn a_link_that_breaks_again_and_again_is_made_again_and_again() {
     }
     pair.run_to_end();
     assert!(moved(&pair).reconnections.len() >= 3);
+}
+
+/// A connection that the source has given up may be read after the next one: what it asks is of the past.
+#[test]
+fn a_connection_that_comes_late_is_no_reason_to_give_up() {
+    for phase in ["receiving", "interrupted", "prepared"] {
+        let mut pair = Pair::new(config());
+        pair.run_to_source_phase("pre-copy");
+        pair.cut_all(20 * MS);
+        pair.run_to_source_phase("reconnecting");
+        pair.run_to_source_phase("pre-copy");
+        if phase == "interrupted" {
+            pair.cut_all(200 * MS);
+        }
+        pair.run_to_target_phase(phase);
+        let session = 1;
+        let late = Resume { epoch: Epoch::FIRST.next(), session, reached: 0, round: 1, from: 0 };
+        pair.tell_target(target::Event::Reconnected);
+        pair.tell_target(target::Event::Message(Message::Resume(late)));
+        // It has taken the place of the newer connection.
+        pair.cut_control(20 * MS);
+        pair.run_to_end();
+        assert!(!moved(&pair).reconnections.is_empty(), "{phase}");
+    }
+}
+
+/// By then the source may have committed, so it must not make the target anything but prepared.
+#[test]
+fn a_connection_that_comes_late_does_not_undo_what_is_prepared() {
+    let mut pair = Pair::new(config());
+    pair.run_to_source_phase("pre-copy");
+    pair.cut_all(20 * MS);
+    pair.run_to_source_phase("reconnecting");
+    pair.run_to_source_phase("committed");
+    pair.run_to_target_phase("prepared");
+    let late = Resume { epoch: Epoch::FIRST.next(), session: 1, reached: 0, round: 1, from: 0 };
+    pair.tell_target(target::Event::Reconnected);
+    pair.tell_target(target::Event::Message(Message::Resume(late)));
+    assert!(pair.target.as_ref().is_some_and(|target| target.phase() == "prepared"));
+    pair.run_to_end();
+    moved(&pair);
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 use std::io::{BufRead as _, IsTerminal as _, Write as _};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use ferry_migrate::ports::RecordStore;
@@ -24,12 +25,19 @@ const RESUME_RISK: &str = "If its target runs the VM, or still comes to run it, 
      addresses, and both write to what they share. Be sure that the target host is down for good, or that 'ferry info' there \
      shows that it does not have the VM.";
 
+/// How long a decision may take to be carried out. A witness that is within reach answers sooner.
+const DECISION_PATIENCE: Duration = Duration::from_secs(12);
+
 const DISCARD_RISK: &str = "The guest's memory on this host is let go of. If its target does not run the VM, it is LOST with \
      all that was in its memory. Be sure that 'ferry info' on the target shows it running.";
 
 pub(crate) async fn run(args: ResolveArgs) -> anyhow::Result<ExitCode> {
     let state = StateDir::from_environment()?;
-    let decision = if args.resume { Decision::Resume } else { Decision::Discard };
+    let decision = match (args.resume, args.without_witness) {
+        (true, true) => Decision::ResumeWithoutWitness,
+        (true, false) => Decision::Resume,
+        (false, _) => Decision::Discard,
+    };
     match client::call::<VmInfo>(&state, &args.name, Method::GET, api::VM).await {
         Ok(info) => at_process(&args, &state, &info, decision).await,
         Err(error) => at_records(&args, &state, decision).map_err(|refused| refused.unwrap_or(error)),
@@ -50,16 +58,22 @@ async fn at_process(
     client::tell_with(state, &args.name, Method::PUT, api::RESOLVE, Some(&request)).await?;
     let mut events =
         client::events(state, &args.name, Method::GET, api::MIGRATION_EVENTS, None::<&()>).await?;
-    let last = loop {
-        match events.next().await? {
-            Some(event) if event.is_last() => break event,
-            Some(_) => {}
-            None => bail!("the process that hosts '{}' ended meanwhile", args.name),
+    let last = async {
+        loop {
+            match events.next().await? {
+                Some(event) if event.is_last() => return Ok(event),
+                Some(_) => {}
+                None => bail!("the process that hosts '{}' ended meanwhile", args.name),
+            }
         }
     };
+    let Ok(last) = tokio::time::timeout(DECISION_PATIENCE, last).await else { bail!("{}", undecided(args, info)) };
+    let last = last?;
     let (state, text, decided) = match (last, decision) {
         (MigrationEvent::LetGo { reason }, Decision::Discard) => ("let-go", reason, true),
-        (MigrationEvent::Failed { reason }, Decision::Resume) => ("resumed", reason, true),
+        (MigrationEvent::Failed { reason }, Decision::Resume | Decision::ResumeWithoutWitness) => {
+            ("resumed", reason, true)
+        }
         // Somebody else was faster: the target has answered, or the witness has.
         (MigrationEvent::Moved(report), _) => {
             ("moved", format!("it runs on {} now, which has just been heard", report.host), args.discard)
@@ -69,6 +83,16 @@ async fn at_process(
     };
     say(args, state, &text);
     Ok(if decided { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Why nothing has come of the decision yet.
+fn undecided(args: &ResolveArgs, info: &VmInfo) -> String {
+    let (name, witness) = (&args.name, info.witness.as_deref().unwrap_or("none"));
+    format!(
+        "'{name}' is still in doubt: its witness ({witness}) does not answer, and it may yet give the target leave to run the VM. It \
+         goes on being asked; make it reachable. If it is lost for good, and the target host is down or its 'ferry receive' ended, \
+         'ferry resolve {name} --resume --without-witness' decides without it"
+    )
 }
 
 fn say(args: &ResolveArgs, state: &str, text: &str) {
@@ -85,7 +109,7 @@ fn confirm(args: &ResolveArgs, what: &str, decision: Decision) -> anyhow::Result
         return Ok(());
     }
     let risk = match decision {
-        Decision::Resume => RESUME_RISK,
+        Decision::Resume | Decision::ResumeWithoutWitness => RESUME_RISK,
         Decision::Discard => DISCARD_RISK,
     };
     if !std::io::stdin().is_terminal() {

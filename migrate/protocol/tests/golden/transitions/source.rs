@@ -284,6 +284,7 @@ fn events() -> Vec<(String, Event)> {
         ("WitnessSays(Source)", Event::WitnessSays(Ruling::Source)),
         ("WitnessSilent", Event::WitnessSilent("no route".to_owned())),
         ("Resolve(Resume)", Event::Resolve(Resolution::Resume)),
+        ("Resolve(ResumeAlone)", Event::Resolve(Resolution::ResumeAlone)),
         ("Resolve(Discard)", Event::Resolve(Resolution::Discard)),
         ("Welcome", welcome(1, Features::OURS)),
         ("Welcome(version 9)", welcome(9, Features::OURS)),
