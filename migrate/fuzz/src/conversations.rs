@@ -102,6 +102,14 @@ pub fn of_source(messages: &[Vec<u8>]) -> Vec<Vec<u8>> {
         add(config, &[&rounds, &[(s::FAIL, 0), (s::PREPARED, 0)]]);
         add(config, &[&rounds, &[(s::AT_ONCE, 1), (s::PREPARED, 0), (s::DISCONNECTED, 0), (s::ANSWER, 0)]]);
     }
+    // The link breaks while each job of the host is under way.
+    let whole: Vec<_> = [&copying[..], &again, &again, &well([s::PREPARED])].concat();
+    let back = [(s::DISCONNECTED, 0), (s::AT_ONCE, 0), (s::ADMIT, 0), (s::ARRIVED, 1), (s::DIRTY, 4)];
+    for (heard, done) in (2..whole.len()).flat_map(|heard| (0..5).map(move |done| (heard, done))) {
+        let slowly: Vec<_> = well([s::ANSWER_OTHER, s::ANSWER]).repeat(done);
+        let (before, next) = whole.split_at(heard);
+        add([0, 0], &[before, &[(s::AT_ONCE, 1)], &next[..1], &slowly, &back, &again, &again, &next[1..]]);
+    }
     // Memory that is handed over.
     let offered = [(s::WELCOME, 0), (s::READY, 0), (s::PONG, 5), (s::PREPARED, 0), (s::RUNNING, 0)];
     add([1, 0], &[&offered]);
