@@ -237,9 +237,15 @@ impl Host {
             }
             steps::CANCEL => self.handle(Event::Cancel),
             steps::RESOLVE => {
-                let resolution = if how.is_multiple_of(2) { Resolution::Resume } else { Resolution::Discard };
-                if self.core.is_in_doubt() {
-                    self.given = if how.is_multiple_of(2) { Given::Back } else { Given::Away };
+                let (resolution, given) = match how % 3 {
+                    0 => (Resolution::Resume, Given::Back),
+                    1 => (Resolution::Discard, Given::Away),
+                    _ => (Resolution::ResumeAlone, Given::Back),
+                };
+                // Where there is a witness it decides, unless it is to be passed over.
+                let asks = self.witness_named && resolution == Resolution::Resume;
+                if self.core.is_in_doubt() && !asks {
+                    self.given = given;
                 }
                 self.handle(Event::Resolve(resolution));
             }
@@ -452,7 +458,9 @@ impl Host {
             Action::WriteRecord(record) => self.in_order.push_back(Job::Write(record)),
             Action::RehearseRecord(record) => self.in_order.push_back(Job::Rehearse(record)),
             Action::AskWitness(claim) => {
-                assert!(self.witness_named && self.given == Given::Doubted && claim.epoch == EPOCH.next());
+                // Also when the operator has taken it back, so that the target gets no leave any more.
+                assert!(matches!(self.given, Given::Doubted | Given::Back), "nothing is in doubt");
+                assert!(self.witness_named && claim.epoch == EPOCH.next());
                 self.others.push_back(Job::Ask(claim));
             }
             Action::Report(_) => {}

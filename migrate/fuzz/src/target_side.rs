@@ -391,7 +391,10 @@ impl Host {
                 self.committed = Some(*epoch);
             }
             Message::Released(AtEpoch { epoch }) => self.released |= self.committed == Some(*epoch),
-            Message::Resume(_) if self.committed.is_none() => (self.prepared, self.restored) = (None, false),
+            // One that was overtaken by another says nothing.
+            Message::Resume(resume) if self.committed.is_none() && resume.session > self.session => {
+                (self.prepared, self.restored) = (None, false);
+            }
             _ => {}
         }
         self.handle(Event::Message(message));

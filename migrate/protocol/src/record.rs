@@ -181,7 +181,10 @@ impl Record {
                      it, --discard lets it be started anew",
                 );
             }
-            (Standing::Receiving { .. } | Standing::Discarded, Resolution::Resume | Resolution::ResumeAlone) => {
+            (
+                Standing::Receiving { .. } | Standing::Discarded,
+                Resolution::Resume | Resolution::ResumeAlone,
+            ) => {
                 return refuse("it has never run here, and what had arrived is gone; its source has it");
             }
             (Standing::Released { .. }, Resolution::Resume | Resolution::ResumeAlone) => {
