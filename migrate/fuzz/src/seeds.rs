@@ -5,10 +5,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use ferry_protocol::encode::delta::BLOCK_BYTES;
 use ferry_protocol::encode::pack::{Method, Packer};
 use ferry_protocol::witness::{Entry, Verdict};
 use ferry_protocol::{Epoch, MigrationId, PAGE_BYTES, VmId};
 
+use crate::conversations;
 use crate::targets::FuzzTarget;
 
 /// The repository.
@@ -37,10 +39,12 @@ pub fn seeds(target: &FuzzTarget) -> io::Result<Vec<Vec<u8>>> {
     };
     let mut seeds = match target.name {
         "control" => behind(&[1, 7], hex_files(&golden.join("message"))?),
-        "target" | "source" => conversations(&hex_files(&golden.join("message"))?),
+        "target" => conversations::of_target(&hex_files(&golden.join("message"))?),
+        "source" => conversations::of_source(&hex_files(&golden.join("message"))?),
         "join" => behind(&[1], hex_files(&golden)?),
         "frame" => behind(&[1, 0, 0, 1, 0, 0, 0, 0, 0], hex_files(&golden.join("frame"))?),
         "packed" => packed(),
+        "delta" => deltas(),
         "record" => hex_files(&golden.join("record"))?,
         "description" => files(&machine)?,
         "witness" => entries(),
@@ -70,9 +74,17 @@ fn changes() -> Vec<Vec<u8>> {
     seeds
 }
 
-/// Messages one after another, in the order of their numbers, from each on.
-fn conversations(messages: &[Vec<u8>]) -> Vec<Vec<u8>> {
-    (0..messages.len()).map(|from| [vec![0], messages[from..].concat()].concat()).collect()
+/// Bodies of deltas: for each page which of its blocks follow, then the blocks.
+fn deltas() -> Vec<Vec<u8>> {
+    let groups: [&[u32]; 5] = [&[1], &[0, 0x8000_0000], &[u32::MAX], &[3, 0, 5, 1 << 31], &[1; 16]];
+    let body = |masks: &[u32]| {
+        let blocks: u32 = masks.iter().map(|mask| mask.count_ones()).sum();
+        let blocks = (0..blocks).flat_map(|block| [block.to_le_bytes()[0]; BLOCK_BYTES]);
+        let front = u8::try_from(masks.len() - 1).unwrap_or_default();
+        let masks = masks.iter().flat_map(|mask| mask.to_le_bytes());
+        std::iter::once(front).chain(masks).chain(blocks).collect()
+    };
+    groups.into_iter().map(body).collect()
 }
 
 /// Some pages in each packing.

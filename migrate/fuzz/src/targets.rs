@@ -1,26 +1,18 @@
 //! The functions. Each takes any bytes; what it must hold is asserted in it.
 
-use std::time::Duration;
-
 use ferry_migrate::tls::identity::HostIdentity;
 use ferry_protocol::admission::JoinSecret;
 use ferry_protocol::encode::delta;
 use ferry_protocol::encode::pack::{Packed, Unpacker};
 use ferry_protocol::frame::{FRAME_HEADER_BYTES, Frame, GROUP_PAGES_MAX, JOIN_BYTES, Join};
-use ferry_protocol::page::Compression;
 use ferry_protocol::record::Record;
-use ferry_protocol::source::{self, MemoryPath, OnTimeout, Source};
-use ferry_protocol::target::{self, Target};
 use ferry_protocol::wire::{Decoder, encode};
-use ferry_protocol::witness::{Entry, Ruling, WitnessId};
-use ferry_protocol::{
-    Epoch, MemoryDigest, MemoryLayout, Message, MigrationId, PAGE_BYTES, PageBitmap, Region, StreamIndex,
-    Timestamp, VmId,
-};
+use ferry_protocol::witness::Entry;
+use ferry_protocol::{Epoch, Message, PAGE_BYTES, StreamIndex, VmId};
 use ferry_vmm::{CpuProfile, LocalChoices, Machine, MemoryChoices, SerialTarget};
 
 use crate::bytes::{Taker, filled, seal, sealed_messages, sealed_record};
-use crate::machines;
+use crate::{machines, source_side, target_side};
 
 /// A decoder, or what stands behind one.
 #[derive(Debug, Clone, Copy)]
@@ -159,149 +151,14 @@ pub fn delta(bytes: &[u8]) {
     }
 }
 
-/// The witness of a side that has one.
-const WITNESS: WitnessId = WitnessId([5; 16]);
-
-/// How long one step of a core takes here.
-const STEP: Duration = Duration::from_millis(300);
-
-fn at(step: u32) -> Timestamp {
-    Timestamp::from_origin(STEP * step)
-}
-
-/// The target's whole state machine against a source that sends what it likes, while its own host does its work. It must
-/// never run the guest without a commit and a record of that.
+/// The target's whole state machine: see [`target_side`].
 pub fn target_core(bytes: &[u8]) {
-    let config = target::Config {
-        host: "b".to_owned(),
-        source: "a".to_owned(),
-        carries_descriptors: bytes.first().is_some_and(|byte| byte % 2 == 1),
-        name: None,
-        record: None,
-        witness: bytes.first().is_some_and(|byte| byte % 4 >= 2).then_some(WITNESS),
-    };
-    let mut core = Target::new(config, at(0)).with_admission(JoinSecret([1; 32]));
-    let (mut committed, mut pending) = (false, Vec::new());
-    for (step, message) in
-        (1..).zip(messages(&sealed_messages(bytes.get(1..).unwrap_or_default()), usize::MAX))
-    {
-        committed |= matches!(message, Message::Commit(_));
-        core.handle(at(step), target::Event::Message(message));
-        while let Some(action) = core.poll_action() {
-            pending.extend(done_by_target(&action));
-            assert!(!matches!(action, target::Action::RunVm { .. }) || committed, "{action:?}");
-        }
-        for event in pending.drain(..) {
-            core.handle(at(step), event);
-        }
-        while core.poll_action().is_some() {}
-        if core.poll_timeout().is_some_and(|due| due <= at(step)) {
-            core.handle(at(step), target::Event::Timeout);
-        }
-        assert!(!core.may_run() || committed);
-    }
+    let _ = target_side::play(bytes);
 }
 
-/// What the target's host says when it has done what it was asked to.
-fn done_by_target(action: &target::Action) -> Option<target::Event> {
-    use target::{Action, Event};
-    match action {
-        Action::WriteRecord(_) => Some(Event::RecordWritten { took: STEP }),
-        Action::RehearseRecord(_) => Some(Event::RecordRehearsed { took: STEP }),
-        Action::BuildMachine { layout, .. } | Action::AdoptMemory { layout, .. } => {
-            assert!(layout.page_count() > 0);
-            Some(Event::MachineBuilt)
-        }
-        Action::ProbeWitness => Some(Event::WitnessProbed { took: STEP }),
-        Action::AskWitness(_) => Some(Event::WitnessSays(Ruling::Target)),
-        Action::RestoreState(_) => Some(Event::StateRestored { took: STEP }),
-        Action::RunVm { .. } => Some(Event::VmRunning { took: STEP }),
-        Action::EndStreams => {
-            Some(Event::StreamsEnded { arrived: PageBitmap::empty(512), digest: MemoryDigest::ZERO })
-        }
-        Action::Send(message) => {
-            // Whatever is said fits a message.
-            assert!(encode(message).len() <= ferry_protocol::wire::BODY_BYTES_MAX);
-            None
-        }
-        Action::ExpectStreams { .. }
-        | Action::HangUp
-        | Action::DropStaleFrames
-        | Action::Announce(_)
-        | Action::DiscardMachine
-        | Action::Report(_)
-        | Action::Finish(_) => None,
-    }
-}
-
-/// The source's whole state machine against a target that answers what it likes.
+/// The source's whole state machine: see [`source_side`].
 pub fn source_core(bytes: &[u8]) {
-    let layout = MemoryLayout::new(vec![Region { gpa: 0, bytes: 512 * 4096 }]).expect("a layout");
-    let config = source::Config {
-        migration: MigrationId([1; 16]),
-        vm: VmId([2; 16]),
-        name: "web".parse().expect("a name"),
-        epoch: Epoch::FIRST,
-        arrived_by: None,
-        target: "b:1".to_owned(),
-        witness: bytes.last().is_some_and(|byte| byte % 2 == 1).then_some(WITNESS),
-        description: vec![1],
-        memory: MemoryPath::Streams,
-        streams: 2,
-        compression: Compression::None,
-        verify: true,
-        verify_whole: false,
-        downtime_budget: Duration::from_secs(1),
-        timeout: Duration::from_secs(100),
-        on_timeout: OnTimeout::Stop,
-        reconnect: Duration::from_secs(10),
-    };
-    let mut core = Source::new(config, layout, at(0));
-    let mut pending = Vec::new();
-    let messages = messages(&sealed_messages(bytes), usize::MAX).into_iter().map(source::Event::Message);
-    for (step, event) in (1..).zip(std::iter::once(source::Event::Connected).chain(messages)) {
-        core.handle(at(step), event);
-        while let Some(action) = core.poll_action() {
-            pending.extend(done_by_source(action));
-        }
-        for event in pending.drain(..) {
-            core.handle(at(step), event);
-        }
-    }
-}
-
-/// What the source's host says when it has done what it was asked to.
-fn done_by_source(action: source::Action) -> Option<source::Event> {
-    use source::{Action, Event};
-    match action {
-        Action::Connect { .. } => Some(Event::Connected),
-        Action::OpenStreams { .. } => Some(Event::StreamsOpened),
-        Action::ReopenStreams { lacking, .. } => {
-            assert_eq!(lacking.page_count(), 512);
-            Some(Event::StreamsOpened)
-        }
-        Action::StartDirtyLog => Some(Event::DirtyLogStarted),
-        Action::ReadDirtyLog => Some(Event::DirtyLogRead { pages: PageBitmap::empty(512), took: STEP }),
-        Action::SendPages { .. } => Some(Event::RoundSent(source::RoundSent::default())),
-        Action::AskWitness(_) => Some(Event::WitnessSilent("nobody answers".to_owned())),
-        Action::PauseVm => Some(Event::Paused),
-        Action::SaveState => Some(Event::StateSaved {
-            state: vec![1],
-            network: ferry_protocol::message::NetworkIdentity::default(),
-            runs: true,
-            took: STEP,
-        }),
-        Action::ResumeVm => Some(Event::VmResumed),
-        Action::WriteRecord(_) => Some(Event::RecordWritten { took: STEP }),
-        Action::RehearseRecord(_) => Some(Event::RecordRehearsed { took: STEP }),
-        Action::Send(_)
-        | Action::SendMemory(_)
-        | Action::CloseStreams
-        | Action::StopDirtyLog
-        | Action::ReleaseVm
-        | Action::Report(_)
-        | Action::Finish(_) => None,
-    }
+    let _ = source_side::play(bytes);
 }
 
 /// What a target is told to build.

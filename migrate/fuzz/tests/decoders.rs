@@ -1,11 +1,17 @@
 //! A short run of every target in the ordinary tests: the corpus, and bytes as proptest makes and shrinks them.
 
+use std::collections::BTreeSet;
+
 use ferry_fuzz::bytes::sealed_messages;
 use ferry_fuzz::machines::{is_decoded, is_restored};
+use ferry_fuzz::mutate::bend;
 use ferry_fuzz::seeds::{repository, seeds};
 use ferry_fuzz::targets::TARGETS;
+use ferry_fuzz::{source_side, target_side};
 use ferry_protocol::wire::Decoder;
 use proptest::prelude::*;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 #[test]
 fn what_was_worth_keeping_gets_the_better_of_nobody() {
@@ -23,6 +29,69 @@ fn the_seeds_are_real() {
         seeds(target).unwrap().len()
     };
     assert!(count("control") > 20 && count("frame") > 6 && count("packed") > 2 && count("description") > 2);
+    assert!(count("target") > 60 && count("source") > 60 && count("delta") > 5);
+}
+
+/// The phases that a state machine comes to by its seeds, and by so many of them bent.
+fn phases(name: &str, play: fn(&[u8]) -> Vec<&'static str>) -> BTreeSet<&'static str> {
+    let target = TARGETS.iter().find(|target| target.name == name).unwrap();
+    let seeds = seeds(target).unwrap();
+    let mut seen: BTreeSet<_> = seeds.iter().flat_map(|seed| play(seed)).collect();
+    println!("{name}: seeds {seen:?}");
+    let mut random = ChaCha8Rng::seed_from_u64(0);
+    for _ in 0..2000 {
+        let mut input = seeds[random.random_range(0..seeds.len())].clone();
+        bend(&mut input, &seeds[random.random_range(0..seeds.len())], &mut random);
+        seen.extend(play(&input));
+    }
+    println!("{name}: bent {seen:?}");
+    seen
+}
+
+#[test]
+fn the_state_machines_come_to_every_phase() {
+    let target = phases("target", target_side::play);
+    for phase in [
+        "greeting",
+        "building",
+        "receiving",
+        "interrupted",
+        "prepared",
+        "asking the witness",
+        "recording that it runs",
+        "waiting to record again",
+        "recording that it does not run",
+        "giving up at the witness",
+        "starting",
+        "waiting to start again",
+        "giving the guest back",
+        "running",
+        "discarding",
+        "finished",
+    ] {
+        assert!(target.contains(phase), "no target is {phase}");
+    }
+    let source = phases("source", source_side::play);
+    for phase in [
+        "connecting",
+        "greeting",
+        "describing",
+        "opening streams",
+        "offering memory",
+        "pre-copy",
+        "reconnecting",
+        "stop-and-copy",
+        "preparing",
+        "recording the commit",
+        "committed",
+        "releasing",
+        "reclaiming",
+        "letting go",
+        "undoing",
+        "finished",
+    ] {
+        assert!(source.contains(phase), "no source is {phase}");
+    }
 }
 
 #[test]

@@ -250,7 +250,9 @@ impl Sealed {
             return Err(torn);
         };
         let length = u32::from_le_bytes([header[8], header[9], header[10], header[11]]);
-        if header[..4] != self.magic || usize::try_from(length) != Ok(body.len()) {
+        // A longer one could be read but not be written again.
+        let fits = body.len() <= BODY_BYTES_MAX && usize::try_from(length) == Ok(body.len());
+        if header[..4] != self.magic || !fits {
             return Err(torn);
         }
         let crc = crc32c::crc32c_append(crc32c::crc32c(&header[..12]), body);
@@ -333,6 +335,22 @@ mod tests {
             assert!(Record::decode(&bytes[..length]).is_err(), "torn at {length}");
         }
         assert!(Record::decode(&[bytes.as_slice(), &[0]].concat()).is_err());
+    }
+
+    #[test]
+    fn a_record_that_is_too_long_to_be_written_is_refused() {
+        for (address_bytes, fits) in [(4000, true), (5000, false)] {
+            let record =
+                Record { standing: Standing::Receiving { source: "a".repeat(address_bytes) }, ..record() };
+            let body = postcard::to_stdvec(&record).unwrap();
+            let mut bytes = [RECORD_MAGIC.as_slice(), &RECORD_VERSION.to_le_bytes(), &[0, 0]].concat();
+            bytes.extend(u32::try_from(body.len()).unwrap().to_le_bytes());
+            let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes), &body);
+            bytes.extend(crc.to_le_bytes());
+            bytes.extend(body);
+            let torn = RecordError::Torn(bytes.len());
+            assert_eq!(Record::decode(&bytes), if fits { Ok(record) } else { Err(torn) });
+        }
     }
 
     #[test]
