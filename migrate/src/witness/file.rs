@@ -11,7 +11,7 @@
 //! all the same when it is back. So an entry is never replaced: whoever decides writes down the *next* one, by a link that fails
 //! if there is one of that number already, and the one who made it has decided. The checksum in an entry finds what is torn.
 //!
-//! All of a claim happens in the folder whose identity was read for it ([`super::folder`]). What is needed of the file system:
+//! All of a claim happens in the folder whose identity was read for it (`folder.rs`). What is needed of the file system:
 //! that hosts can see each other's links at once and only one can make each, and that what was fsynced lasts
 //! (docs/handover.md, "What can't be promised").
 
